@@ -1,0 +1,79 @@
+"""Makes `"type": "LENA"` known, without importing DeepSpeed or transformers: each is prepared when it is imported."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+
+from .optimizer import LENA
+
+Action = Callable[[ModuleType], None]
+
+
+def register() -> None:
+    """Called by `import ds_lena`. Calling it again changes nothing."""
+    if getattr(torch.optim, LENA.__name__, None) is LENA:
+        return
+    torch.optim.LENA = LENA  # type: ignore[attr-defined]  # where DeepSpeed looks up the names that are not its own
+    _when_imported("deepspeed.runtime.engine", _prepare_deepspeed)
+    _when_imported("transformers.integrations.deepspeed", _prepare_transformers)
+
+
+def _prepare_deepspeed(module: ModuleType) -> None:
+    from .integrations import deepspeed
+
+    deepspeed.install(module)
+
+
+def _prepare_transformers(module: ModuleType) -> None:
+    from .integrations import transformers
+
+    transformers.install(module)
+
+
+def _when_imported(name: str, action: Action) -> None:
+    """Run `action(module)` now if the module is there, else right after its import."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Finder(name, action))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module as Python would, and lets an action follow its execution."""
+
+    def __init__(self, name: str, action: Action) -> None:
+        self._name, self._action = name, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._action)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """A loader that runs an action after the module's own code."""
+
+    def __init__(self, loader: importlib.abc.Loader, action: Action) -> None:
+        self._loader, self._action = loader, action
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._action(module)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)  # get_source and the like

@@ -1,0 +1,259 @@
+"""The keys of `"optimizer": {"type": "LENA", "params": {…}}`: defaults, ranges, and the errors for everything else.
+
+A `LenaConfig` is checked when it is born and never changes afterwards. `KEYS` is the one table of what is allowed;
+README's table of keys is tested against it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from .errors import ConfigError
+
+BASES = ("adamw", "sgd", "lars", "lamb")
+IMPLEMENTED_BASES = ("adamw", "sgd")
+SCALINGS = ("gain", "linear", "sqrt", "none")
+WARMUPS = ("layer", "fixed", "none")
+LAYERS = ("tensor", "module", "block", "model")
+VARIANTS = ("default", "authors-code")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its default, a test of a value, and the same test in words.
+
+    `bases`: the base rules it belongs to, None for all. `None` is always understood as "not given" for the
+    keys that belong to some bases only.
+    """
+
+    default: Any
+    allowed: str
+    accepts: Callable[[Any], bool]
+    bases: tuple[str, ...] | None = None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _not_negative(value: Any) -> bool:
+    return _number(value) and value >= 0
+
+
+def _whole_positive(value: Any) -> bool:
+    return _positive(value) and value == int(value)
+
+
+def _null_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in choices
+
+
+def _patterns(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value)
+
+
+def _betas(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
+
+
+def _clip_range(value: Any) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(_not_negative(v) for v in value)
+    return pair and value[0] <= value[1]
+
+
+def _words(choices: tuple[str, ...]) -> str:
+    return "one of " + ", ".join(f'"{choice}"' for choice in choices)
+
+
+KEYS: dict[str, Key] = {
+    "lr": Key(1e-3, "a number > 0", _positive),
+    "base": Key("adamw", _words(BASES), _one_of(BASES)),
+    "weight_decay": Key(None, "null or a number >= 0", _null_or(_not_negative)),
+    "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas, ("adamw", "lamb")),
+    "eps": Key(1e-8, "a number >= 0", _not_negative, ("adamw", "lamb")),
+    "momentum": Key(0.9, "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1, ("sgd", "lars")),
+    "nesterov": Key(False, "true or false", lambda v: isinstance(v, bool), ("sgd",)),
+    "trust_coefficient": Key(None, "null or a number > 0", _null_or(_positive), ("lars", "lamb")),
+    "trust_clip": Key(None, "null or [min, max] with 0 <= min <= max", _null_or(_clip_range), ("lars", "lamb")),
+    "layer": Key("tensor", _words(LAYERS), _one_of(LAYERS)),
+    "scaling": Key("gain", _words(SCALINGS), _one_of(SCALINGS)),
+    "gain_power": Key(1.0, "a number > 0", _positive),
+    "max_relative_gain": Key(2.0, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
+    "max_factor": Key(None, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
+    "smoothing": Key(None, "null or a number in [0, 1)", _null_or(lambda v: _number(v) and 0 <= v < 1)),
+    "base_batch_size": Key(None, "null or a number of samples > 0", _null_or(_positive)),
+    "micro_batch_size": Key(None, "null or a whole number of samples > 0", _null_or(_whole_positive)),
+    "warmup": Key("layer", _words(WARMUPS), _one_of(WARMUPS)),
+    "warmup_fraction": Key(0.05, "a number in (0, 1]", lambda v: _positive(v) and v <= 1),
+    "warmup_cap": Key(0.25, "null or a number in [warmup_fraction, 1]", _null_or(lambda v: _positive(v) and v <= 1)),
+    "total_steps": Key(None, "null or a whole number of updates > 0", _null_or(_whole_positive)),
+    "exclude": Key((), "a list of fnmatch patterns of parameter names", _patterns),
+    "no_decay": Key((), "a list of fnmatch patterns of parameter names", _patterns),
+    "variant": Key("default", _words(VARIANTS), _one_of(VARIANTS)),
+}
+
+
+@dataclass(frozen=True)
+class LenaConfig:
+    """The checked keys, with what a null stands for filled in where it needs nothing else (`weight_decay`).
+
+    Units: `lr` per update of the base batch; `base_batch_size`, `micro_batch_size` in samples; `total_steps` in
+    updates; `warmup_fraction`, `warmup_cap` as shares of the run.
+    """
+
+    lr: float
+    base: str
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    nesterov: bool
+    trust_coefficient: float | None
+    trust_clip: tuple[float, float] | None
+    layer: str
+    scaling: str
+    gain_power: float
+    max_relative_gain: float | None
+    max_factor: float | None
+    smoothing: float | None
+    base_batch_size: float | None
+    micro_batch_size: int | None
+    warmup: str
+    warmup_fraction: float
+    warmup_cap: float | None
+    total_steps: int | None
+    exclude: tuple[str, ...]
+    no_decay: tuple[str, ...]
+    variant: str
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any]) -> LenaConfig:
+        """Check the keys as a user wrote them, raise `ConfigError` on the first that is wrong."""
+        for key, value in keys.items():
+            _check_value(key, value)
+        base = keys.get("base", KEYS["base"].default)
+        if base not in IMPLEMENTED_BASES:
+            raise ConfigError(
+                f'LENA: "base": "{base}" is not available yet. Available: {_words(IMPLEMENTED_BASES)}. '
+                'Use "adamw" where you would use LAMB, "sgd" where you would use LARS.'
+            )
+        given = _given(keys)
+        _check_belongs(given, base)
+        values = {name: keys[name] if name in given else key.default for name, key in KEYS.items()}
+        if values["weight_decay"] is None:
+            values["weight_decay"] = 0.01 if base in ("adamw", "lamb") else 0.0
+        if "warmup_cap" not in given:
+            values["warmup_cap"] = max(values["warmup_cap"], values["warmup_fraction"])
+        for name in ("betas", "trust_clip", "exclude", "no_decay"):
+            values[name] = tuple(values[name]) if values[name] is not None else None
+        for name in ("total_steps", "micro_batch_size"):
+            values[name] = int(values[name]) if values[name] is not None else None
+        config = cls(**values, given=frozenset(given))
+        config._check_combinations()
+        return config
+
+    def _check_combinations(self) -> None:
+        if self.warmup_cap is not None and self.warmup_cap < self.warmup_fraction:
+            raise ConfigError(
+                f'LENA: "warmup_cap": {self.warmup_cap} is below "warmup_fraction": {self.warmup_fraction}; '
+                f"allowed is {KEYS['warmup_cap'].allowed}. Raise warmup_cap, or leave it out."
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError('LENA: "nesterov": true needs "momentum" > 0, got 0.')
+        if self.variant == "authors-code":
+            self._check_authors_code()
+
+    def _check_authors_code(self) -> None:
+        fixed = {"scaling": "gain", "gain_power": 1.0, "max_factor": None, "base_batch_size": None, "smoothing": None}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f'LENA: "variant": "authors-code" has no "{name}": got {getattr(self, name)!r}, allowed is '
+                    f"{value!r}. Leave the key out, or use the default variant."
+                )
+        for name in ("max_relative_gain", "warmup_cap"):
+            if name in self.given and getattr(self, name) is not None:
+                raise ConfigError(
+                    f'LENA: "variant": "authors-code" has no "{name}": got {getattr(self, name)!r}, allowed is null.'
+                )
+        if self.warmup == "fixed":
+            raise ConfigError(
+                'LENA: "variant": "authors-code" has "warmup": "layer" or "none", got "fixed". Use the default variant.'
+            )
+
+
+def _given(keys: Mapping[str, Any]) -> set[str]:
+    """The keys that count as given: a null for a key of some bases only does not."""
+    return {name for name, value in keys.items() if not (value is None and KEYS[name].bases is not None)}
+
+
+def _check_value(name: str, value: Any) -> None:
+    if name not in KEYS:
+        close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+        hint = f'Did you mean "{close[0]}"? ' if close else ""
+        raise ConfigError(f'LENA: unknown key "{name}" (value {value!r}). {hint}Known keys: {", ".join(sorted(KEYS))}.')
+    key = KEYS[name]
+    if key.accepts(value) or (value is None and key.bases is not None):
+        return
+    message = f'LENA: "{name}": {value!r} is not allowed; allowed is {key.allowed}.'
+    if value == "auto":
+        message += ' HF Trainer fills "auto" for lr, betas, eps and weight_decay only; for other keys write null.'
+    elif isinstance(value, str) and _is_number_text(value):
+        message += f" It is text here: write {name}: {value} without quotes."
+    raise ConfigError(message)
+
+
+def _is_number_text(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_belongs(given: set[str], base: str) -> None:
+    for name in sorted(given):
+        bases = KEYS[name].bases
+        if bases is not None and base not in bases:
+            known = [other for other, key in KEYS.items() if key.bases and base in key.bases]
+            raise ConfigError(
+                f'LENA: "{name}" belongs to "base" {" and ".join(bases)}, but "base" is "{base}". '
+                f'Keys of "{base}": {", ".join(known) or "none of its own"}. Remove "{name}" or change "base".'
+            )
+
+
+def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
+    """Check what a parameter group sets for itself: `lr`, `weight_decay`, the base rule's keys, `lena`.
+
+    Other entries (a name, DeepSpeed's marks) are the user's and are left alone.
+    """
+    for name in ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov"):
+        if name not in group:
+            continue
+        bases = KEYS[name].bases
+        if bases is not None and config.base not in bases:
+            continue
+        if name == "lr" and hasattr(group[name], "item"):
+            continue  # a tensor learning rate, as torch's optimizers take
+        # A scheduler may put a group's lr to 0, so only the first entry, config.lr, has to be positive.
+        accepts = _not_negative if name in ("lr", "weight_decay") else KEYS[name].accepts
+        if not accepts(group[name]):
+            raise ConfigError(
+                f'LENA: a parameter group has "{name}": {group[name]!r}; allowed is {KEYS[name].allowed}.'
+            )
+    if not isinstance(group.get("lena", True), bool):
+        raise ConfigError(f'LENA: a parameter group has "lena": {group["lena"]!r}; allowed is true or false.')

@@ -1,0 +1,102 @@
+"""What a layer is: canonical parameter names, and which parameter belongs to which layer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+_COMPILED = "_orig_mod"
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """`named_parameters()` of the user's own model, seen through DDP, DataParallel and torch.compile wrappers.
+
+    A tied parameter is listed once, under its first name.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif _COMPILED in model._modules:
+            model = model.get_submodule(_COMPILED)
+        else:
+            break
+    return [(without_compiled(name), parameter) for name, parameter in model.named_parameters()]
+
+
+def without_compiled(name: str) -> str:
+    """The name without the part that torch.compile puts in, wherever it stands."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def canonical_names(names: Sequence[str]) -> list[str]:
+    """Names as a user passed them, `module.` stripped where all of them carry it (a DDP model's own names)."""
+    names = [without_compiled(name) for name in names]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return names
+
+
+def layer_name(parameter_name: str, granularity: str) -> str:
+    """The layer of one parameter, for `"layer"`: tensor, module, block or model (section "What a layer is", README).
+
+    The `block` is the shortest prefix of the owning module's path that ends in a number, else the module; the module
+    of a parameter that the outermost module owns itself is `root`.
+    """
+    if granularity == "model":
+        return "model"
+    if granularity == "tensor":
+        return parameter_name
+    path = parameter_name.split(".")[:-1]
+    if granularity == "block":
+        for end, part in enumerate(path, start=1):
+            if part.isdigit():
+                return ".".join(path[:end])
+    return ".".join(path) or "root"
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter's name matches one of the fnmatch patterns (case-sensitive)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched_patterns(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The patterns that match no name: most likely a slip of the user's."""
+    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Layers of a model, in the order of their first parameters.
+
+    `names`: the L layer names; `numel`: their logical numbers of elements; `of_parameter`: for each parameter its
+    layer's index, or L for a parameter that takes no part (`exclude`, or a group with `"lena": false`).
+    """
+
+    names: tuple[str, ...]
+    numel: tuple[int, ...]
+    of_parameter: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """L. It is also the index that stands for "no layer"."""
+        return len(self.names)
+
+
+def build_table(names: Sequence[str], numels: Sequence[int], excluded: Sequence[bool], granularity: str) -> LayerTable:
+    """Group parameters (name, logical size, excluded or not, in the model's order) into layers."""
+    sizes: dict[str, int] = {}
+    owner: list[str | None] = []
+    for name, numel, left_out in zip(names, numels, excluded, strict=True):
+        layer = None if left_out else layer_name(name, granularity)
+        owner.append(layer)
+        if layer is not None:
+            sizes[layer] = sizes.get(layer, 0) + numel
+    index = {name: i for i, name in enumerate(sizes)}
+    return LayerTable(
+        names=tuple(sizes),
+        numel=tuple(sizes.values()),
+        of_parameter=tuple(len(sizes) if name is None else index[name] for name in owner),
+    )

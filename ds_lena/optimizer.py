@@ -1,0 +1,329 @@
+"""`LENA`, a torch optimizer with a learning rate scaled layer by layer: ties probe, layers, tracker and rule."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import shards
+from .algorithm import Measurement
+from .config import LenaConfig, check_group
+from .errors import ConfigError, StateError, UnsupportedError
+from .layers import LayerTable, build_table, canonical_names, matches, unmatched_patterns
+from .parameters import require_supported, split_names
+from .plain import PlainHost
+from .probe import Probe
+from .reduce import Group, sum_over, world_size
+from .rules import RULES
+from .shards import FlatPlan, Host, plan_flat
+from .tracker import Plan, Proposal, Tracker
+
+logger = logging.getLogger("ds_lena")
+
+_UNSET: Any = object()
+_dormant: ContextVar[bool] = ContextVar("ds_lena_dormant", default=False)
+
+
+@contextlib.contextmanager
+def dormant() -> Iterator[None]:
+    """Within it `LENA.step()` does nothing: for wrappers that call it at construction, with zero gradients."""
+    token = _dormant.set(True)
+    try:
+        yield
+    finally:
+        _dormant.reset(token)
+
+
+class LENA(torch.optim.Optimizer):
+    """Layer-wise scaling of the learning rate by gradient variance, with a warm-up that each layer ends by itself.
+
+    Args:
+        params: parameters, parameter groups, or `model.named_parameters()`. Groups may set their own `lr`,
+            `weight_decay`, the base rule's keys, and `"lena": False` (factor 1, no statistics). Without names a layer
+            is called `param_0`, `param_1`, … until an engine gives names.
+        process_group: plain PyTorch only: the ranks over which gradients are averaged; all ranks unless given.
+        **keys: the keys of the JSON entry, see `config.KEYS`.
+
+    Method: Ko, Lee, Kim, WWW 2022, https://doi.org/10.1145/3485447.3511989; `algorithm.py` has the equations.
+
+    Raises:
+        ConfigError: a key or value is not allowed.
+        UnsupportedError: parameters in a form for which LENA would not be exact.
+
+    Saved in `state_dict()`: the base rule's state per parameter, and under "lena" the O(L) state by layer name. Not
+    saved: the statistics of a window that is not finished.
+    """
+
+    def __init__(self, params: Iterable[Any], *, process_group: Group | None = _UNSET, **keys: Any) -> None:
+        self.config = LenaConfig.from_keys(keys)
+        self._rule = RULES[self.config.base]
+        groups, names = split_names(params)
+        defaults = {key: getattr(self.config, key) for key in ("lr", "weight_decay", *self._rule.group_keys)}
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            check_group(group, self.config)
+        watched = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        for parameter, _ in watched:
+            require_supported(parameter)
+        self._is_left_out = [not group.get("lena", True) for _, group in watched]
+        parameters = [parameter for parameter, _ in watched]
+        given = canonical_names([names[id(p)] for p in parameters]) if names else []
+        self._has_names = bool(given)
+        given = given or [f"param_{i}" for i in range(len(parameters))]
+        self._probe = Probe(parameters, given)
+        self._host: Host = PlainHost(
+            self._probe,
+            self.squares_by_layer,
+            None if process_group is _UNSET else process_group,
+            process_group is not _UNSET,
+        )
+        self._managed = False
+        self._proposal: Proposal | None = None
+        self._known_rates: dict[float, Sequence[Any]] = {}
+        self._lr_at_start = [float(group["lr"]) for group in self.param_groups]
+        self._looked_at_scheduler = False
+        self._bind(given, range(len(parameters)))
+
+    # -- layout -------------------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that LENA watches, in the order of its groups."""
+        return self._probe.parameters
+
+    def adopt(self, host: Host, names: Sequence[str], order: Sequence[int]) -> None:
+        """Run in other surroundings from now on: an engine calls `begin_update` and `end_update` around `step`.
+
+        `names[i]`: the name of parameter i in the user's model; `order`: parameter indices in the model's order.
+        """
+        self._host, self._managed, self._has_names = host, True, True
+        self._bind(names, order)
+
+    def _bind(self, names: Sequence[str], order: Sequence[int]) -> None:
+        """Group the parameters into layers under these names and start with an empty state."""
+        self._probe.names = list(names)
+        self._probe.before_pass = self._probe.after_pass = None
+        self._host.watch_passes(self._probe)
+        left_out = [out or matches(n, self.config.exclude) for n, out in zip(names, self._is_left_out, strict=True)]
+        numels = [self._host.numel(i) for i in range(len(names))]
+        table = build_table(
+            [names[i] for i in order], [numels[i] for i in order], [left_out[i] for i in order], self.config.layer
+        )
+        of_parameter = [0] * len(names)
+        for i, layer in zip(order, table.of_parameter, strict=True):
+            of_parameter[i] = layer
+        self._table = LayerTable(table.names, table.numel, tuple(of_parameter))
+        self._device = self._probe.parameters[0].device if names else torch.device("cpu")
+        self._probe.assign(self._table.of_parameter, self._table.count, self._device)
+        self.tracker = Tracker(self.config, self._table, self._device)
+        decays = [not matches(name, self.config.no_decay) for name in names]
+        self._plans: dict[Tensor, FlatPlan] = {
+            flat: plan_flat(flat.numel(), segments, self._table.of_parameter, decays)
+            for flat, segments in self._host.segments()
+        }
+        if self._has_names:
+            self._warn_of_patterns(names)
+
+    def _warn_of_patterns(self, names: Sequence[str]) -> None:
+        for key in ("exclude", "no_decay"):
+            for pattern in unmatched_patterns(names, getattr(self.config, key)):
+                logger.warning(
+                    'LENA: "%s": the pattern "%s" matches no parameter, such as "%s"', key, pattern, names[0]
+                )
+
+    def squares_by_layer(self, pieces: Iterable[tuple[int, Tensor]]) -> Tensor:
+        """Squared norms of (parameter number, gradient piece) pairs by layer, (L + 1,)."""
+        return shards.squares_by_layer(pieces, self._table.of_parameter, self._table.count, self._device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not after construction: the layers are known from the start."""
+        if hasattr(self, "_probe"):
+            raise UnsupportedError(
+                "LENA: add_param_group() after construction is not supported. Give all parameters, the frozen ones "
+                "too, to a new LENA when what is trained changes; load the old one's state_dict() into it."
+            )
+        super().add_param_group(param_group)
+
+    # -- one update ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin_update(self) -> Proposal:
+        """Measure, reduce by one all-reduce, and compute this update's factors. Before any clipping by the engine."""
+        self._look_at_scheduler()
+        measured = self._measure()
+        self._proposal = self.tracker.propose(measured, self._plan())
+        return self._proposal
+
+    def end_update(self, applied: bool) -> None:
+        """The update was applied, or thrown away (then nothing of it stays)."""
+        proposal, self._proposal = self._proposal, None
+        self._known_rates.clear()
+        self._probe.clear()
+        if proposal is None:
+            return
+        if applied:
+            self.tracker.commit(proposal)
+        else:
+            self.tracker.skip()
+
+    def _measure(self) -> Measurement:
+        layers, group = self._table.count, self._host.group
+        passes = torch.full((1,), float(self._probe.passes), dtype=torch.float64, device=self._device)
+        buffer = torch.cat((passes, self._probe.sums[:layers], self._host.square_of_mean()[:layers]))
+        buffer = sum_over(buffer, group)
+        n = buffer[0]
+        # The share of micro-gradient h in the average over R ranks is h / R, so g = n h / R and A = (1/n) sum |g|^2.
+        replicas = world_size(group)
+        return Measurement(
+            n=n, mean_square=buffer[1 : layers + 1] * n / replicas**2, square_of_mean=buffer[layers + 1 :]
+        )
+
+    def _plan(self) -> Plan:
+        total_steps = self.config.total_steps or self._host.total_steps()
+        if total_steps is None and self.config.warmup != "none":
+            raise unknown_total_steps()
+        known = self._host.micro_batch_size()
+        given = self.config.micro_batch_size
+        return Plan(total_steps, self._host.planned_n(), given if known is None else known)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Move the parameters. In plain PyTorch this is the whole update; under an engine only the moving.
+
+        Raises:
+            StateError: gradients that no backward pass made, or, under an engine, a call outside of its own step.
+            ConfigError: plain PyTorch, first step: `total_steps` or `micro_batch_size` is needed and not given.
+        """
+        if _dormant.get():
+            return None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._managed:
+            if self._proposal is None:
+                raise StateError("LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step().")
+            self._move(self._proposal.factor)
+            return loss
+        if any(p.grad is not None for p in self._probe.parameters):
+            self._refuse_grad_scaler()
+            self._probe.require_passes()
+            self._move(self.begin_update().factor)
+            self.end_update(applied=True)
+        return loss
+
+    def _move(self, factor: Tensor) -> None:
+        for group in self.param_groups:
+            moving = [p for p in group["params"] if p.grad is not None]
+            if moving:
+                rates = self._rates(factor, group["lr"])
+                for parameter in moving:
+                    self._move_one(parameter, parameter.grad, group, rates)
+
+    def _rates(self, factor: Tensor, lr: float | Tensor) -> Sequence[Any]:
+        """Learning rate by layer, kept for the update: ZeRO-3 calls `step()` once for every sub-group."""
+        key = id(lr) if isinstance(lr, Tensor) else lr
+        if key not in self._known_rates:
+            rates = factor * lr
+            # On a GPU the rates stay there, as 0-dim tensors; torch's fused kernels take them in float32.
+            self._known_rates[key] = rates.tolist() if rates.device.type == "cpu" else rates.float().unbind()
+        return self._known_rates[key]
+
+    def _move_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], rates: Sequence[Any]) -> None:
+        plan = self._plans.get(parameter)
+        if plan is None:
+            raise StateError(
+                "LENA: step() was given a tensor that did not exist when the layout was read. The optimizer's "
+                "parameters were replaced after construction; construct LENA after that."
+            )
+        state = self.state[parameter]
+        names = self._rule.buffers(group)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        parameters, gradients = plan.split(parameter), plan.split(gradient)
+        buffers = [plan.split(state[name]) for name in names]
+        for batch in plan.batches:
+            self._rule.update(
+                [parameters[i] for i in batch.pieces],
+                [gradients[i] for i in batch.pieces],
+                [[buffer[i] for i in batch.pieces] for buffer in buffers],
+                state["step"],
+                rates[batch.layer],
+                group["weight_decay"] if batch.decays else 0.0,
+                group,
+            )
+        state["step"] += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; in plain PyTorch it also throws away the statistics of the window."""
+        super().zero_grad(set_to_none)
+        if not self._managed:
+            self._probe.clear()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's `state_dict` and, under "lena", LENA's own state: plain numbers by layer name, O(L)."""
+        return {**super().state_dict(), "lena": self.tracker.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`. One without "lena", of AdamW say, keeps its moments and starts LENA fresh."""
+        saved = state_dict.get("lena")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "lena"})
+        for parameter, state in self.state.items():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device, torch.float32)
+        if saved is None:
+            logger.warning("LENA: the checkpoint holds no LENA state; statistics and warm-up start fresh.")
+            return
+        self.tracker.load_state_dict(saved)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _look_at_scheduler(self) -> None:
+        """Warn once of a scheduler that warms up too: at the first update its lr is below the one given."""
+        if self._looked_at_scheduler or self.tracker.updates:
+            return
+        self._looked_at_scheduler = True
+        if self.config.warmup == "none":
+            return
+        for start, group in zip(self._lr_at_start, self.param_groups, strict=False):
+            now = group["lr"]
+            if not isinstance(now, Tensor) and now < start:
+                logger.warning(
+                    "LENA: a scheduler starts at lr %g, below the given %g: a warm-up on top of LENA's own. Use a "
+                    'scheduler without warm-up, or "warmup": "none".',
+                    now,
+                    start,
+                )
+                return
+
+    _step_supports_amp_scaling = True  # makes torch.amp.GradScaler show itself, see below
+
+    def _refuse_grad_scaler(self) -> None:
+        if getattr(self, "found_inf", None) is not None:
+            raise UnsupportedError(
+                "LENA: torch.amp.GradScaler is not supported: its changing loss scale would enter the statistics. "
+                "Use bfloat16, which needs no loss scaling."
+            )
+
+    def close(self) -> None:
+        """Take LENA's hooks off the parameters."""
+        self._probe.close()
+
+
+def unknown_total_steps() -> ConfigError:
+    """The error for a run of unknown length, for every place that can find it out."""
+    return ConfigError(
+        'LENA: "total_steps" is not known: it is null, there is no scheduler with total_num_steps, and no HF Trainer. '
+        'The warm-up is a share of the run, so it is needed. Give "total_steps" (planned updates), or "warmup": "none".'
+    )

@@ -1,0 +1,57 @@
+"""The forms in which users hand over parameters, and those that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, UnsupportedError
+
+
+def split_names(params: Iterable[Any]) -> tuple[list[Any], dict[int, str]]:
+    """torch's `params` without names, and the names by id of the parameter. Named or not named, not both."""
+    groups: list[Any] = []
+    names: dict[int, str] = {}
+
+    def plain(entry: Any) -> Any:
+        if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+            names[id(entry[1])] = entry[0]
+            return entry[1]
+        return entry
+
+    count = 0
+    for entry in params:
+        if isinstance(entry, dict):
+            inside = entry["params"]
+            inside = [inside] if isinstance(inside, Tensor) else [plain(p) for p in inside]
+            groups.append({**entry, "params": inside})
+            count += len(inside)
+        else:
+            groups.append(plain(entry))
+            count += 1
+    if names and len(names) != count:
+        raise ConfigError(
+            f"LENA: {len(names)} of {count} parameters have names. Give names for all of them, or for none."
+        )
+    return groups, names
+
+
+def require_supported(parameter: Tensor) -> None:
+    """Raise `UnsupportedError` for a parameter of a form or type for which LENA would not be exact."""
+    shard = None
+    if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
+        shard = "DTensor (FSDP2, or torch's tensor parallelism)"
+    elif getattr(parameter, "_is_flat_param", False):
+        shard = "FlatParameter (FSDP)"
+    if shard is not None:
+        raise UnsupportedError(
+            f"LENA: a parameter is a {shard}. Sharded parameters are supported under DeepSpeed ZeRO 1-3: "
+            "use that, or DDP."
+        )
+    if parameter.is_complex() or parameter.dtype == torch.float16:
+        raise UnsupportedError(
+            f"LENA: a parameter is of type {parameter.dtype}. Supported are bfloat16, float32 and float64."
+        )

@@ -1,0 +1,80 @@
+"""LENA in plain PyTorch, one process or DDP: the gradient is `p.grad`, the same on every rank after backward.
+
+A user may clip or unscale `p.grad` between backward and step, so the squared norm of the averaged gradient is taken at
+the end of every backward pass, after DDP's reduction; the one that counts is the last before the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .probe import Probe
+from .reduce import Group, default_group, rank_in, world_size
+from .shards import Segment
+
+# DDP finishes its reduction in a callback at the end of backward, or, with static_graph, in a callback of a callback.
+_CALLBACKS_TO_WAIT = 2
+
+
+class PlainHost:
+    """See `shards.Host`. `squares`: pieces of (parameter index, gradient) to squared norms by layer."""
+
+    def __init__(
+        self, probe: Probe, squares: Callable[[list[tuple[int, Tensor]]], Tensor], group: Group | None, given: bool
+    ) -> None:
+        self._probe = probe
+        self._squares = squares
+        self._given_group = group
+        self._group_is_given = given
+        self._measured: Tensor | None = None
+
+    def watch_passes(self, probe: Probe) -> None:
+        probe.before_pass = self._before_pass
+        probe.after_pass = self._after_pass
+
+    @property
+    def group(self) -> Group | None:
+        """The group given to LENA, else all ranks, as DDP's default."""
+        return self._given_group if self._group_is_given else default_group()
+
+    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
+        return [(p, [Segment(i, start=0, length=p.numel(), offset=0)]) for i, p in enumerate(self._probe.parameters)]
+
+    def square_of_mean(self) -> Tensor:
+        return self._squares([]) if self._measured is None else self._measured
+
+    def numel(self, parameter: int) -> int:
+        return self._probe.parameters[parameter].numel()
+
+    def micro_batch_size(self) -> int | None:
+        return None
+
+    def planned_n(self) -> int | None:
+        return None
+
+    def total_steps(self) -> int | None:
+        return None
+
+    def _before_pass(self, index: int) -> None:
+        # Gradients that were set to None without this optimizer's zero_grad(), by model.zero_grad() say.
+        if self._probe.last_pass[index] and self._probe.parameters[index].grad is None:
+            self._probe.clear()
+
+    def _after_pass(self) -> None:
+        self._measure_later(_CALLBACKS_TO_WAIT)
+
+    def _measure_later(self, turns: int) -> None:
+        if turns:
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: self._measure_later(turns - 1))
+            return
+        # All ranks hold the same gradient: each measures its share of the parameters.
+        rank, ranks = rank_in(self.group), world_size(self.group)
+        gradients = [
+            (i, p.grad) for i, p in enumerate(self._probe.parameters) if p.grad is not None and i % ranks == rank
+        ]
+        with torch.no_grad():
+            self._measured = self._squares(gradients)

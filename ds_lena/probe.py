@@ -1,0 +1,156 @@
+"""The probe sees every micro-gradient on this rank, before any reduction, and adds up squared norms by layer.
+
+A tensor hook on each parameter is called by autograd with the full gradient of one backward pass, whatever DDP or ZeRO
+does with it afterwards. The probe also counts the backward passes, since n is counted and not read from a config.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from .errors import StateError, UnsupportedError
+from .norms import squared_norm
+
+
+class Probe:
+    """Squared norms of the micro-gradients of `parameters`, summed by layer over the backward passes of a window.
+
+    `sums` (L + 1,) float64: sum over this window's backward passes of the squared norms, by layer; the last entry
+    stays 0: parameters that belong to no layer are watched for their presence only.
+    `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
+    `before_pass(i)`, `after_pass()`: called, where set, around every pass; i is the first parameter that it reaches.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+        self.parameters = list(parameters)
+        self.names = list(names)
+        self.passes = 0
+        self.last_pass = [0] * len(self.parameters)
+        self.sums = torch.zeros(1, dtype=torch.float64)
+        self._slots: list[Tensor | None] = [None] * len(self.parameters)
+        self.before_pass: Callable[[int], None] | None = None
+        self.after_pass: Callable[[], None] | None = None
+        self._task = -1
+        self._in_pass = False
+        self._ignoring = False
+        self._handles = [_watch(self, i) for i, parameter in enumerate(self.parameters)]
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+
+    def assign(self, of_parameter: Sequence[int], layers: int, device: torch.device) -> None:
+        """Say which layer (or `layers` for none) each parameter's squared norms are added to. Starts a new window."""
+        self.sums = torch.zeros(layers + 1, dtype=torch.float64, device=device)
+        entries = self.sums.unbind()
+        self._slots = [None if layer == layers else entries[layer] for layer in of_parameter]
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the window: its sums, its passes, and who was reached."""
+        self.sums.zero_()
+        self.passes = 0
+        self.last_pass = [0] * len(self.parameters)
+        self._in_pass = False
+
+    def close(self) -> None:
+        """Take the hooks off. The probe sees nothing afterwards."""
+        self._finalizer()
+
+    def _see(self, index: int, gradient: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._enter(task, index)
+        if self._ignoring:
+            return
+        if self.last_pass[index] == self.passes:
+            raise UnsupportedError(
+                f'LENA: the gradient of "{self.names[index]}" came in several parts within one backward pass, so the '
+                "norm of the whole cannot be measured. This happens to a weight that is shared by segments under "
+                "reentrant activation checkpointing. Use checkpointing with use_reentrant=False (HF: "
+                'gradient_checkpointing_kwargs={"use_reentrant": false}), or exclude this weight from LENA.'
+            )
+        self.last_pass[index] = self.passes
+        slot = self._slots[index]
+        if slot is not None:
+            slot.add_(squared_norm(gradient.detach()))
+
+    def _enter(self, task: int, index: int) -> None:
+        """A graph task that was not seen before: a new backward pass, a part of the present one, or none at all."""
+        nested = _inside_function_backward(sys._getframe(1))
+        self._task = task
+        if nested and self._in_pass:
+            return
+        if nested:
+            raise UnsupportedError(
+                f'LENA: the first gradient of a backward pass, of "{self.names[index]}", came from within reentrant '
+                "activation checkpointing, so passes cannot be counted. Use checkpointing with use_reentrant=False, "
+                "or keep the last layer outside the checkpointed segment."
+            )
+        # torch.autograd.grad also runs tensor hooks, but accumulates nothing: it is no micro-gradient.
+        self._ignoring = not _accumulates(self.parameters[index])
+        if self._ignoring:
+            return
+        if self.before_pass is not None:
+            self.before_pass(index)
+        self.passes += 1
+        self._in_pass = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._leave)
+
+    def _leave(self) -> None:
+        self._in_pass = False
+        self._task = -1
+        if self.after_pass is not None:
+            self.after_pass()
+
+    def unreached(self) -> list[int]:
+        """Indices of the parameters that no pass of this window has reached so far."""
+        return [i for i, last in enumerate(self.last_pass) if last == 0]
+
+    def require_passes(self) -> None:
+        """Raise `StateError` if no backward pass was seen in this window."""
+        if self.passes == 0:
+            raise StateError(
+                "LENA: step() was called with gradients, but no backward pass was seen since the last step, so the "
+                "gradients were not made by backward() on this optimizer's parameters. LENA has to see each "
+                "micro-gradient: construct it before backward(), and do not fill in .grad by hand."
+            )
+
+
+def _watch(probe: Probe, index: int) -> torch.utils.hooks.RemovableHandle:
+    """Hook one parameter; the hook holds the probe weakly, so that a dropped optimizer is really gone."""
+    reference = weakref.ref(probe)
+
+    def hook(gradient: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._see(index, gradient)
+
+    return probe.parameters[index].register_hook(hook)
+
+
+def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _accumulates(parameter: Tensor) -> bool:
+    """Whether the running graph task will add to `parameter.grad` (and is not a torch.autograd.grad call)."""
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's answer for a leaf whose gradient torch.autograd.grad returns
+        return False
+
+
+def _inside_function_backward(frame: FrameType | None) -> bool:
+    """Whether we are called from within the backward of a Python autograd function, as reentrant checkpointing does."""
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,132 @@
+"""Where this rank's pieces of each parameter lie in the tensors that the optimizer is given, and their squared norms.
+
+ZeRO hands the optimizer flat tensors that hold pieces of many parameters, and padding. A parameter may straddle ranks.
+What a layout provides (`Host`) is stated here; the layouts are in `plain.py` and `integrations/`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .norms import squared_norm
+from .probe import Probe
+from .reduce import Group
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`length` elements of a flat tensor from `start` on are those of a parameter (its number) from `offset` on."""
+
+    parameter: int
+    start: int
+    length: int
+    offset: int
+
+
+class Host(Protocol):
+    """The surroundings in which LENA runs: plain PyTorch, or one kind of DeepSpeed layout."""
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks over whose micro-gradients the gradient is averaged."""
+        ...
+
+    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
+        """For each tensor that `step()` will be given: the pieces of parameters in it, in order."""
+        ...
+
+    def square_of_mean(self) -> Tensor:
+        """This rank's share of the squared norms of the averaged, unclipped gradient, (L + 1,); shares add up to B."""
+        ...
+
+    def numel(self, parameter: int) -> int:
+        """Logical number of elements of a parameter, whatever part of it is here."""
+        ...
+
+    def micro_batch_size(self) -> int | None:
+        """Samples in one micro-batch on one GPU, None where nobody knows."""
+        ...
+
+    def planned_n(self) -> int | None:
+        """Micro-gradients of a full update as configured at present, None where nobody knows."""
+        ...
+
+    def total_steps(self) -> int | None:
+        """Planned updates of the run as the surroundings know them."""
+        ...
+
+    def watch_passes(self, probe: Probe) -> None:
+        """Set `probe.before_pass` and `probe.after_pass` to what this layout needs, if anything."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pieces of one flat tensor that move with one learning rate: positions in the split of the tensor."""
+
+    layer: int
+    decays: bool
+    pieces: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FlatPlan:
+    """How one tensor is cut for the update: the sizes of all its parts, padding included, and what moves together."""
+
+    sizes: tuple[int, ...]
+    batches: tuple[Batch, ...]
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Views of the parts of `tensor`; the tensor itself, in its own shape, where it is one part."""
+        return (tensor,) if len(self.sizes) == 1 else tensor.split(self.sizes)
+
+
+def plan_flat(numel: int, segments: Sequence[Segment], of_parameter: Sequence[int], decays: Sequence[bool]) -> FlatPlan:
+    """Cut a flat tensor of `numel` elements at the borders of its segments; neighbours of one layer stay whole.
+
+    `of_parameter[i]`: layer of parameter i; `decays[i]`: whether weight decay applies to it.
+    """
+    sizes: list[int] = []
+    moving: dict[tuple[int, bool], list[int]] = {}
+    position, last = 0, None
+    for segment in segments:
+        if segment.start > position:
+            sizes.append(segment.start - position)
+            last = None
+        key = (of_parameter[segment.parameter], decays[segment.parameter])
+        if key == last:
+            sizes[-1] += segment.length
+        else:
+            moving.setdefault(key, []).append(len(sizes))
+            sizes.append(segment.length)
+        position, last = segment.start + segment.length, key
+    if numel > position:
+        sizes.append(numel - position)
+    return FlatPlan(tuple(sizes), tuple(Batch(layer, decay, tuple(where)) for (layer, decay), where in moving.items()))
+
+
+def squares_by_layer(
+    pieces: Iterable[tuple[int, Tensor]], of_parameter: Sequence[int], layers: int, device: torch.device
+) -> Tensor:
+    """Squared norms of (parameter index, gradient piece) pairs added up by layer, (layers + 1,) float64."""
+    where, squares = [], []
+    for parameter, piece in pieces:
+        if of_parameter[parameter] < layers:
+            where.append(of_parameter[parameter])
+            squares.append(squared_norm(piece))
+    total = torch.zeros(layers + 1, dtype=torch.float64, device=device)
+    if squares:
+        total.index_add_(0, _index(tuple(where), device), torch.stack(squares).to(device))
+    return total
+
+
+@functools.lru_cache(maxsize=64)
+def _index(where: tuple[int, ...], device: torch.device) -> Tensor:
+    """An index tensor, made once: making it anew would copy from the host in every update."""
+    return torch.tensor(where, dtype=torch.long, device=device)

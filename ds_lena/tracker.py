@@ -1,0 +1,266 @@
+"""What LENA remembers of a run, and how one update changes it: clock, layer states, base batch, counters.
+
+An update is first proposed (nothing changes), then committed if the surroundings applied it, or skipped if they threw
+it away, as DeepSpeed does with a non-finite gradient norm. No distributed code: the same call on every rank gives the
+same result.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import algorithm, authors_code
+from .algorithm import Clock, LayerState, Measurement
+from .config import LenaConfig
+from .errors import ConfigError, StateError
+from .layers import LayerTable
+
+logger = logging.getLogger("ds_lena")
+
+STATE_VERSION = 1
+_VECTORS = ("weight", "progress", "gain", "warmup", "capped")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the surroundings say at an update: `total_steps` T, `planned_n`, `micro_batch_size`; None if unknown."""
+
+    total_steps: int | None
+    planned_n: int | None
+    micro_batch_size: int | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One update that is not applied yet. `factor` (L + 1,): multiplies the learning rate; the last entry is 1."""
+
+    state: LayerState
+    clock: Clock
+    measured: Measurement
+    k: float
+    plan: Plan
+    factor: Tensor
+
+
+class Tracker:
+    """The memory of one optimizer. All of it is saved in checkpoints, layer by layer under the layer's name.
+
+    `updates` t: applied updates; `skipped`: updates thrown away by the surroundings; `nonfinite` (): statistics of
+    single layers that were left out because they were not finite.
+    """
+
+    def __init__(self, config: LenaConfig, table: LayerTable, device: torch.device) -> None:
+        self.config = config
+        self.table = table
+        self.device = device
+        self.numel = torch.tensor(table.numel, dtype=torch.float64, device=device)
+        self.state = LayerState.start(table.count, 1.0 if config.warmup == "none" else 0.0, device)
+        self.updates = 0
+        self.skipped = 0
+        self.nonfinite = torch.zeros((), dtype=torch.long, device=device)
+        self.n = self._scalar(0.0)
+        self.done = self._scalar(0.0)
+        self.planned: Tensor | None = None
+        self.plan = Plan(None, None, None)
+        self.k = 1.0
+        self.base_samples: float | None = config.base_batch_size
+        self._just_loaded = False
+        self._cap_is_logged = False
+
+    def _scalar(self, value: float) -> Tensor:
+        # A fill, not a copy from the host, which would wait for the GPU.
+        return torch.full((), value, dtype=torch.float64, device=self.device)
+
+    # -- one update ---------------------------------------------------------------------------------------------------
+
+    def propose(self, measured: Measurement, plan: Plan) -> Proposal:
+        """The update that these measurements ask for; nothing is changed yet."""
+        authors = self.config.variant == "authors-code"
+        k = self.base_in_micro_batches(plan.micro_batch_size)
+        largest = measured.n if authors else algorithm.largest_gain(measured.n, k)
+        clock = Clock(done=self.done + largest, planned=self._planned(largest, k, plan))
+        state = self._state_in_samples_of(plan.micro_batch_size)
+        if authors:
+            state = authors_code.advance(state, measured, clock, self.config)
+        else:
+            state = algorithm.advance(state, measured, clock, k, self.numel, self.config)
+        factor = torch.cat((algorithm.step_factor(state, self.config), self._scalar(1.0).unsqueeze(0)))
+        return Proposal(state, clock, measured, k, plan, factor)
+
+    def commit(self, proposal: Proposal) -> None:
+        """The proposed update was applied."""
+        self.state = proposal.state
+        self.done, self.planned = proposal.clock.done, proposal.clock.planned
+        self.n, self.k, self.plan = proposal.measured.n, proposal.k, proposal.plan
+        self.nonfinite = self.nonfinite + (~proposal.measured.finite).sum()
+        if self.base_samples is None and proposal.plan.micro_batch_size is not None:
+            self.base_samples = proposal.k * proposal.plan.micro_batch_size
+        self.updates += 1
+        self._just_loaded = False
+        self._log_cap_once()
+
+    def skip(self) -> None:
+        """The proposed update was thrown away."""
+        self.skipped += 1
+
+    def base_in_micro_batches(self, micro_batch_size: int | None) -> float:
+        """k. 1 unless a base batch is given, or the micro-batch size changed since the run began."""
+        if self.config.base_batch_size is not None and micro_batch_size is None:
+            raise ConfigError(
+                f'LENA: "base_batch_size": {self.config.base_batch_size} is in samples, and nobody says how many a '
+                'micro-batch holds. Give "micro_batch_size" too (under DeepSpeed it is known).'
+            )
+        if self.base_samples is None or micro_batch_size is None:
+            return 1.0
+        return self.base_samples / micro_batch_size
+
+    def _planned(self, largest: Tensor, k: float, plan: Plan) -> Tensor:
+        """H: T x R at the start; planned anew where a run is resumed with another n, k or T."""
+        if plan.total_steps is None:
+            return self._scalar(math.inf)
+        if self.planned is None:
+            return plan.total_steps * largest
+        if not self._just_loaded or self._same_plan(k, plan):
+            return self.planned
+        if plan.planned_n is not None:
+            largest = self._scalar(float(plan.planned_n))
+            largest = largest if self.config.variant == "authors-code" else algorithm.largest_gain(largest, k)
+        return self.done + max(plan.total_steps - self.updates, 0) * largest
+
+    def _same_plan(self, k: float, plan: Plan) -> bool:
+        return (plan.total_steps, plan.planned_n, k) == (self.plan.total_steps, self.plan.planned_n, self.k)
+
+    def _state_in_samples_of(self, micro_batch_size: int | None) -> LayerState:
+        """The state with its noise in the present micro-batches: noise per micro-batch falls as 1 / its size."""
+        old = self.plan.micro_batch_size
+        if old is None or micro_batch_size is None or old == micro_batch_size:
+            return self.state
+        return algorithm.rescale_noise(self.state, old / micro_batch_size)
+
+    def _log_cap_once(self) -> None:
+        cap, total = self.config.warmup_cap, self.plan.total_steps
+        by_cap = self.config.warmup == "layer" and self.config.scaling == "gain" and self.config.variant == "default"
+        if self._cap_is_logged or not by_cap or cap is None or total is None or self.updates < cap * total:
+            return
+        # The one host synchronisation of a run that stock DeepSpeed does not make.
+        if bool((self.state.warmup >= 1).all()):
+            self._cap_is_logged = True
+            capped = int(self.state.capped.sum())
+            logger.info(
+                "LENA: all warm-ups have ended, those of %d of %d layers by warmup_cap=%g",
+                capped,
+                self.table.count,
+                cap,
+            )
+
+    # -- what users see -----------------------------------------------------------------------------------------------
+
+    def noise_and_signal(self) -> Tensor:
+        """(2, L): debiased noise and signal, not floored; 0 for a layer without averages."""
+        if self.config.variant == "authors-code":
+            return authors_code.averaged_noise_and_signal(self.state.averages, self.n)
+        return algorithm.debiased(self.state.averages, self.state.weight)
+
+    def report(self) -> dict[str, Any]:
+        """See `ds_lena.report`."""
+        state = self.state
+        noise, signal = self.noise_and_signal()
+        all_noise, all_signal = (float(x) for x in algorithm.model_noise_and_signal(noise, signal, state.weight))
+        model_gain = algorithm.model_gain(noise, signal, state.weight, self.n.clamp(min=1), self.k)
+        columns = {
+            "gain": state.gain.tolist(),
+            "factor": algorithm.step_factor(state, self.config).tolist(),
+            "warmup": state.warmup.tolist(),
+            "state": state.progress.tolist(),
+            "noise": noise.tolist(),
+            "signal": signal.tolist(),
+            "noise_scale": [_noise_scale(s, m) for s, m in zip(noise.tolist(), signal.tolist(), strict=True)],
+            "capped": state.capped.tolist(),
+        }
+        layers = {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(self.table.names)}
+        return {
+            "update": self.updates,
+            "n": int(self.n),
+            "base": self.k,
+            "skipped": self.skipped,
+            "nonfinite": int(self.nonfinite),
+            "noise_scale": _noise_scale(all_noise, all_signal),
+            "gain": float(model_gain),
+            "layers": layers,
+        }
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers by layer name, O(L). Holds everything that this object remembers."""
+        vectors = {name: getattr(self.state, name).tolist() for name in _VECTORS}
+        averages = self.state.averages.T.tolist()
+        layers = {
+            name: {"averages": averages[i], **{key: vectors[key][i] for key in _VECTORS}}
+            for i, name in enumerate(self.table.names)
+        }
+        return {
+            "version": STATE_VERSION,
+            "variant": self.config.variant,
+            "update": self.updates,
+            "skipped": self.skipped,
+            "nonfinite": int(self.nonfinite),
+            "n": float(self.n),
+            "done": float(self.done),
+            "planned": None if self.planned is None else float(self.planned),
+            "base_in_micro_batches": self.k,
+            "base_samples": self.base_samples,
+            "total_steps": self.plan.total_steps,
+            "planned_n": self.plan.planned_n,
+            "micro_batch_size": self.plan.micro_batch_size,
+            "layers": layers,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a saved state. Layers are matched by name; unknown ones start fresh, with a warning."""
+        if saved.get("version") != STATE_VERSION:
+            raise StateError(
+                f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads version "
+                f"{STATE_VERSION}. Load it with the ds_lena that wrote it."
+            )
+        if saved["variant"] != self.config.variant:
+            raise StateError(
+                f'LENA: the checkpoint was written with "variant": "{saved["variant"]}", this run has '
+                f'"{self.config.variant}", whose averages are others. Set "variant" as in the checkpoint.'
+            )
+        self.updates, self.skipped = saved["update"], saved["skipped"]
+        self.nonfinite = torch.tensor(saved["nonfinite"], dtype=torch.long, device=self.device)
+        self.n, self.done = self._scalar(saved["n"]), self._scalar(saved["done"])
+        self.planned = None if saved["planned"] is None else self._scalar(saved["planned"])
+        self.k = saved["base_in_micro_batches"]
+        if self.config.base_batch_size is None:
+            self.base_samples = saved["base_samples"]
+        self.plan = Plan(saved["total_steps"], saved["planned_n"], saved["micro_batch_size"])
+        self._just_loaded = True
+        self._load_layers(saved["layers"])
+
+    def _load_layers(self, saved: dict[str, dict[str, Any]]) -> None:
+        missing = [name for name in self.table.names if name not in saved]
+        unused = [name for name in saved if name not in self.table.names]
+        if missing or unused:
+            logger.warning(
+                "LENA: the checkpoint does not fit the model's layers. Not in the checkpoint, start fresh: %s. Not in "
+                'the model, ignored: %s. Was "layer" or "exclude" changed?',
+                missing or "none",
+                unused or "none",
+            )
+        for i, name in enumerate(self.table.names):
+            if name in saved:
+                self.state.averages[:, i] = torch.tensor(saved[name]["averages"], dtype=torch.float64)
+                for key in _VECTORS:
+                    getattr(self.state, key)[i] = saved[name][key]
+
+
+def _noise_scale(noise: float, signal: float) -> float:
+    return noise / signal if signal > 0 else math.inf

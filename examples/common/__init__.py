@@ -1,0 +1,1 @@
+"""What the examples share: texts, token blocks, model sizes, history and its picture."""

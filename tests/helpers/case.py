@@ -1,0 +1,137 @@
+"""A case of the parity suite: one layout and one training run, as data that both sides read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.helpers.model import Batch, ModelOptions, make_batch
+from tests.helpers.reference import Settings
+from tests.helpers.reference import Window as ReferenceWindow
+
+UPDATES = 10
+ONE_STEP = ("no_sync", "coalesce")  # loops where every engine.step() is an update, as DeepSpeed's counter sees it
+LR = {"adamw": 2e-3, "sgd": 2e-2}
+
+
+@dataclass(frozen=True)
+class Window:
+    """One update as planned: the same number and size of micro-batches on every rank."""
+
+    micros: int
+    size: int = 2  # samples in a micro-batch
+    idle: tuple[int, ...] = ()  # micro-batches whose backward is not called
+    poisoned: bool = False  # the loss is made infinite, and the layout skips the update
+
+
+# Which micro-batches use the parameter `sometimes`: (update, rank, micro-batch) -> used.
+USAGE: dict[str, Callable[[int, int, int], bool]] = {
+    "mixed": lambda update, rank, micro: (update + micro) % 3 != 0,
+    "always": lambda update, rank, micro: True,
+    "every other window": lambda update, rank, micro: update % 2 == 0,
+    "later micro-batches": lambda update, rank, micro: micro > 0,
+    "ranks disagree": lambda update, rank, micro: (update + rank) % 3 == 0,
+}
+
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda applied: 1.0,
+    "decaying": lambda applied: 1.0 / (1.0 + 0.3 * applied),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Defaults are the middle of the matrix. Mappings are added to what `keys` and the DeepSpeed config say anyway."""
+
+    name: str
+    world: int = 2
+    stage: int | None = 1  # None: plain PyTorch, DistributedDataParallel where world > 1
+    precision: str = "fp32"  # "fp32", "bf16" or "bf16-fp32" (fp32 accumulation)
+    accumulation: int = 2
+    clipping: float = 0.0
+    base: str = "adamw"
+    layer: str = "tensor"
+    lena: Mapping[str, Any] = field(default_factory=dict)
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    model: ModelOptions = ModelOptions()
+    usage: str = "mixed"
+    schedule: str = "constant"
+    windows: tuple[Window, ...] = ()
+    groups: str = "named"  # "named", "flat" (one list, as the HF Trainer hands over), "unnamed" (the same, no names)
+    optimizer: str = "json"  # "json", "client", or "stock": torch's own rule in place of LENA
+    loop: str = "engine"  # how windows are driven, see the runners
+    evaluate: str = "never"  # or "between updates", "between micro-batches"
+    zero_init: bool = False  # the model is built under deepspeed.zero.Init
+    compiled: bool = False  # the model is wrapped by torch.compile
+    repeat: int = 1  # engines made and run one after the other; the last one counts
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """All LENA keys of the case; warm-ups end during the run, some by the cap."""
+        rule = {"betas": (0.9, 0.99), "eps": 1e-6} if self.base == "adamw" else {"momentum": 0.9, "nesterov": False}
+        warmup = {"warmup": "layer", "warmup_fraction": 0.2, "warmup_cap": 0.4, "total_steps": 2 * UPDATES}
+        common = {"lr": LR[self.base], "base": self.base, "weight_decay": None, "layer": self.layer}
+        if self.optimizer == "stock":
+            warmup |= {"warmup": "none", "scaling": "none"}
+        return common | rule | warmup | dict(self.lena)
+
+    @property
+    def plan(self) -> tuple[Window, ...]:
+        return self.windows or (Window(self.accumulation),) * UPDATES
+
+    @property
+    def settings(self) -> Settings:
+        """The run as the reference must train it."""
+        return Settings(
+            clipping=self.clipping,
+            schedule=SCHEDULES[self.schedule],
+            idle="zeros" if self.stage is not None else "skipped",
+            bf16=self.precision != "fp32",
+        )
+
+    def batch(self, update: int, rank: int, micro: int) -> Batch:
+        used = USAGE[self.usage](update, rank, micro)
+        return make_batch(update, rank, micro, self.plan[update].size, used)
+
+    def reference_windows(self) -> list[ReferenceWindow]:
+        """All ranks' batches of every window, without those whose backward is not called."""
+        return [
+            ReferenceWindow(
+                batches=[
+                    [self.batch(update, rank, micro) for micro in range(window.micros) if micro not in window.idle]
+                    for rank in range(self.world)
+                ],
+                divisor=window.micros,
+                batch_size=window.size,
+                applied=not window.poisoned,
+            )
+            for update, window in enumerate(self.plan)
+        ]
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The DeepSpeed config, its optimizer entry included unless the client brings one."""
+        first = self.plan[0]
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": first.size,
+            "gradient_accumulation_steps": 1 if self.loop in ONE_STEP else first.micros,
+            "gradient_clipping": self.clipping,
+            "steps_per_print": 1_000_000,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": 4000,
+                "allgather_bucket_size": 4000,
+                "stage3_prefetch_bucket_size": 1000,
+                "stage3_param_persistence_threshold": 100,
+            }
+            | dict(self.zero),
+        }
+        if self.precision != "fp32":
+            config["bf16"] = {"enabled": True}
+            config["data_types"] = {"grad_accum_dtype": "bf16" if self.precision == "bf16" else "fp32"}
+        if self.optimizer == "json":
+            config["optimizer"] = {"type": "LENA", "params": self.keys}
+        if self.optimizer == "stock":
+            config["zero_allow_untested_optimizer"] = True
+        return config | dict(self.config)

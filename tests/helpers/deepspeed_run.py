@@ -1,0 +1,144 @@
+"""One case under DeepSpeed, as one rank sees it. Every rank calls `run` with the same case."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from tests.helpers.case import SCHEDULES, Case, Window
+from tests.helpers.groups import parameter_groups, stock_optimizer
+from tests.helpers.model import TinyTransformer, build, initial_weights
+
+Result = dict[str, Any]
+EVERY_MICRO_BATCH = ("engine", "torch backward")  # loops that call engine.step() after each one
+
+
+def run(case: Case) -> Result:
+    """The reports after every update and the fp32 weights at the end."""
+    for _ in range(case.repeat):
+        with _engine(case) as engine:
+            reports = [_update(case, engine, update, window) for update, window in enumerate(case.plan)]
+            params = _masters(case, engine)
+    return {"reports": reports, "params": params}
+
+
+@contextmanager
+def _engine(case: Case) -> Iterator[Any]:
+    model = _model(case)
+    groups = parameter_groups(case, model)
+    optimizer = None
+    if case.optimizer == "client":
+        import ds_lena
+
+        optimizer = ds_lena.LENA(groups, **case.keys)
+    elif case.optimizer == "stock":
+        optimizer = stock_optimizer(case, groups)
+    else:
+        import ds_lena  # noqa: F401  makes "type": "LENA" known
+    scheduler = None
+    if case.schedule != "constant":
+        scheduler = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=SCHEDULES[case.schedule])
+    engine, *_ = deepspeed.initialize(
+        model=torch.compile(model, backend="aot_eager") if case.compiled else model,
+        model_parameters=groups if optimizer is None else None,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=case.deepspeed_config(),
+    )
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+        del engine
+        gc.collect()
+
+
+def _model(case: Case) -> nn.Module:
+    if not case.zero_init:
+        return build(case.model, torch.float32)
+    with deepspeed.zero.Init(config_dict_or_path=case.deepspeed_config()):
+        model = TinyTransformer(case.model)
+    for name, weight in initial_weights(case.model).items():
+        p = model.get_parameter(name)
+        with deepspeed.zero.GatheredParameters(p, modifier_rank=0):
+            if dist.get_rank() == 0:
+                p.data.copy_(weight)
+    return model
+
+
+def _update(case: Case, engine: Any, update: int, window: Window) -> Any:
+    """One window, driven as `case.loop` says; the report after it."""
+    _resize(case, engine, update)
+    if case.evaluate == "between updates":
+        _evaluate(case, engine, update)
+    with engine.coalesce_grad_reduction() if case.loop == "coalesce" else nullcontext():
+        for micro in range(window.micros):
+            if case.evaluate == "between micro-batches":
+                _evaluate(case, engine, update)
+            last = micro == window.micros - 1
+            if case.loop == "boundary":
+                engine.set_gradient_accumulation_boundary(last)
+            with engine.no_sync() if case.loop == "no_sync" and not last else nullcontext():
+                _micro_batch(case, engine, update, micro)
+            if case.loop in EVERY_MICRO_BATCH or (last and case.loop != "coalesce"):
+                engine.step()
+    if case.loop == "coalesce":
+        engine.step()
+    if case.optimizer == "stock":
+        return None
+    import ds_lena
+
+    return ds_lena.report(engine)
+
+
+def _micro_batch(case: Case, engine: Any, update: int, micro: int) -> None:
+    window = case.plan[update]
+    loss = engine(*case.batch(update, dist.get_rank(), micro))
+    if window.poisoned:
+        loss = loss * float("inf")
+    if micro in window.idle:
+        return
+    if case.loop == "torch backward":
+        loss.backward()
+    elif case.loop == "engine":
+        engine.backward(loss)
+    else:
+        engine.backward(loss / window.micros, scale_wrt_gas=False)
+
+
+def _resize(case: Case, engine: Any, update: int) -> None:
+    """Tell DeepSpeed of another batch size before the first window that has it."""
+    now, before = case.plan[update], case.plan[max(update - 1, 0)]
+    if now.size != before.size:
+        engine.set_train_micro_batch_size(now.size)
+    if now.micros != before.micros and case.loop == "engine":
+        engine.set_train_batch_size(now.size * now.micros * case.world)
+
+
+def _evaluate(case: Case, engine: Any, update: int) -> None:
+    engine.eval()
+    with torch.no_grad():
+        engine(*case.batch(update, dist.get_rank(), 50))
+    engine.train()
+
+
+def _masters(case: Case, engine: Any) -> dict[str, Tensor]:
+    """The fp32 weight of every trained parameter, read where the layout keeps it."""
+    module = getattr(engine.module, "_orig_mod", engine.module)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if case.stage == 0 and case.precision != "fp32":
+        pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+        copies = {id(p): master for low, high in pairs for p, master in zip(low, high, strict=True)}
+        return {name: copies[id(p)].detach().clone() for name, p in trained.items()}
+    if case.stage == 0 or case.zero.get("round_robin_gradients"):  # DeepSpeed's map of fragments is wrong there
+        return {name: p.detach().float().clone() for name, p in trained.items()}
+    return {name: safe_get_full_fp32_param(p).detach().clone() for name, p in trained.items()}

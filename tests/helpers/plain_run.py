@@ -1,0 +1,57 @@
+"""One case in plain PyTorch, as one rank sees it: no DeepSpeed, DistributedDataParallel where there are several ranks."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.helpers.case import SCHEDULES, Case
+from tests.helpers.groups import case_groups
+from tests.helpers.model import build
+
+
+def run(case: Case) -> dict[str, Any]:
+    """The reports after every update and the weights at the end."""
+    import ds_lena
+
+    model = build(case.model, torch.float32)
+    wrapped: nn.Module = model
+    if case.world > 1:
+        unused = case.model.spare or case.usage != "always"
+        wrapped = DistributedDataParallel(model, find_unused_parameters=unused)
+    optimizer = ds_lena.LENA(_parameters(case, model, wrapped), **case.keys)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[case.schedule])
+    reports = []
+    for update in range(len(case.plan)):
+        _accumulate(case, wrapped, update)
+        if case.clipping:
+            nn.utils.clip_grad_norm_(model.parameters(), case.clipping)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        reports.append(ds_lena.report(optimizer))
+    params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {"reports": reports, "params": params}
+
+
+def _parameters(case: Case, model: nn.Module, wrapped: nn.Module) -> Any:
+    if case.groups == "unnamed":
+        return [p for p in model.parameters() if p.requires_grad]
+    if case.groups == "flat":
+        return wrapped.named_parameters()  # as a user would write it: prefixes and frozen parameters included
+    return case_groups(case, model)
+
+
+def _accumulate(case: Case, wrapped: nn.Module, update: int) -> None:
+    window = case.plan[update]
+    for micro in range(window.micros):
+        wait = case.loop == "no_sync" and micro < window.micros - 1
+        with wrapped.no_sync() if wait else nullcontext():
+            loss = wrapped(*case.batch(update, dist.get_rank(), micro))
+            if micro not in window.idle:
+                (loss / window.micros).backward()

@@ -1,0 +1,65 @@
+"""The program of one rank: `python -m tests.helpers.ranks FOLDER FIRST` runs the cases of FOLDER from number FIRST on.
+
+Ranks end after a failed case: what it left behind must not reach the next one. `launch.py` starts them again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.helpers.case import Case
+
+FAILED = 3  # exit status after a failed case
+
+
+def result_path(folder: Path, number: int, rank: int) -> Path:
+    return folder / f"case{number}.rank{rank}.pt"
+
+
+def main(folder: Path, first: int) -> int:
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    # Its own group: a collective that a failed case left hanging cannot be mistaken for this one.
+    control = dist.new_group(backend="gloo")
+    cases = pickle.loads((folder / "cases.pkl").read_bytes())
+    for number in range(first, len(cases)):
+        answer = _attempt(cases[number])
+        path = result_path(folder, number, dist.get_rank())
+        torch.save(answer, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+        failures = torch.tensor(float("error" in answer))
+        dist.all_reduce(failures, group=control)
+        if failures:
+            return FAILED
+    return 0
+
+
+def _attempt(case: Case) -> dict[str, Any]:
+    torch.manual_seed(0)
+    try:
+        if case.stage is None:
+            from tests.helpers.plain_run import run
+        else:
+            from tests.helpers.deepspeed_run import run
+        return {"result": run(case)}
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+if __name__ == "__main__":
+    status = main(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # no destructors: an engine of a failed case may wait for its peers for ever

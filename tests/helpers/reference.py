@@ -1,0 +1,183 @@
+"""Training in float64 in one process: all ranks' micro-batches one after the other, the oracle's factors, torch's rules.
+
+The base rule is `torch.optim` itself with one param group per parameter, so that a layer's factor is nothing but that
+group's lr: lr x factor acts in the update and in weight decay, and the rest is torch's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.helpers.oracle import Oracle, complete, layer_of
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one update sees."""
+
+    batches: Sequence[Sequence[tuple[Any, ...]]]  # [rank][backward pass]: arguments of the model
+    divisor: float  # every loss is divided by it before its backward
+    batch_size: int  # samples in a micro-batch
+    applied: bool = True  # False: the layout skips this update
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the layout under test trains, beyond the keys of LENA."""
+
+    clipping: float = 0.0  # largest norm of the averaged gradient, 0 is off
+    schedule: Callable[[int], float] = lambda applied: 1.0  # multiplies every group's lr; updates applied so far
+    idle: str = "zeros"  # a parameter without gradient in a window is stepped with "zeros", or has its step "skipped"
+    bf16: bool = False  # gradients come from a bf16 copy of the float64 masters
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where the run is after one update."""
+
+    params: dict[str, Tensor]
+    moved: dict[str, float]  # norm of this update, per tensor
+    report: dict[str, Any]
+
+
+def train(
+    model: nn.Module,
+    groups: Sequence[Mapping[str, Any]],
+    keys: Mapping[str, Any],
+    windows: Sequence[Window],
+    settings: Settings,
+) -> Iterator[Snapshot]:
+    """Train the float64 `model` (modified in place); `groups` are param groups of (name, parameter) pairs."""
+    keys = complete(keys)
+    twin = _bf16_copy(model) if settings.bf16 else model
+    params = {name: p for group in groups for name, p in group["params"]}
+    layers = {
+        name: layer_of(name, keys["layer"])
+        for group in groups
+        for name, _ in group["params"]
+        if group.get("lena", True) and not _matches(name, keys["exclude"])
+    }
+    oracle = Oracle(_sum_by_layer(layers, {name: p.numel() for name, p in params.items()}), keys)
+    optimizer = _base_rule(groups, keys)
+    applied = 0
+    for window in windows:
+        before = {name: p.detach().clone() for name, p in params.items()}
+        if window.applied:
+            mean, a, b = _measure(twin, params, layers, window)
+            n = sum(len(micros) for micros in window.batches)
+            factors = oracle.update(a, b, n, window.batch_size)
+            by_name = {name: factors[layer] for name, layer in layers.items()}
+            _step(optimizer, params, mean, settings, applied, by_name)
+            applied += 1
+            if settings.bf16:
+                _copy_weights(model, twin)
+        else:
+            oracle.skip()
+        after = {name: p.detach().clone() for name, p in params.items()}
+        moved = {name: float((after[name] - before[name]).norm()) for name in params}
+        yield Snapshot(after, moved, oracle.report())
+
+
+def _measure(
+    twin: nn.Module, params: Mapping[str, Tensor], layers: Mapping[str, str], window: Window
+) -> tuple[Gradients, dict[str, float], dict[str, float]]:
+    """The averaged gradient of every parameter that has one, and A and B per layer."""
+    world = len(window.batches)
+    shares = []  # of every micro-batch in the averaged gradient
+    for micros in window.batches:
+        for batch in micros:
+            gradients = _gradients(twin, params, batch, window.divisor)
+            shares.append({name: gradient / world for name, gradient in gradients.items()})
+    n = len(shares)
+    mean: Gradients = {}
+    for share in shares:
+        for name, gradient in share.items():
+            mean[name] = mean[name] + gradient if name in mean else gradient
+    a = dict.fromkeys(layers.values(), 0.0)
+    for share in shares:
+        for layer, square in _sum_by_layer(layers, _squares(share)).items():
+            a[layer] += n**2 * square / n  # the micro-gradient is n times the share
+    return mean, a, _sum_by_layer(layers, _squares(mean))
+
+
+def _gradients(twin: nn.Module, params: Mapping[str, Tensor], batch: tuple[Any, ...], divisor: float) -> Gradients:
+    twin.zero_grad(set_to_none=True)
+    (twin(*batch) / divisor).backward()
+    found = {name: twin.get_parameter(name).grad for name in params}
+    return {name: gradient.double() for name, gradient in found.items() if gradient is not None}
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    params: Mapping[str, Tensor],
+    mean: Gradients,
+    settings: Settings,
+    applied: int,
+    factors: Mapping[str, float],
+) -> None:
+    norm = sum(_squares(mean).values()) ** 0.5
+    shrink = max(1.0, (norm + 1e-6) / settings.clipping) if settings.clipping else 1.0
+    for name, p in params.items():
+        if name in mean:
+            p.grad = mean[name] / shrink
+        else:
+            p.grad = torch.zeros_like(p) if settings.idle == "zeros" else None
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * settings.schedule(applied) * factors.get(group["name"], 1.0)
+    optimizer.step()
+
+
+def _base_rule(groups: Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> torch.optim.Optimizer:
+    adam = keys["base"] == "adamw"
+    default = keys["weight_decay"] if keys["weight_decay"] is not None else (0.01 if adam else 0.0)
+    single = [
+        {
+            "params": [p],
+            "name": name,
+            "base_lr": group.get("lr", keys["lr"]),
+            "weight_decay": 0.0 if _matches(name, keys["no_decay"]) else group.get("weight_decay", default),
+        }
+        for group in groups
+        for name, p in group["params"]
+    ]
+    if adam:
+        return torch.optim.AdamW(single, betas=tuple(keys["betas"]), eps=keys["eps"])
+    return torch.optim.SGD(single, lr=0.0, momentum=keys["momentum"], nesterov=keys["nesterov"])
+
+
+def _bf16_copy(model: nn.Module) -> nn.Module:
+    """A bf16 copy; the weights of the model itself are rounded once, as masters are made from bf16 weights."""
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    _copy_weights(twin, model)
+    return twin
+
+
+@torch.no_grad()
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    for name, p in source.named_parameters():
+        target.get_parameter(name).copy_(p)
+
+
+def _squares(gradients: Gradients) -> dict[str, float]:
+    return {name: float(gradient.square().sum()) for name, gradient in gradients.items()}
+
+
+def _sum_by_layer(layers: Mapping[str, str], values: Mapping[str, float]) -> dict[str, Any]:
+    totals: dict[str, Any] = dict.fromkeys(layers.values(), 0)
+    for name, value in values.items():
+        if name in layers:
+            totals[layers[name]] += value
+    return totals
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

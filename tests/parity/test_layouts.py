@@ -1,0 +1,67 @@
+"""Where DeepSpeed puts parameters and how it averages gradients must not show in the result."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.case import Case
+from tests.helpers.check import check
+from tests.helpers.make import stages
+from tests.helpers.model import ModelOptions
+
+ALL = (0, 1, 2, 3)
+ZERO = (1, 2, 3)
+REENTRANT, NON_REENTRANT = "reentrant", "non-reentrant"
+
+REDUCTION = [
+    # Stage 1 with overlap_comm loses the gradient of a parameter that the last micro-batch does not use.
+    *stages((1,), "overlap-comm", zero={"overlap_comm": True}, usage="always"),
+    *stages((2, 3), "overlap-comm", zero={"overlap_comm": True}),
+    *stages(ZERO, "no-contiguous-gradients", zero={"contiguous_gradients": False}),
+    *stages(ZERO, "no-reduce-scatter", zero={"reduce_scatter": False}),
+    *stages(ZERO, "small-buckets", zero={"reduce_bucket_size": 300, "allgather_bucket_size": 300}, world=4),
+    *stages((1, 2), "one-bucket-per-rank", zero={"use_multi_rank_bucket_allreduce": False}),
+    *stages((1, 2), "round-robin", zero={"round_robin_gradients": True}, world=4, clipping=0.5),
+    *stages(ALL, "prescale", config={"prescale_gradients": True}, zero={"reduce_scatter": False}),
+    *stages(ALL, "predivide", config={"gradient_predivide_factor": 2.0}, zero={"reduce_scatter": False}, world=4),
+    *stages((1, 2), "no-gradient-norm", zero={"compute_grad_norm": False}),
+    *stages(ZERO, "fp32-communication", config={"communication_data_type": "fp32"}, precision="bf16"),
+]
+
+STAGE_3 = [
+    Case("all-partitioned", stage=3, zero={"stage3_param_persistence_threshold": 0}, world=4),
+    Case("all-persistent", stage=3, zero={"stage3_param_persistence_threshold": 10**9}),
+    Case("sub-groups", stage=3, zero={"sub_group_size": 500}, clipping=0.5),
+    Case("sub-groups-bf16", stage=3, zero={"sub_group_size": 500}, precision="bf16", world=4),
+    Case("zero-init", stage=3, zero_init=True, clipping=0.5),
+    Case("zero-init-bf16", stage=3, zero_init=True, precision="bf16", world=4),
+]
+
+# ZeRO-3 keeps the gradient of an earlier window, or micro-batch, where a parameter gets none in this one.
+STALE = [
+    *stages(ALL, "unused-window", usage="every other window", clipping=0.5),
+    *stages(ALL, "first-used-late", usage="later micro-batches"),
+    Case("unused-window-partitioned", stage=3, usage="every other window", zero={"stage3_param_persistence_threshold": 0}),
+    Case("unused-window-sub-groups", stage=3, usage="every other window", zero={"sub_group_size": 500}, world=4),
+    Case("unused-window-bf16", stage=3, usage="every other window", precision="bf16"),
+    Case("unused-window-one-rank", stage=3, usage="every other window", world=1, accumulation=4),
+]
+
+# At ZeRO 1-3 DeepSpeed itself needs ranks to agree on which parameters got a gradient.
+DISAGREE = [
+    *stages((0,), "ranks-disagree", usage="ranks disagree"),
+    *stages((0,), "ranks-disagree-bf16", usage="ranks disagree", precision="bf16", clipping=0.5),
+]
+
+MODELS = [
+    *stages(ALL, "checkpointing", model=ModelOptions(checkpointing=NON_REENTRANT)),
+    *stages(ALL, "reentrant-checkpointing", model=ModelOptions(checkpointing=REENTRANT)),
+    *stages(ALL, "shared-weight", model=ModelOptions(shared=True)),
+    *stages((0,), "reentrant-shared-weight", model=ModelOptions(checkpointing=REENTRANT, shared=True)),
+    *stages((0, 1, 2), "compiled", compiled=True),
+]
+
+
+@pytest.mark.parametrize("case", REDUCTION + STAGE_3 + STALE + DISAGREE + MODELS, ids=lambda case: case.name)
+def test_layout_does_not_show(case, run_case):
+    check(case, run_case)
