@@ -13,8 +13,11 @@ _ROW = 2048
 _BLOCK = 1 << 18
 
 
-def squared_norm(gradient: Tensor) -> Tensor:
-    """Squared L2 norm, a 0-dim float64 tensor on the gradient's device (sums of squares in float32 or wider)."""
+def add_squared_norm(total: Tensor, gradient: Tensor) -> None:
+    """Add the squared L2 norm of `gradient` to `total`, a 0-dim float64 tensor on its device (modified in place).
+
+    Squares are added up in float32 or wider, norms of rows and tensors in float64.
+    """
     if gradient.layout is not torch.strided:
         raise UnsupportedError(
             f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
@@ -22,14 +25,20 @@ def squared_norm(gradient: Tensor) -> Tensor:
         )
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu" or gradient.numel() <= _ROW:
-        return torch.linalg.vector_norm(gradient, dtype=wide).to(torch.float64).square_()
+        norm = torch.linalg.vector_norm(gradient, dtype=wide)
+        total.addcmul_(norm, norm)
+        return
     flat = gradient.reshape(-1)
-    blocks = (flat,) if flat.dtype == wide else flat.split(_BLOCK)
-    total = torch.zeros((), dtype=torch.float64)
-    for block in blocks:
+    for block in (flat,) if flat.dtype == wide else flat.split(_BLOCK):
         whole = block.numel() // _ROW * _ROW
-        rows = torch.linalg.vector_norm(block[:whole].view(-1, _ROW), dim=1, dtype=wide)
-        total += rows.to(torch.float64).square_().sum()
+        norms = torch.linalg.vector_norm(block[:whole].view(-1, _ROW), dim=1, dtype=wide).to(torch.float64)
+        total.add_(torch.dot(norms, norms))
         if whole < block.numel():
-            total += torch.linalg.vector_norm(block[whole:], dtype=wide).to(torch.float64).square_()
+            add_squared_norm(total, block[whole:])
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Squared L2 norm of `gradient`, a 0-dim float64 tensor on its device."""
+    total = torch.zeros((), dtype=torch.float64, device=gradient.device)
+    add_squared_norm(total, gradient)
     return total

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from .errors import StateError, UnsupportedError
-from .norms import squared_norm
+from .norms import add_squared_norm
 
 
 class Probe:
@@ -77,7 +77,7 @@ class Probe:
         self.last_pass[index] = self.passes
         slot = self._slots[index]
         if slot is not None:
-            slot.add_(squared_norm(gradient.detach()))
+            add_squared_norm(slot, gradient.detach())
 
     def _enter(self, task: int, index: int) -> None:
         """A graph task that was not seen before: a new backward pass, a part of the present one, or none at all."""

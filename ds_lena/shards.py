@@ -6,7 +6,6 @@ What a layout provides (`Host`) is stated here; the layouts are in `plain.py` an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .norms import squared_norm
+from .norms import add_squared_norm
 from .probe import Probe
 from .reduce import Group
 
@@ -115,18 +114,9 @@ def squares_by_layer(
     pieces: Iterable[tuple[int, Tensor]], of_parameter: Sequence[int], layers: int, device: torch.device
 ) -> Tensor:
     """Squared norms of (parameter index, gradient piece) pairs added up by layer, (layers + 1,) float64."""
-    where, squares = [], []
+    total = torch.zeros(layers + 1, dtype=torch.float64, device=device)
+    entries = total.unbind()
     for parameter, piece in pieces:
         if of_parameter[parameter] < layers:
-            where.append(of_parameter[parameter])
-            squares.append(squared_norm(piece))
-    total = torch.zeros(layers + 1, dtype=torch.float64, device=device)
-    if squares:
-        total.index_add_(0, _index(tuple(where), device), torch.stack(squares).to(device))
+            add_squared_norm(entries[of_parameter[parameter]], piece)
     return total
-
-
-@functools.lru_cache(maxsize=64)
-def _index(where: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index tensor, made once: making it anew would copy from the host in every update."""
-    return torch.tensor(where, dtype=torch.long, device=device)

@@ -122,6 +122,13 @@ def refusals(engine: Any) -> Iterator[tuple[bool, str, str]]:
     yield engine.load_universal_checkpoint(), '"load_universal"', "load a checkpoint of the same world size"
     yield engine.is_deepcompile_enabled(), '"deepcompile"', "use engine.compile() without it"
     yield not engine.gradient_average, '"gradient_allreduce_op": "sum"', 'use "mean"'
+    # DeepSpeed 0.19.8 leaves out the multiplication after the reduction there, so the gradient is too small.
+    predivide = engine.gradient_predivide_factor() if engine.postscale_gradients() else 1.0
+    predivide_is_wrong = (
+        engine.zero_optimization_stage() == 3 and predivide != 1.0 and predivide == engine.dp_world_size
+    )
+    what = f'"gradient_predivide_factor": {predivide}, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)'
+    yield predivide_is_wrong, what, "leave it out"
     yield not plain_model, "a model wrapped by DistributedDataParallel", "give DeepSpeed the model itself"
 
 
