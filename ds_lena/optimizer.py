@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from itertools import count
 from typing import Any
 
 import torch
@@ -68,15 +69,13 @@ class LENA(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             check_group(group, self.config)
-        watched = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        for parameter, _ in watched:
-            require_supported(parameter)
-        self._is_left_out = [not group.get("lena", True) for _, group in watched]
-        parameters = [parameter for parameter, _ in watched]
-        given = canonical_names([names[id(p)] for p in parameters]) if names else []
-        self._has_names = bool(given)
-        given = given or [f"param_{i}" for i in range(len(parameters))]
-        self._probe = Probe(parameters, given)
+        everything = [(p, group) for group in self.param_groups for p in group["params"]]
+        self._has_names = bool(names)
+        given = canonical_names([names[id(p)] for p, _ in everything]) if names else map("param_{}".format, count())
+        watched = [(p, group, name) for (p, group), name in zip(everything, given, strict=False) if p.requires_grad]
+        require_supported([p for p, _, _ in watched])
+        self._is_left_out = [not group.get("lena", True) for _, group, _ in watched]
+        self._probe = Probe([p for p, _, _ in watched], [name for _, _, name in watched])
         self._host: Host = PlainHost(
             self._probe,
             self.squares_by_layer,
@@ -87,8 +86,8 @@ class LENA(torch.optim.Optimizer):
         self._proposal: Proposal | None = None
         self._known_rates: dict[float, Sequence[Any]] = {}
         self._lr_at_start = [float(group["lr"]) for group in self.param_groups]
-        self._looked_at_scheduler = False
-        self._bind(given, range(len(parameters)))
+        self._warned_of_scheduler = False
+        self._bind(self._probe.names, range(len(watched)))
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -96,6 +95,11 @@ class LENA(torch.optim.Optimizer):
     def parameters(self) -> list[Tensor]:
         """The parameters that LENA watches, in the order of its groups."""
         return self._probe.parameters
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Their names: the user's, an engine's, or `param_0`, `param_1`, … by their place in the groups."""
+        return self._probe.names
 
     def adopt(self, host: Host, names: Sequence[str], order: Sequence[int]) -> None:
         """Run in other surroundings from now on: an engine calls `begin_update` and `end_update` around `step`.
@@ -155,7 +159,7 @@ class LENA(torch.optim.Optimizer):
     @torch.no_grad()
     def begin_update(self) -> Proposal:
         """Measure, reduce by one all-reduce, and compute this update's factors. Before any clipping by the engine."""
-        self._look_at_scheduler()
+        self.look_at_scheduler()
         measured = self._measure()
         self._proposal = self.tracker.propose(measured, self._plan())
         return self._proposal
@@ -289,12 +293,9 @@ class LENA(torch.optim.Optimizer):
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def _look_at_scheduler(self) -> None:
-        """Warn once of a scheduler that warms up too: at the first update its lr is below the one given."""
-        if self._looked_at_scheduler or self.tracker.updates:
-            return
-        self._looked_at_scheduler = True
-        if self.config.warmup == "none":
+    def look_at_scheduler(self) -> None:
+        """Warn once of a scheduler that warms up too: before the first update its lr is below the one given."""
+        if self._warned_of_scheduler or self.tracker.updates or self.config.warmup == "none":
             return
         for start, group in zip(self._lr_at_start, self.param_groups, strict=False):
             now = group["lr"]
@@ -305,6 +306,7 @@ class LENA(torch.optim.Optimizer):
                     now,
                     start,
                 )
+                self._warned_of_scheduler = True
                 return
 
     _step_supports_amp_scaling = True  # makes torch.amp.GradScaler show itself, see below

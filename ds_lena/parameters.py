@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,19 @@ def split_names(params: Iterable[Any]) -> tuple[list[Any], dict[int, str]]:
     return groups, names
 
 
-def require_supported(parameter: Tensor) -> None:
-    """Raise `UnsupportedError` for a parameter of a form or type for which LENA would not be exact."""
+def require_supported(parameters: Sequence[Tensor]) -> None:
+    """Raise `UnsupportedError` for parameters of a form, type or place for which LENA would not be exact."""
+    for parameter in parameters:
+        _require_form(parameter)
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"LENA: the parameters lie on {len(devices)} devices: {', '.join(devices)}. Supported is one device a "
+            "process; use DeepSpeed ZeRO to spread a model."
+        )
+
+
+def _require_form(parameter: Tensor) -> None:
     shard = None
     if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
         shard = "DTensor (FSDP2, or torch's tensor parallelism)"

@@ -18,7 +18,7 @@ from typing import Any
 from common.blocks import Corpus, DataArguments, collate, prepare
 from common.checkpoints import find_checkpoint
 from common.errors import InputError
-from common.history import History, finite, trains_with_lena, write_whole
+from common.history import History, finite, optimizer_name, write_whole
 from common.models import ModelArguments, build_gpt2
 from common.plot import draw
 from common.summary import layer_table, loss_lines, losses
@@ -89,24 +89,23 @@ def blocks_per_update(args: TrainingArguments) -> int:
 def conclude(trainer: Trainer, history: list[dict[str, Any]], corpus: Corpus) -> None:
     """Print the losses and the layers, and write ``results.json`` and ``training.png``."""
     args, output_dir = trainer.args, Path(str(trainer.args.output_dir))
-    parameters = get_model_param_count(trainer.model)
-    compared = losses(history, corpus.unigram_loss)
     results = {
-        "update": trainer.state.global_step,
-        "parameters": parameters,
-        "ranks": args.world_size,
-        "blocks_per_update": blocks_per_update(args),
-        "sequence_length": len(corpus.train[0]["input_ids"]),
+        "optimizer": optimizer_name(args),
         "learning_rate": args.learning_rate,
-        "losses": compared,
+        "parameters": get_model_param_count(trainer.model),
+        "ranks": args.world_size,
+        "updates": trainer.state.global_step,
+        "tokens_per_update": blocks_per_update(args) * len(corpus.train[0]["input_ids"]),
+        "losses": losses(history, corpus.unigram_loss),
     }
-    if trains_with_lena(args):
+    if results["optimizer"] == "LENA":
         results["lena"] = ds_lena.report(trainer)
         print(f"\n{layer_table(results['lena'])}")
-    print(f"\n{loss_lines(compared)}")
+    print(f"\n{loss_lines(results['losses'])}")
     write_whole(output_dir / "results.json", json.dumps(finite(results), indent=2) + "\n")
     title = (
-        f"GPT-2, {parameters / 1e6:.1f} M parameters, {blocks_per_update(args)} blocks per update"
+        f"GPT-2 of {results['parameters'] / 1e6:.1f} M parameters with {results['optimizer']}, "
+        f"{results['tokens_per_update']:,} tokens per update"
     )
     draw(history, corpus.unigram_loss, title, output_dir / "training.png")
     print(f"\nin {output_dir}: training.png, history.jsonl, results.json, the model")

@@ -64,6 +64,17 @@ def wrap_model_step(engine: Any, before: Callable[[], object], after: Callable[[
     engine._take_model_step = take_model_step
 
 
+def after_scheduler(engine: Any, action: Callable[[], None]) -> None:
+    """Call `action()` once, right after the engine has made its learning-rate scheduler, still in `initialize`."""
+    original = engine._configure_lr_scheduler
+
+    def configure(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        action()
+
+    engine._configure_lr_scheduler = configure
+
+
 def wrap_destroy(engine: Any, before: Callable[[], None]) -> None:
     """Call `before()` when the engine is destroyed."""
     original = engine.destroy
@@ -81,10 +92,8 @@ def basic_optimizer(engine: Any) -> Any:
 
 
 def scheduler_total_steps(engine: Any) -> int | None:
-    """`total_num_steps` of the scheduler in the JSON, or of a DeepSpeed scheduler object given to `initialize`."""
-    value = (engine.scheduler_params() or {}).get("total_num_steps")
-    if value is None:
-        value = getattr(engine.client_lr_scheduler, "total_num_steps", None)
+    """`total_num_steps` of DeepSpeed's scheduler, whether made from the JSON or given to `initialize`."""
+    value = getattr(engine.lr_scheduler, "total_num_steps", None)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

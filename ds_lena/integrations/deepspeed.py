@@ -76,18 +76,24 @@ def attach(engine: Any, lena: LENA) -> None:
         StateError: DeepSpeed's layout is not what this version of ds_lena understands.
     """
     host = EngineHost(engine, lena)
-    _check_config(host, lena)
-    names, order = _names(engine.module, lena.parameters)
-    _claim(engine, lena.parameters, names)
+    _check_micro_batch_size(host, lena)
+    names, order = _names(engine.module, lena)
     host.check_layout(names)
+    _claim(engine, lena.parameters, names)
     lena.adopt(host, names, order)
     private.wrap_model_step(engine, before=lena.begin_update, after=lena.end_update)
     private.wrap_destroy(engine, before=lambda: _release(engine, lena))
+    private.after_scheduler(engine, lambda: _check_schedule(engine, host, lena))
 
 
-def _check_config(host: EngineHost, lena: LENA) -> None:
+def _check_schedule(engine: Any, host: EngineHost, lena: LENA) -> None:
     if lena.config.warmup != "none" and lena.config.total_steps is None and host.total_steps() is None:
+        _release(engine, lena)
         raise unknown_total_steps()
+    lena.look_at_scheduler()
+
+
+def _check_micro_batch_size(host: EngineHost, lena: LENA) -> None:
     given, actual = lena.config.micro_batch_size, host.micro_batch_size()
     if given is not None and given != actual:
         raise ConfigError(
@@ -96,17 +102,17 @@ def _check_config(host: EngineHost, lena: LENA) -> None:
         )
 
 
-def _names(model: torch.nn.Module, parameters: list[Tensor]) -> tuple[list[str], list[int]]:
+def _names(model: torch.nn.Module, lena: LENA) -> tuple[list[str], list[int]]:
     """Names of the parameters in the model, and their indices in the model's order (unknown ones last)."""
-    index = {id(parameter): i for i, parameter in enumerate(parameters)}
-    names = [f"param_{i}" for i in range(len(parameters))]
+    index = {id(parameter): i for i, parameter in enumerate(lena.parameters)}
+    names = list(lena.parameter_names)
     order = []
     for name, parameter in named_parameters(model):
         if id(parameter) in index:
             names[index[id(parameter)]] = name
             order.append(index[id(parameter)])
     known = set(order)
-    return names, order + [i for i in range(len(parameters)) if i not in known]
+    return names, order + [i for i in range(len(names)) if i not in known]
 
 
 def _claim(engine: Any, parameters: list[Tensor], names: list[str]) -> None:

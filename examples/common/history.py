@@ -60,7 +60,7 @@ class History(TrainerCallback):
             return
         record: dict[str, Any] = {"update": state.global_step}
         record |= {key: logs[key] for key in _LOGGED if key in logs}
-        if trains_with_lena(args) and "loss" in logs:
+        if optimizer_name(args) == "LENA" and "loss" in logs:
             record["lena"] = ds_lena.report(self._trainer)
         record = finite(record)
         self.records.append(record)
@@ -84,10 +84,11 @@ class History(TrainerCallback):
         return f"{line}  {left // 60:.0f} min {left % 60:02.0f} s left"
 
 
-def trains_with_lena(args: TrainingArguments) -> bool:
-    """Whether there is a DeepSpeed config and it asks for LENA."""
+def optimizer_name(args: TrainingArguments) -> str:
+    """The optimizer that the DeepSpeed config asks for, the Trainer's where it asks for none."""
     deepspeed = getattr(args, "hf_deepspeed_config", None)
-    return deepspeed is not None and deepspeed.get_value("optimizer.type") == "LENA"
+    asked = deepspeed.get_value("optimizer.type") if deepspeed else None
+    return asked or str(args.optim)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

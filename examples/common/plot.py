@@ -25,7 +25,6 @@ KINDS = {
     "other": (("*",), "#6B5B95"),
 }
 _INK, _FAINT = "#222222", "#6F6F6F"
-_LABEL = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
 
 
 def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
@@ -84,25 +83,15 @@ def _gains(axes: Axes, reports: Reports) -> None:
     updates, last = [update for update, _ in reports], reports[-1][1]
     axes.plot(updates, [report["gain"] for _, report in reports], color=_INK, linewidth=3, zorder=4)
     largest = max(last["n"] / last["base"], 1)
-    for gain, rule in ((largest, "linear scaling"), (largest**0.5, "square-root scaling")):
+    for gain, rule in ((largest, "linear"), (largest**0.5, "sqrt")):
         axes.axhline(gain, color=_FAINT, linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
-        axes.text(
-            updates[-1],
-            gain,
-            rule,
-            ha="right",
-            va="center",
-            fontsize=8.5,
-            color=_FAINT,
-            bbox=_LABEL,
-            zorder=5,
-        )
-    axes.set_xlim(left=0)
+        axes.annotate(rule, (1.01, gain), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=_FAINT)
+    axes.set_xlim(0, 1.01 * updates[-1])
     axes.set_yscale("log", base=2)
     axes.set_ylim(0.93, largest * 1.3)
     axes.yaxis.set_major_locator(FixedLocator([2.0**i for i in range(int(largest).bit_length())]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    _dress(axes, f"gain of each layer, n = {last['n']}")
+    _dress(axes, f"gain of each layer, n = {last['n']} micro-batches averaged")
     axes.tick_params(labelbottom=False)
     shown = {_kind(name) for name in last["layers"]}
     handles = [Line2D([], [], color=_INK, linewidth=3, label="whole model")]
@@ -110,7 +99,7 @@ def _gains(axes: Axes, reports: Reports) -> None:
         if kind in shown:
             handles.append(Line2D([], [], color=colour, linewidth=2, label=kind))
     axes.legend(
-        handles=handles, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
+        handles=handles, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.06, 0.5)
     )
 
 

@@ -35,6 +35,7 @@ KEYS: dict[str, Any] = {
     "max_factor": None,
     "smoothing": None,
     "base_batch_size": None,
+    "micro_batch_size": None,  # plain PyTorch only; the reference is told the size of every window
     "warmup": "layer",
     "warmup_fraction": 0.05,
     "warmup_cap": 0.25,

@@ -12,7 +12,7 @@ ALL = (0, 1, 2, 3)
 ZERO = (1, 2, 3)
 
 SHORT = windows(3, 3, 1, 3, 3, 2, 3, 3, 1, 3)
-RESIZED = windows(2, 2, 2, 4, 4, 4, 4, 1, 1, 2)
+RESIZED = windows(2, 2, 4, 4, 4, 1, 1, 2, 2, 2)  # DeepSpeed counts all micro-batches modulo the new number
 LARGER = windows(2, 2, 2, 2) + windows(2, 2, 2, size=4) + windows(2, 2, 2, size=1)
 IDLE = tuple(Window(3, idle=(1,) if update % 4 == 1 else ()) for update in range(UPDATES))
 POISONED = tuple(Window(2, poisoned=update in (0, 4, 5)) for update in range(UPDATES))

@@ -1,0 +1,162 @@
+"""Two contestants take turns, so that whatever the machine does meanwhile meets both; how long each phase took.
+
+A contestant is a function that trains for one update and calls `lap(phase)` at the end of each phase. A phase may come
+more than once, as backward passes do, and is added up.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Lap = Callable[[str], None]
+Update = Callable[[Lap], None]
+Samples = dict[str, dict[str, list[float]]]
+"""Contestant -> phase -> seconds. Entry i of "lena" and of "adamw" were measured one right after the other."""
+
+WARMUP_UPDATES = 3  # the states are allocated, and ZeRO-3 has recorded in which order modules run
+MIN_PAIRS = 3
+
+
+def warm_up(contestants: Mapping[str, Update]) -> None:
+    """A few updates that are not measured."""
+    for _ in range(WARMUP_UPDATES):
+        for update in contestants.values():
+            update(_ignore)
+
+
+def measure(
+    contestants: Mapping[str, Update],
+    seconds: float,
+    wait: Callable[[], None],
+    runs_ahead: bool,
+    meet: Callable[[bool], bool] = bool,
+) -> Samples:
+    """Time the contestants in turn for about `seconds`: every phase, and the whole as phase "update".
+
+    Args:
+        wait: returns once the device is idle.
+        runs_ahead: the host queues work for the device. Then waiting after each phase makes an update slower than it is,
+            so wholes and phases are measured in pairs of their own, each for half of the time.
+        meet: called by all ranks before each update: waits for the others, and is true if all of them passed true.
+    """
+    if runs_ahead:
+        wholes = _alternate(contestants, seconds / 2, lambda update: _time_whole(update, wait), meet)
+        phases = _alternate(contestants, seconds / 2, lambda update: _time_phases(update, wait), meet)
+    else:
+        phases = _alternate(contestants, seconds, lambda update: _time_phases(update, wait), meet)
+        wholes = {name: {"update": _sums(phases[name])} for name in contestants}
+    return {name: wholes[name] | phases[name] for name in contestants}
+
+
+def compare(samples: Samples) -> dict[str, dict[str, Any]]:
+    """By phase: medians in seconds, LENA's time as a multiple of AdamW's, and the seconds that LENA adds."""
+    return {phase: _compare(samples["lena"][phase], samples["adamw"][phase]) for phase in samples["lena"]}
+
+
+def count_syncs(update: Update) -> dict[str, int]:
+    """By phase: how often the host waited for the GPU, as far as CUDA's sync debug mode notices."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+
+        def lap(phase: str) -> None:
+            counts[phase] += sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+            caught.clear()
+
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            update(lap)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return dict(counts)
+
+
+def _alternate(
+    contestants: Mapping[str, Update],
+    seconds: float,
+    time_one: Callable[[Update], Mapping[str, float]],
+    meet: Callable[[bool], bool],
+) -> Samples:
+    """Pairs A B, B A, A B, …, so that neither contestant always comes first."""
+    samples: Samples = {name: defaultdict(list) for name in contestants}
+    order = list(contestants)
+    pairs, deadline = 0, time.monotonic() + seconds
+    with _no_garbage_collection():
+        while meet(pairs < MIN_PAIRS or time.monotonic() < deadline):
+            for name in order:
+                meet(True)
+                for phase, taken in time_one(contestants[name]).items():
+                    samples[name][phase].append(taken)
+            order.reverse()
+            pairs += 1
+    return samples
+
+
+def _time_whole(update: Update, wait: Callable[[], None]) -> dict[str, float]:
+    wait()
+    begin = time.perf_counter()
+    update(_ignore)
+    wait()
+    return {"update": time.perf_counter() - begin}
+
+
+def _time_phases(update: Update, wait: Callable[[], None]) -> dict[str, float]:
+    seconds: defaultdict[str, float] = defaultdict(float)
+    wait()
+    last = time.perf_counter()
+
+    def lap(phase: str) -> None:
+        nonlocal last
+        wait()
+        now = time.perf_counter()
+        seconds[phase] += now - last
+        last = now
+
+    update(lap)
+    return seconds
+
+
+def _ignore(phase: str) -> None:
+    pass
+
+
+def _sums(phases: Mapping[str, list[float]]) -> list[float]:
+    return [sum(parts) for parts in zip(*phases.values(), strict=True)]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As timeit does."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _compare(lena: list[float], adamw: list[float]) -> dict[str, Any]:
+    pairs = list(zip(lena, adamw, strict=True))
+    return {
+        "pairs": len(pairs),
+        "lena": statistics.median(lena),
+        "adamw": statistics.median(adamw),
+        "ratio_of_medians": statistics.median(lena) / statistics.median(adamw),
+        "ratio_of_minima": min(lena) / min(adamw),
+        "paired_ratio": _quartiles([a / b for a, b in pairs]),
+        "added": _quartiles([a - b for a, b in pairs]),
+    }
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"q1": low, "median": middle, "q3": high}

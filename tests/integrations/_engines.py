@@ -1,0 +1,130 @@
+"""A small model, DeepSpeed engines around it, and training loops. All of it runs on the ranks; nothing here asserts."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LENA = {"lr": 1e-2, "total_steps": 20, "smoothing": 0.5}
+"""Keys of the optimizer entry unless a test says otherwise; quick averages, so that gains move from the first update."""
+
+MICRO_BATCH = 2
+ACCUMULATION = 2
+
+
+class Net(nn.Module):
+    """`net(x, y)` is the loss of two towers that share nothing, so that one of them can be given a bad input."""
+
+    def __init__(self, seed: int = 0, width: int = 8, depth: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.left, self.right = _tower(width, depth), _tower(width, depth)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = (value.to(self.left[0].weight.dtype) for value in (x, y))
+        return (self.left(x) ** 2).mean() + ((self.right(y) - 1) ** 2).mean()
+
+
+def _tower(width: int, depth: int) -> nn.Sequential:
+    inner = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), *inner, nn.Linear(width, 3))
+
+
+def batch(update: int, micro: int) -> tuple[Tensor, Tensor]:
+    """Decided by its place in the run and by the rank alone."""
+    generator = torch.Generator().manual_seed(1 + 1000 * update + 10 * micro + torch.distributed.get_rank())
+    return torch.randn(MICRO_BATCH, 4, generator=generator), torch.randn(MICRO_BATCH, 4, generator=generator)
+
+
+def config(stage: int, precision: str = "fp32", lena: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration with LENA; `precision` is fp32, bf16 or bf16-fp32 (fp32 accumulation)."""
+    entries: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1_000_000,
+        "zero_optimization": {"stage": stage} | more.pop("zero", {}),
+        "optimizer": {"type": "LENA", "params": LENA | (lena or {})},
+    }
+    if precision != "fp32":
+        entries["bf16"] = {"enabled": True}
+        entries["data_types"] = {"grad_accum_dtype": "bf16" if precision == "bf16" else "fp32"}
+    return entries | more
+
+
+def without_optimizer(entries: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The same configuration for a client optimizer."""
+    return {key: value for key, value in entries.items() if key != "optimizer"} | more
+
+
+@contextmanager
+def engine(entries: dict[str, Any], model: nn.Module | None = None, **initialize: Any) -> Iterator[Any]:
+    """An engine that is destroyed at the end."""
+    import deepspeed
+
+    import ds_lena  # noqa: F401  makes "type": "LENA" known
+
+    made, *_ = deepspeed.initialize(model=Net() if model is None else model, config=entries, **initialize)
+    try:
+        yield made
+    finally:
+        made.destroy()
+        del made
+        gc.collect()
+
+
+@contextmanager
+def stock_engine(entries: dict[str, Any], model: nn.Module | None = None) -> Iterator[Any]:
+    """The same engine with torch's AdamW."""
+    model = Net() if model is None else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LENA["lr"])
+    with engine(without_optimizer(entries), model, optimizer=optimizer) as made:
+        yield made
+
+
+def train(
+    engine: Any, updates: Sequence[int], micros: Sequence[int] = (ACCUMULATION,), poisoned: Sequence[int] = ()
+) -> None:
+    """Run the updates with these numbers; update i has `micros[i % len(micros)]` micro-batches.
+
+    `poisoned`: updates in which rank 1 gives the right tower an infinite input.
+    """
+    for update in updates:
+        last = micros[update % len(micros)] - 1
+        for micro in range(last + 1):
+            x, y = batch(update, micro)
+            if update in poisoned and torch.distributed.get_rank() == 1:
+                y = y + float("inf")
+            engine.set_gradient_accumulation_boundary(micro == last)
+            engine.backward(engine(x, y))
+            engine.step()
+
+
+def moved(engine: Any) -> list[Tensor]:
+    """All that an update changes on this rank: the model's weights, the fp32 weights, and the base rule's state."""
+    weights = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in engine.module.parameters()]
+    tensors = [w.detach().clone() for w in weights]
+    for master, state in engine.basic_optimizer.state.items():
+        tensors += [master.detach().clone(), *(value.clone() for value in state.values() if torch.is_tensor(value))]
+    return tensors
+
+
+@contextmanager
+def said(logger: str = "ds_lena", level: int = logging.WARNING) -> Iterator[list[str]]:
+    """The messages that were logged meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    source = logging.getLogger(logger)
+    source.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        source.removeHandler(handler)

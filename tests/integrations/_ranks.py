@@ -1,0 +1,147 @@
+"""Two gloo ranks that live as long as the test session, since starting a DeepSpeed process costs seconds.
+
+`ranks.run(function, …)` calls a function of a module on every rank and returns what each of them returned.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+WORLD = 2
+PATIENCE = 90.0  # seconds for one function
+GRACE = 15.0  # for the other ranks, once one of them has failed
+STACKS_AFTER = PATIENCE - 5.0  # when a rank that still runs writes where it is into its log
+
+
+class Ranks:
+    """A failure on any rank fails the test, and costs a restart: what it left behind must not reach the next test."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes: list[BaseProcess] = []
+        self._channels: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> list[Any]:
+        """The results of `function(*arguments, **keywords)` in the order of ranks."""
+        if not self._processes:
+            self._start()
+        for channel in self._channels:
+            channel.send_bytes(pickle.dumps((function, arguments, keywords)))
+        answers = self._answers()
+        failures = [f"--- rank {rank} ---\n{text}" for rank, (failed, text) in enumerate(answers) if failed]
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join([f"{function.__name__} failed on {len(failures)} rank(s)", *failures]))
+        return [result for _, result in answers]
+
+    def stop(self) -> None:
+        """End the ranks; the next `run` starts new ones."""
+        for channel in self._channels:
+            channel.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._channels = [], []
+
+    def _start(self) -> None:
+        port = free_port()
+        context = multiprocessing.get_context("spawn")
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, port, self._log(rank)), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._channels.append(ours)
+
+    def _answers(self) -> list[tuple[bool, Any]]:
+        answers: list[tuple[bool, Any]] = []
+        deadline = time.monotonic() + PATIENCE
+        waiting = dict(enumerate(self._channels))
+        received: dict[int, tuple[bool, Any]] = {}
+        while waiting and time.monotonic() < deadline:
+            for rank, channel in list(waiting.items()):
+                if not channel.poll(0.01):
+                    continue
+                try:
+                    received[rank] = pickle.loads(channel.recv_bytes())
+                except EOFError:
+                    received[rank] = (True, f"died; the end of its log:\n{self._end_of_log(rank)}")
+                del waiting[rank]
+                if received[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        for rank in range(WORLD):
+            answers.append(received.get(rank) or (True, f"hung; the end of its log:\n{self._end_of_log(rank)}"))
+        return answers
+
+    def _log(self, rank: int) -> str:
+        return str(self._folder / f"rank{rank}.log")
+
+    def _end_of_log(self, rank: int) -> str:
+        return Path(self._log(rank)).read_text(errors="replace")[-4000:]
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher tells a rank, for ranks on this machine's CPU."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(channel: Connection, rank: int, port: int, log: str) -> None:
+    """The program of one rank."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(rank_environment(rank, WORLD, port))
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+    while True:
+        try:
+            function, arguments, keywords = pickle.loads(channel.recv_bytes())
+        except EOFError:
+            os._exit(0)  # no destructors: an engine of a failed test may wait for its peers for ever
+        channel.send_bytes(pickle.dumps(_attempt(function, arguments, keywords)))
+
+
+def _attempt(function: Callable[..., Any], arguments: Any, keywords: Any) -> tuple[bool, Any]:
+    import torch
+
+    torch.manual_seed(0)
+    faulthandler.dump_traceback_later(STACKS_AFTER, file=sys.__stderr__)
+    try:
+        return False, function(*arguments, **keywords)
+    except Exception:
+        return True, traceback.format_exc()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        gc.collect()

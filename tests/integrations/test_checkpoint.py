@@ -1,0 +1,212 @@
+"""Saving and loading through DeepSpeed: a resumed run is the unbroken run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integrations._engines import Net, config, engine, moved, said, stock_engine, train
+from tests.integrations._ranks import Ranks
+
+SAVED_AFTER, UPDATES = 3, 8  # the cap ends the warm-ups after update 5 of the 20 that are planned
+PRECISIONS = ("fp32", "bf16", "bf16-fp32")
+LAYOUTS = [(stage, precision) for stage in range(4) for precision in PRECISIONS if (stage, precision) != (0, "bf16-fp32")]
+SHORT_LAST = (2, 2, 1)  # micro-batches: every third window is short, the one before the checkpoint too
+DECAY = {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0.01, "warmup_max_lr": 0.01, "total_num_steps": 20}}
+
+
+def resume(
+    folder: str, stage: int, precision: str, lena: dict[str, Any], micros: tuple[int, ...] = (2,), **more: Any
+) -> dict[str, Any]:
+    """Train with a checkpoint on the way, load it into other weights, and train the rest again."""
+    import ds_lena
+
+    entries = config(stage, precision, lena, **more)
+    with engine(entries) as unbroken:
+        train(unbroken, range(SAVED_AFTER), micros)
+        saved = ds_lena.report(unbroken)
+        unbroken.save_checkpoint(folder)
+        train(unbroken, range(SAVED_AFTER, UPDATES), micros)
+        end, weights = ds_lena.report(unbroken), moved(unbroken)
+    with engine(entries, Net(seed=1)) as resumed:
+        resumed.load_checkpoint(folder)
+        loaded = ds_lena.report(resumed)
+        train(resumed, range(SAVED_AFTER, UPDATES), micros)
+        same = [torch.equal(a, b) for a, b in zip(weights, moved(resumed), strict=True)]
+        return {"saved": saved, "loaded": loaded, "end": end, "resumed end": ds_lena.report(resumed), "same": same}
+
+
+def is_the_unbroken_run(result: dict[str, Any]) -> bool:
+    assert result["loaded"] == result["saved"]
+    assert result["resumed end"] == result["end"]
+    assert result["end"]["update"] == UPDATES
+    return all(result["same"])
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_a_resumed_run_is_the_unbroken_run(
+    ranks: Ranks, tmp_path: Path, stage: int, precision: str, base: str
+) -> None:
+    for result in ranks.run(resume, str(tmp_path), stage, precision, {"base": base}):
+        warming_up = [layer["warmup"] < 1 for layer in result["saved"]["layers"].values()]
+        assert any(warming_up) and not any(layer["warmup"] < 1 for layer in result["end"]["layers"].values())
+        assert is_the_unbroken_run(result)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_it_is_also_after_a_window_with_fewer_micro_batches(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    for result in ranks.run(resume, str(tmp_path), stage, "fp32", {}, SHORT_LAST):
+        assert (result["saved"]["n"], result["end"]["n"]) == (2, 4)
+        assert is_the_unbroken_run(result)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_it_is_also_with_a_scheduler_that_knows_the_length_of_the_run(
+    ranks: Ranks, tmp_path: Path, stage: int
+) -> None:
+    for result in ranks.run(resume, str(tmp_path), stage, "fp32", {"total_steps": None}, scheduler=DECAY):
+        assert is_the_unbroken_run(result)
+
+
+@pytest.mark.parametrize("layer", ["module", "block", "model"])
+def test_it_is_also_with_larger_layers(ranks: Ranks, tmp_path: Path, layer: str) -> None:
+    for result in ranks.run(resume, str(tmp_path), 2, "fp32", {"layer": layer}):
+        assert is_the_unbroken_run(result)
+
+
+def test_it_is_also_with_the_authors_variant(ranks: Ranks, tmp_path: Path) -> None:
+    for result in ranks.run(resume, str(tmp_path), 2, "fp32", {"variant": "authors-code", "smoothing": None}):
+        assert is_the_unbroken_run(result)
+
+
+def save(folder: str, stage: int, width: int, depth: int) -> list[str]:
+    """The layer names of a model whose checkpoint is written to `folder`."""
+    import ds_lena
+
+    with engine(config(stage), Net(width=width, depth=depth)) as made:
+        train(made, range(1))
+        made.save_checkpoint(folder)
+        return list(ds_lena.report(made)["layers"])
+
+
+def lena_entries(folder: Path) -> list[Any]:
+    """Everything that stands under "lena" in the files of a checkpoint."""
+    found = []
+
+    def search(value: Any) -> None:
+        if isinstance(value, dict):
+            found.extend(inside for key, inside in value.items() if key == "lena")
+            for inside in value.values():
+                search(inside)
+        elif isinstance(value, (list, tuple)):
+            for inside in value:
+                search(inside)
+
+    for path in folder.rglob("*.pt"):
+        search(torch.load(path, weights_only=False, map_location="cpu"))
+    return found
+
+
+def numbers_in(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(numbers_in(inside) for inside in value.values())
+    if isinstance(value, list):
+        return sum(numbers_in(inside) for inside in value)
+    return 1
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_lenas_part_is_plain_numbers_by_layer_name(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    names = ranks.run(save, str(tmp_path), stage, width=8, depth=1)[0]
+    entries = lena_entries(tmp_path)
+    assert len(entries) == (1 if stage == 0 else 2), "one in every file that holds optimizer state"
+    for entry in entries:
+        assert list(entry["layers"]) == names
+        assert json.loads(json.dumps(entry)) == entry
+
+
+def test_its_size_grows_with_the_number_of_layers_and_not_with_theirs(ranks: Ranks, tmp_path: Path) -> None:
+    count = {}
+    for width, depth in [(8, 1), (64, 1), (8, 4)]:
+        folder = tmp_path / f"{width}x{depth}"
+        layers = len(ranks.run(save, str(folder), 2, width=width, depth=depth)[0])
+        count[width, depth] = (layers, numbers_in(lena_entries(folder)[0]))
+    assert count[64, 1] == count[8, 1]
+    assert all(numbers <= 10 * layers + 20 for layers, numbers in count.values())
+
+
+def load_a_checkpoint_of_adamw(folder: str, stage: int) -> tuple[list[str], int, int, bool]:
+    """What was said, LENA's updates after loading and after training on, and whether the weights were loaded."""
+    import ds_lena
+
+    with stock_engine(config(stage)) as other:
+        train(other, range(2))
+        other.save_checkpoint(folder)
+        weights = moved(other)
+    with engine(config(stage), Net(seed=1)) as made, said() as messages:
+        made.load_checkpoint(folder)
+        fresh = ds_lena.report(made)["update"]
+        same = all(torch.equal(a, b) for a, b in zip(weights, moved(made), strict=True))
+        train(made, range(2))
+        return messages, fresh, ds_lena.report(made)["update"], same
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_checkpoint_of_adamw_keeps_its_moments_and_starts_lena_fresh(
+    ranks: Ranks, tmp_path: Path, stage: int
+) -> None:
+    for messages, fresh, after, same in ranks.run(load_a_checkpoint_of_adamw, str(tmp_path), stage):
+        assert ["no LENA state" in message for message in messages] == [True]
+        assert (fresh, after) == (0, 2)
+        assert same
+
+
+def load_with(folder: str, saved: dict[str, Any], loaded: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """What was said when a checkpoint of other keys was loaded, and the report then."""
+    import ds_lena
+
+    with engine(config(2, lena=saved)) as before:
+        train(before, range(SAVED_AFTER))
+        before.save_checkpoint(folder)
+    with engine(config(2, lena=loaded), Net(seed=1)) as after, said() as messages:
+        after.load_checkpoint(folder)
+        report = ds_lena.report(after)
+        train(after, range(1))
+        return messages, report
+
+
+def test_another_kind_of_layer_warns_and_starts_fresh(ranks: Ranks, tmp_path: Path) -> None:
+    for messages, report in ranks.run(load_with, str(tmp_path), {"layer": "tensor"}, {"layer": "module"}):
+        assert len(messages) == 1 and 'Was "layer" or "exclude" changed?' in messages[0]
+        assert "left.0.weight" in messages[0], "what was saved and is not used"
+        assert all(layer["state"] == 0 and layer["gain"] == 1 for layer in report["layers"].values())
+
+
+def test_a_newly_excluded_parameter_warns_and_the_others_go_on(ranks: Ranks, tmp_path: Path) -> None:
+    for messages, report in ranks.run(load_with, str(tmp_path), {}, {"exclude": ["left.0.bias"]}):
+        assert len(messages) == 1 and "left.0.bias" in messages[0]
+        assert all(layer["state"] > 0 for layer in report["layers"].values())
+
+
+def load_of_another_variant(folder: str) -> str:
+    from ds_lena import StateError
+
+    with engine(config(2)) as before:
+        train(before, range(1))
+        before.save_checkpoint(folder)
+    with engine(config(2, lena={"variant": "authors-code", "smoothing": None})) as after:
+        try:
+            after.load_checkpoint(folder)
+        except StateError as error:
+            return str(error)
+    return "loaded"
+
+
+def test_a_checkpoint_of_another_variant_is_refused_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    for message in ranks.run(load_of_another_variant, str(tmp_path)):
+        assert '"variant": "default"' in message and '"authors-code"' in message
