@@ -1,8 +1,8 @@
 """The two optimizers without DeepSpeed: one process, fp32, both move the same weights.
 
-The backward pass that is timed computes nothing: it adds ready-made gradients to `p.grad`, and LENA's hooks run. In plain
-PyTorch LENA measures the averaged gradient at the end of the pass too, which it does in its step under DeepSpeed. The
-model's own passes are timed to show how much that is.
+The backward pass that is timed computes nothing: it adds ready-made gradients to `p.grad`, and LENA's hooks run. In
+plain PyTorch LENA measures the averaged gradient at the end of the pass too, which it does in its step under DeepSpeed.
+The model's own passes are timed to show how much that is.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ def build_model(name: str) -> GPT2LMHeadModel:
         eos_token_id=0,
         use_cache=False,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers cannot tell from the name of the class, and warns
+    return model
 
 
 def random_tokens(model: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from typing import Any
 
 import deepspeed
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from contestants import build_model, make_optimizer, random_tokens
 from deepspeed.accelerator import get_accelerator
 from timing import Lap, Samples, Update, compare, count_syncs, measure, warm_up
+from torch import Tensor
 
 accelerator = get_accelerator()
 
@@ -25,36 +26,41 @@ accelerator = get_accelerator()
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All cases one after the other; every rank returns the same."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch.distributed
     torch.set_num_threads(args.threads)
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
-    cases = [_run_case(args, stage, accumulation) for accumulation in args.accumulation for stage in args.stages]
+    cases = []
+    for accumulation, stage in itertools.product(args.accumulation, args.stages):
+        cases.append(_run_case(args, stage, accumulation))
+        gc.collect()  # the engines
+        accelerator.empty_cache()
     dist.destroy_process_group()
     return cases
 
 
 def _run_case(args: argparse.Namespace, stage: int, accumulation: int) -> dict[str, Any]:
     begin = time.monotonic()
+    batches = random_tokens(args.model, (accumulation, 1, args.tokens), seed=dist.get_rank())
+    engines = {name: _make_engine(name, args, stage, accumulation) for name in ("adamw", "lena")}
+    contestants = {name: _trainer(engine, batches.to(engine.device)) for name, engine in engines.items()}
+    warm_up(contestants)
     case: dict[str, Any] = {"stage": stage, "accumulation": accumulation}
-    with _trainer("adamw", args, stage, accumulation) as adamw, _trainer("lena", args, stage, accumulation) as lena:
-        contestants = {"adamw": adamw, "lena": lena}
-        warm_up(contestants)
-        if args.check_sync:
-            case["syncs"] = {name: count_syncs(update) for name, update in contestants.items()}
-        else:
-            runs_ahead = accelerator.device_name() != "cpu"
-            case["seconds"] = _slowest(
-                measure(contestants, args.seconds, accelerator.synchronize, runs_ahead, _meet),
-            )
-            case["compared"] = compare(case["seconds"])
+    if args.check_sync:
+        case["syncs"] = {name: count_syncs(update) for name, update in contestants.items()}
+    else:
+        runs_ahead = accelerator.device_name() != "cpu"
+        case["seconds"] = _slowest(measure(contestants, args.seconds, accelerator.synchronize, runs_ahead, _meet))
+        case["compared"] = compare(case["seconds"])
+    for engine in engines.values():
+        engine.destroy()
     if dist.get_rank() == 0:
         print(f"ZeRO {stage}, accumulation {accumulation}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
     return case
 
 
-@contextmanager
-def _trainer(optimizer: str, args: argparse.Namespace, stage: int, accumulation: int) -> Iterator[Update]:
-    """An engine of its own, and the function that trains it for one update."""
+def _make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulation: int) -> Any:
+    """An engine with a model of its own. The optimizer is the only thing in which engines differ."""
     torch.manual_seed(0)
     model = build_model(args.model)
     config = {
@@ -67,7 +73,11 @@ def _trainer(optimizer: str, args: argparse.Namespace, stage: int, accumulation:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(optimizer, model.parameters()), config=config
     )
-    batches = random_tokens(args.model, (accumulation, 1, args.tokens), seed=dist.get_rank()).to(engine.device)
+    return engine
+
+
+def _trainer(engine: Any, batches: Tensor) -> Update:
+    """The function that trains for one update. `batches` (accumulation, 1, tokens): token ids."""
 
     def update(lap: Lap) -> None:
         for tokens in batches:
@@ -76,13 +86,7 @@ def _trainer(optimizer: str, args: argparse.Namespace, stage: int, accumulation:
             engine.step()
             lap("step")
 
-    try:
-        yield update
-    finally:
-        engine.destroy()
-        del engine, model
-        gc.collect()
-        accelerator.empty_cache()
+    return update
 
 
 def _meet(more: bool) -> bool:
@@ -96,7 +100,8 @@ def _slowest(samples: Samples) -> Samples:
     """Every entry as on the rank that took longest for it."""
     by_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(by_rank, samples)
-    return {
-        name: {phase: [max(taken) for taken in zip(*(one[name][phase] for one in by_rank), strict=True)] for phase in of}
-        for name, of in samples.items()
-    }
+
+    def slowest(name: str, phase: str) -> list[float]:
+        return [max(taken) for taken in zip(*(one[name][phase] for one in by_rank), strict=True)]
+
+    return {name: {phase: slowest(name, phase) for phase in phases} for name, phases in samples.items()}

@@ -18,17 +18,19 @@ def describe() -> dict[str, Any]:
     """Hardware, its load at present, versions, and the commit of ds_lena."""
     import ds_lena
 
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
-        "accelerators": [
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ],
-        "versions": {"python": platform.python_version(), **versions, "ds_lena": ds_lena.__version__},
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "versions": {"python": platform.python_version(), **_installed(), "ds_lena": ds_lena.__version__},
         "commit": _commit(Path(ds_lena.__file__).parent),
     }
+
+
+def _installed() -> dict[str, str]:
+    distributions = {name: next(importlib.metadata.distributions(name=name), None) for name in PACKAGES}
+    return {name: found.version for name, found in distributions.items() if found}
 
 
 def _cpu_name() -> str:
@@ -49,6 +51,7 @@ def _commit(folder: Path) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return done.stdout.strip()

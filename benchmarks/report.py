@@ -90,11 +90,11 @@ def _alone(case: dict[str, Any], settings: dict[str, Any]) -> str:
 
 def _syncs(cases: list[dict[str, Any]]) -> str:
     head = ["ZeRO", "accumulation", "phase", "AdamW", "LENA"]
-    rows = [
-        [str(case.get("stage", "none")), str(case.get("accumulation", 1)), phase, str(count), str(case["syncs"]["lena"][phase])]
-        for case in cases
-        for phase, count in case["syncs"]["adamw"].items()
-    ]
+    rows = []
+    for case in cases:
+        layout = [str(case.get("stage", "none")), str(case.get("accumulation", 1))]
+        counts = case["syncs"]
+        rows += [[*layout, phase, str(counts["adamw"][phase]), str(counts["lena"][phase])] for phase in counts["lena"]]
     return "How often the host waits for the GPU in one update.\n\n" + _table(head, rows)
 
 

@@ -1,9 +1,9 @@
 """Step time of LENA and of torch's fused AdamW, measured in turn in one run. See README.md in this folder.
 
-    python benchmarks/step_time.py --out results.json       under DeepSpeed; starts its own ranks
-    deepspeed benchmarks/step_time.py --model gpt2          the same, started by a launcher
-    python benchmarks/step_time.py --optimizer-only         without DeepSpeed, in one process
-    python benchmarks/step_time.py --check-sync             on CUDA: count what makes the host wait, instead
+python benchmarks/step_time.py --out results.json       under DeepSpeed; starts its own ranks
+deepspeed benchmarks/step_time.py --model gpt2          the same, started by a launcher
+python benchmarks/step_time.py --optimizer-only         without DeepSpeed, in one process
+python benchmarks/step_time.py --check-sync             on CUDA: count what makes the host wait, instead
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--optimizer-only", action="store_true", help="the optimizers alone, one process, on the shapes of --model gpt2")
+    add("--optimizer-only", action="store_true", help="the optimizers alone, in one process")
     add("--check-sync", action="store_true", help="count operations that make the host wait for the GPU; no times")
     add("--quick", action="store_true", help="a tiny model and few repeats: whether it runs, not how fast")
     add("--model", choices=SIZES, help="default: 30m; gpt2 with --optimizer-only")
@@ -89,7 +89,7 @@ def _start_ranks(ranks: int, threads: int) -> int:
     finally:
         for process in running:
             process.terminate()
-    return max((abs(process.wait()) for process in running))
+    return max(abs(process.wait()) for process in running)
 
 
 def _present(args: argparse.Namespace, machine: dict[str, Any], cases: list[dict[str, Any]]) -> None:

@@ -44,8 +44,8 @@ def measure(
 
     Args:
         wait: returns once the device is idle.
-        runs_ahead: the host queues work for the device. Then waiting after each phase makes an update slower than it is,
-            so wholes and phases are measured in pairs of their own, each for half of the time.
+        runs_ahead: the host queues work for the device. Then waiting after each phase makes an update slower than it
+            is, so wholes and phases are measured in pairs of their own, each for half of the time.
         meet: called by all ranks before each update: waits for the others, and is true if all of them passed true.
     """
     if runs_ahead:

@@ -14,7 +14,8 @@ every=$((steps > 12 ? steps / 12 : steps))
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}     # runs from a clone, installed or not
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1           # one core per rank
-export HF_HUB_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS=ignore::FutureWarning
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
+export PYTHONWARNINGS=ignore::FutureWarning
 
 exec deepspeed --num_gpus 2 --num_nodes 1 --master_port "${MASTER_PORT:-29517}" \
   examples/pretrain_gpt.py \
@@ -22,5 +23,5 @@ exec deepspeed --num_gpus 2 --num_nodes 1 --master_port "${MASTER_PORT:-29517}" 
   --model_size tiny --vocab_size 2048 --sequence_length 64 --max_held_out_blocks 512 \
   --per_device_train_batch_size 2 --gradient_accumulation_steps 16 --max_steps "$steps" \
   --learning_rate 1e-3 --weight_decay 0.1 --lr_scheduler_type cosine \
-  --logging_steps 2 --eval_steps "$every" --save_steps "$every" --save_total_limit 1 \
+  --logging_steps 3 --eval_steps "$every" --save_steps "$every" --save_total_limit 1 \
   --output_dir "$output" "$@"

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from common.blocks import Corpus, DataArguments, collate, prepare
 from common.checkpoints import find_checkpoint
 from common.errors import InputError
@@ -22,7 +23,6 @@ from common.history import History, finite, optimizer_name, write_whole
 from common.models import ModelArguments, build_gpt2
 from common.plot import draw
 from common.summary import layer_table, loss_lines, losses
-import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_model_param_count

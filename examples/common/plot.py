@@ -85,7 +85,9 @@ def _gains(axes: Axes, reports: Reports) -> None:
     largest = max(last["n"] / last["base"], 1)
     for gain, rule in ((largest, "linear"), (largest**0.5, "sqrt")):
         axes.axhline(gain, color=_FAINT, linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
-        axes.annotate(rule, (1.01, gain), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=_FAINT)
+        axes.annotate(
+            rule, (1.01, gain), xycoords=("axes fraction", "data"), va="center", color=_FAINT
+        )
     axes.set_xlim(0, 1.01 * updates[-1])
     axes.set_yscale("log", base=2)
     axes.set_ylim(0.93, largest * 1.3)

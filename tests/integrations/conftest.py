@@ -1,12 +1,15 @@
-"""The ranks of the session, and programs that run in processes of their own."""
+"""The ranks of the session, and what the runs of HF's Trainer came to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from tests.integrations._ranks import Ranks
+from tests.integrations._programs import SCRIPTS, launch
+from tests.integrations._ranks import WORLD, Ranks
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("ranks"))
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="session")
+def hf_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """The results of a run of scripts/hf_trainer.py in the order of ranks; all its runs are launched once, together."""
+    folder = tmp_path_factory.mktemp("hf")
+    launch(str(SCRIPTS / "hf_trainer.py"), str(folder))
+    return lambda name: [json.loads((folder / f"{name}.rank{rank}.json").read_text()) for rank in range(WORLD)]

@@ -99,7 +99,7 @@ def train_with_accelerate():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     entries = config(train_micro_batch_size_per_gpu=BATCH, gradient_accumulation_steps=ACCUMULATION, scheduler=DECAY)
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=entries), cpu=True)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=entries))
     net = model(0)
     optimizer = DummyOptim(net.parameters(), lr=3e-3, weight_decay=0.02)
     scheduler = DummyScheduler(optimizer, total_num_steps=6, warmup_num_steps=1)
