@@ -257,3 +257,11 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
             )
     if not isinstance(group.get("lena", True), bool):
         raise ConfigError(f'LENA: a parameter group has "lena": {group["lena"]!r}; allowed is true or false.')
+
+
+def unknown_total_steps() -> ConfigError:
+    """The error for a run of unknown length, for every place that can find it out."""
+    return ConfigError(
+        'LENA: "total_steps" is not known: it is null, there is no scheduler with total_num_steps, and no HF Trainer. '
+        'The warm-up is a share of the run, so it is needed. Give "total_steps" (planned updates), or "warmup": "none".'
+    )

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from . import shards
 from .algorithm import Measurement
-from .config import LenaConfig, check_group
-from .errors import ConfigError, StateError, UnsupportedError
+from .config import LenaConfig, check_group, unknown_total_steps
+from .errors import StateError, UnsupportedError
 from .layers import LayerTable, build_table, canonical_names, matches, unmatched_patterns
 from .parameters import require_supported, split_names
 from .plain import PlainHost
 from .probe import Probe
 from .reduce import Group, sum_over, world_size
 from .rules import RULES
-from .shards import FlatPlan, Host, plan_flat
+from .shards import Host, plan_flat
+from .stepper import Stepper
 from .tracker import Plan, Proposal, Tracker
 
 logger = logging.getLogger("ds_lena")
@@ -63,9 +64,10 @@ class LENA(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], *, process_group: Group | None = _UNSET, **keys: Any) -> None:
         self.config = LenaConfig.from_keys(keys)
-        self._rule = RULES[self.config.base]
         groups, names = split_names(params)
-        defaults = {key: getattr(self.config, key) for key in ("lr", "weight_decay", *self._rule.group_keys)}
+        defaults = {
+            key: getattr(self.config, key) for key in ("lr", "weight_decay", *RULES[self.config.base].group_keys)
+        }
         super().__init__(groups, defaults)
         for group in self.param_groups:
             check_group(group, self.config)
@@ -84,7 +86,6 @@ class LENA(torch.optim.Optimizer):
         )
         self._managed = False
         self._proposal: Proposal | None = None
-        self._known_rates: dict[float, Sequence[Any]] = {}
         self._lr_at_start = [float(group["lr"]) for group in self.param_groups]
         self._warned_of_scheduler = False
         self._bind(self._probe.names, range(len(watched)))
@@ -127,10 +128,11 @@ class LENA(torch.optim.Optimizer):
         self._probe.assign(self._table.of_parameter, self._table.count, self._device)
         self.tracker = Tracker(self.config, self._table, self._device)
         decays = [not matches(name, self.config.no_decay) for name in names]
-        self._plans: dict[Tensor, FlatPlan] = {
+        plans = {
             flat: plan_flat(flat.numel(), segments, self._table.of_parameter, decays)
             for flat, segments in self._host.segments()
         }
+        self._stepper = Stepper(RULES[self.config.base], plans)
         if self._has_names:
             self._warn_of_patterns(names)
 
@@ -167,7 +169,7 @@ class LENA(torch.optim.Optimizer):
     def end_update(self, applied: bool) -> None:
         """The update was applied, or thrown away (then nothing of it stays)."""
         proposal, self._proposal = self._proposal, None
-        self._known_rates.clear()
+        self._stepper.forget_rates()
         self._probe.clear()
         if proposal is None:
             return
@@ -213,59 +215,14 @@ class LENA(torch.optim.Optimizer):
         if self._managed:
             if self._proposal is None:
                 raise StateError("LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step().")
-            self._move(self._proposal.factor)
+            self._stepper.step(self.param_groups, self.state, self._proposal.factor)
             return loss
         if any(p.grad is not None for p in self._probe.parameters):
             self._refuse_grad_scaler()
             self._probe.require_passes()
-            self._move(self.begin_update().factor)
+            self._stepper.step(self.param_groups, self.state, self.begin_update().factor)
             self.end_update(applied=True)
         return loss
-
-    def _move(self, factor: Tensor) -> None:
-        for group in self.param_groups:
-            moving = [p for p in group["params"] if p.grad is not None]
-            if moving:
-                rates = self._rates(factor, group["lr"])
-                for parameter in moving:
-                    self._move_one(parameter, parameter.grad, group, rates)
-
-    def _rates(self, factor: Tensor, lr: float | Tensor) -> Sequence[Any]:
-        """Learning rate by layer, kept for the update: ZeRO-3 calls `step()` once for every sub-group."""
-        key = id(lr) if isinstance(lr, Tensor) else lr
-        if key not in self._known_rates:
-            rates = factor * lr
-            # On a GPU the rates stay there, as 0-dim tensors; torch's fused kernels take them in float32.
-            self._known_rates[key] = rates.tolist() if rates.device.type == "cpu" else rates.float().unbind()
-        return self._known_rates[key]
-
-    def _move_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], rates: Sequence[Any]) -> None:
-        plan = self._plans.get(parameter)
-        if plan is None:
-            raise StateError(
-                "LENA: step() was given a tensor that did not exist when the layout was read. The optimizer's "
-                "parameters were replaced after construction; construct LENA after that."
-            )
-        state = self.state[parameter]
-        names = self._rule.buffers(group)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        parameters, gradients = plan.split(parameter), plan.split(gradient)
-        buffers = [plan.split(state[name]) for name in names]
-        for batch in plan.batches:
-            self._rule.update(
-                [parameters[i] for i in batch.pieces],
-                [gradients[i] for i in batch.pieces],
-                [[buffer[i] for i in batch.pieces] for buffer in buffers],
-                state["step"],
-                rates[batch.layer],
-                group["weight_decay"] if batch.decays else 0.0,
-                group,
-            )
-        state["step"] += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; in plain PyTorch it also throws away the statistics of the window."""
@@ -321,11 +278,3 @@ class LENA(torch.optim.Optimizer):
     def close(self) -> None:
         """Take LENA's hooks off the parameters."""
         self._probe.close()
-
-
-def unknown_total_steps() -> ConfigError:
-    """The error for a run of unknown length, for every place that can find it out."""
-    return ConfigError(
-        'LENA: "total_steps" is not known: it is null, there is no scheduler with total_num_steps, and no HF Trainer. '
-        'The warm-up is a share of the run, so it is needed. Give "total_steps" (planned updates), or "warmup": "none".'
-    )

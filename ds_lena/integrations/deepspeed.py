@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..config import unknown_total_steps
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..layers import named_parameters
-from ..optimizer import LENA, dormant, unknown_total_steps
+from ..optimizer import LENA, dormant
 from ..probe import Probe
 from ..reduce import Group
 from ..shards import Segment

@@ -1,0 +1,75 @@
+"""Moves the parameters: the base rule on every piece of every flat tensor, each with its own layer's learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import StateError
+from .rules import Rule
+from .shards import FlatPlan
+
+
+class Stepper:
+    """One base rule and the cuts of the tensors that it moves. Its state per tensor belongs to the optimizer."""
+
+    def __init__(self, rule: Rule, plans: Mapping[Tensor, FlatPlan]) -> None:
+        self._rule = rule
+        self._plans = plans
+        self._rates_by_lr: dict[float, Sequence[Any]] = {}
+
+    def forget_rates(self) -> None:
+        """To be called between updates: the factors change."""
+        self._rates_by_lr.clear()
+
+    def step(self, groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], factor: Tensor) -> None:
+        """Move all tensors of the groups that have a gradient (modified in place, with their state).
+
+        `factor` (L + 1,): what multiplies a group's lr, by layer; the last entry is for pieces of no layer.
+        """
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    rates = self._rates(factor, group["lr"])
+                    self._move(parameter, parameter.grad, state[parameter], rates, group)
+
+    def _rates(self, factor: Tensor, lr: float | Tensor) -> Sequence[Any]:
+        """Learning rates by layer, kept for the update: ZeRO-3 calls `step()` once for every sub-group."""
+        key = id(lr) if isinstance(lr, Tensor) else lr
+        if key not in self._rates_by_lr:
+            rates = factor * lr
+            # On a GPU the rates stay there, as 0-dim tensors; torch's fused kernels take them in float32.
+            self._rates_by_lr[key] = rates.tolist() if rates.device.type == "cpu" else rates.float().unbind()
+        return self._rates_by_lr[key]
+
+    def _move(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], rates: Sequence[Any], group: dict[str, Any]
+    ) -> None:
+        plan = self._plans.get(parameter)
+        if plan is None:
+            raise StateError(
+                "LENA: step() was given a tensor that did not exist when the layout was read. The optimizer's "
+                "parameters were replaced after construction; construct LENA after that."
+            )
+        names = self._rule.buffers(group)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        parameters, gradients = plan.split(parameter), plan.split(gradient)
+        buffers = [plan.split(state[name]) for name in names]
+        for batch in plan.batches:
+            self._rule.update(
+                [parameters[i] for i in batch.pieces],
+                [gradients[i] for i in batch.pieces],
+                [[buffer[i] for i in batch.pieces] for buffer in buffers],
+                state["step"],
+                rates[batch.layer],
+                group["weight_decay"] if batch.decays else 0.0,
+                group,
+            )
+        state["step"] += 1
