@@ -19,6 +19,9 @@ from .errors import StateError, UnsupportedError
 from .norms import add_squared_norm
 
 
+_NO_TASK = -2  # autograd's own answer outside of backward is -1
+
+
 class Probe:
     """Squared norms of the micro-gradients of `parameters`, summed by layer over the backward passes of a window.
 
@@ -37,9 +40,8 @@ class Probe:
         self._slots: list[Tensor | None] = [None] * len(self.parameters)
         self.before_pass: Callable[[int], None] | None = None
         self.after_pass: Callable[[], None] | None = None
-        self._task = -1
         self._in_pass = False
-        self._ignoring = False
+        self._pass_task = self._nested_task = self._ignored_task = _NO_TASK
         self._handles = [_watch(self, i) for i, parameter in enumerate(self.parameters)]
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
@@ -63,11 +65,12 @@ class Probe:
 
     def _see(self, index: int, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if task != self._task:
+        if task not in (self._pass_task, self._nested_task, self._ignored_task):
             self._enter(task, index)
-        if self._ignoring:
+        if task == self._ignored_task:
             return
-        if self.last_pass[index] == self.passes:
+        slot = self._slots[index]
+        if self.last_pass[index] == self.passes and slot is not None:
             raise UnsupportedError(
                 f'LENA: the gradient of "{self.names[index]}" came in several parts within one backward pass, so the '
                 "norm of the whole cannot be measured. This happens to a weight that is shared by segments under "
@@ -75,26 +78,25 @@ class Probe:
                 'gradient_checkpointing_kwargs={"use_reentrant": false}), or exclude this weight from LENA.'
             )
         self.last_pass[index] = self.passes
-        slot = self._slots[index]
         if slot is not None:
             add_squared_norm(slot, gradient.detach())
 
     def _enter(self, task: int, index: int) -> None:
         """A graph task that was not seen before: a new backward pass, a part of the present one, or none at all."""
-        nested = _inside_function_backward(sys._getframe(1))
-        self._task = task
-        if nested and self._in_pass:
-            return
-        if nested:
+        if _inside_function_backward(sys._getframe(1)):
+            self._nested_task = task
+            if self._in_pass:
+                return
             raise UnsupportedError(
                 f'LENA: the first gradient of a backward pass, of "{self.names[index]}", came from within reentrant '
                 "activation checkpointing, so passes cannot be counted. Use checkpointing with use_reentrant=False, "
                 "or keep the last layer outside the checkpointed segment."
             )
         # torch.autograd.grad also runs tensor hooks, but accumulates nothing: it is no micro-gradient.
-        self._ignoring = not _accumulates(self.parameters[index])
-        if self._ignoring:
+        if not _accumulates(self.parameters[index]):
+            self._ignored_task = task
             return
+        self._pass_task = task
         if self.before_pass is not None:
             self.before_pass(index)
         self.passes += 1
@@ -103,7 +105,6 @@ class Probe:
 
     def _leave(self) -> None:
         self._in_pass = False
-        self._task = -1
         if self.after_pass is not None:
             self.after_pass()
 
