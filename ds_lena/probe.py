@@ -18,7 +18,6 @@ from torch.autograd.function import BackwardCFunction
 from .errors import StateError, UnsupportedError
 from .norms import add_squared_norm
 
-
 _NO_TASK = -2  # autograd's own answer outside of backward is -1
 
 
@@ -84,8 +83,8 @@ class Probe:
     def _enter(self, task: int, index: int) -> None:
         """A graph task that was not seen before: a new backward pass, a part of the present one, or none at all."""
         if _inside_function_backward(sys._getframe(1)):
-            self._nested_task = task
             if self._in_pass:
+                self._nested_task = task
                 return
             raise UnsupportedError(
                 f'LENA: the first gradient of a backward pass, of "{self.names[index]}", came from within reentrant '
