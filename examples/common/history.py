@@ -6,13 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import ds_lena
 
@@ -76,11 +70,7 @@ class History(TrainerCallback):
         if lena := record.get("lena"):
             line += f"  gain {lena['gain']:.1f} of {lena['n']}"
         began, first = self._start
-        left = (
-            (time.monotonic() - began)
-            * (state.max_steps - state.global_step)
-            / (state.global_step - first)
-        )
+        left = (time.monotonic() - began) * (state.max_steps - state.global_step) / (state.global_step - first)
         return f"{line}  {left // 60:.0f} min {left % 60:02.0f} s left"
 
 

@@ -47,9 +47,7 @@ def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
 
 def _losses(axes: Axes, history: History, unigram_loss: float) -> None:
     train = [(record["update"], record["loss"]) for record in history if "loss" in record]
-    held_out = [
-        (record["update"], record["eval_loss"]) for record in history if "eval_loss" in record
-    ]
+    held_out = [(record["update"], record["eval_loss"]) for record in history if "eval_loss" in record]
     axes.plot(*zip(*train, strict=True), color="#7FB2D6", linewidth=1.4, label="training")
     axes.plot(
         *zip(*held_out, strict=True),
@@ -70,9 +68,7 @@ def _losses(axes: Axes, history: History, unigram_loss: float) -> None:
         color="#D55E00",
         **note,
     )
-    axes.annotate(
-        f"{loss:.2f}", (end, loss), (0, -14), ha="right", color="#0B3C5D", weight="bold", **note
-    )
+    axes.annotate(f"{loss:.2f}", (end, loss), (0, -14), ha="right", color="#0B3C5D", weight="bold", **note)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     _dress(axes, "loss, nats per token")
     axes.set_xlabel("update", fontsize=9.5)
@@ -85,9 +81,7 @@ def _gains(axes: Axes, reports: Reports) -> None:
     largest = max(last["n"] / last["base"], 1)
     for gain, rule in ((largest, "linear"), (largest**0.5, "sqrt")):
         axes.axhline(gain, color=_FAINT, linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
-        axes.annotate(
-            rule, (1.01, gain), xycoords=("axes fraction", "data"), va="center", color=_FAINT
-        )
+        axes.annotate(rule, (1.01, gain), xycoords=("axes fraction", "data"), va="center", color=_FAINT)
     axes.set_xlim(0, 1.01 * updates[-1])
     axes.set_yscale("log", base=2)
     axes.set_ylim(0.93, largest * 1.3)
@@ -100,9 +94,7 @@ def _gains(axes: Axes, reports: Reports) -> None:
     for kind, (_, colour) in reversed(KINDS.items()):
         if kind in shown:
             handles.append(Line2D([], [], color=colour, linewidth=2, label=kind))
-    axes.legend(
-        handles=handles, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.06, 0.5)
-    )
+    axes.legend(handles=handles, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.06, 0.5))
 
 
 def _warmups(axes: Axes, reports: Reports) -> None:
@@ -132,9 +124,7 @@ def _layer_lines(axes: Axes, reports: Reports, key: str) -> None:
 
 def _kind(name: str) -> str:
     """The kind of the layer ``name``: a parameter, a module or a block."""
-    matches = (
-        kind for kind, (patterns, _) in KINDS.items() if any(fnmatch(name, p) for p in patterns)
-    )
+    matches = (kind for kind, (patterns, _) in KINDS.items() if any(fnmatch(name, p) for p in patterns))
     return next(matches)
 
 

@@ -3,12 +3,15 @@
 from typing import Any
 
 
-def losses(history: list[dict[str, Any]], unigram_loss: float) -> dict[str, float]:
-    """Held-out losses in nats per token: before training, at the end, and of a unigram model."""
-    held_out = [record for record in history if "eval_loss" in record]
+def losses(logs: list[dict[str, Any]], unigram_loss: float) -> dict[str, float]:
+    """Held-out losses in nats per token: before training, at the end, and of a unigram model.
+
+    ``logs`` is the Trainer's ``state.log_history``, which a checkpoint carries from the very start.
+    """
+    held_out = [record["eval_loss"] for record in logs if "eval_loss" in record]
     return {
-        "held_out_before": held_out[0]["eval_loss"],
-        "held_out_end": held_out[-1]["eval_loss"],
+        "held_out_before": held_out[0],
+        "held_out_end": held_out[-1],
         "unigram": unigram_loss,
     }
 

@@ -24,9 +24,7 @@ class Texts(NamedTuple):
     held_out: Dataset
 
 
-def load_texts(
-    source: str, config: str | None = None, column: str = "text", held_out_fraction: float = 0.05
-) -> Texts:
+def load_texts(source: str, config: str | None = None, column: str = "text", held_out_fraction: float = 0.05) -> Texts:
     """Load ``source`` and split it.
 
     Args:
@@ -101,9 +99,7 @@ def _refuse_unless_text(file: Path) -> None:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
+        raise InputError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if b"\0" in head:
         raise InputError(f"{file}: a binary file, not text (zero byte at {head.index(0)})")
 
@@ -113,9 +109,7 @@ def _from_hub(name: str, config: str | None, column: str, held_out_fraction: flo
         splits = load_dataset(name, config)
     except (OSError, ValueError) as error:  # unknown name, no network, unknown configuration
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{name}: neither a local path nor a data set of the hub: {reason}"
-        ) from error
+        raise InputError(f"{name}: neither a local path nor a data set of the hub: {reason}") from error
     assert isinstance(splits, DatasetDict)
     train = splits["train"] if "train" in splits else concatenate_datasets(list(splits.values()))
     if column not in train.column_names:
