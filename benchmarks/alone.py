@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contestants import build_model, make_optimizer, random_tokens
-from timing import Lap, Update, compare, count_syncs, measure, warm_up
 from torch import Tensor, nn
+
+from benchmarks.contestants import build_model, make_optimizer, random_tokens
+from benchmarks.timing import Lap, Update, compare, count_syncs, measure, warm_up
 
 MODEL_PASSES = 3
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
         weight.grad = gradient.clone()
     contestants = {name: _contestant(name, model, gradients) for name in ("adamw", "lena")}
-    warm_up(contestants)
+    warm_up(contestants, updates=2)
     if args.check_sync:
         case["syncs"] = {name: count_syncs(update) for name, update in contestants.items()}
     else:

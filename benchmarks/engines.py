@@ -8,17 +8,18 @@ import itertools
 import logging
 import os
 import sys
-import time
 import warnings
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from contestants import build_model, make_optimizer, random_tokens
 from deepspeed.accelerator import get_accelerator
-from timing import Lap, Samples, Update, compare, count_syncs, measure, warm_up
 from torch import Tensor
+
+from benchmarks.contestants import build_model, make_optimizer, random_tokens
+from benchmarks.report import progress
+from benchmarks.timing import Lap, Samples, Update, compare, count_syncs, measure, warm_up
 
 accelerator = get_accelerator()
 
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     cases = []
     for accumulation, stage in itertools.product(args.accumulation, args.stages):
         cases.append(_run_case(args, stage, accumulation))
+        if dist.get_rank() == 0:
+            print(progress(cases[-1]), file=sys.stderr)
         gc.collect()  # the engines
         accelerator.empty_cache()
     dist.destroy_process_group()
@@ -40,11 +43,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _run_case(args: argparse.Namespace, stage: int, accumulation: int) -> dict[str, Any]:
-    begin = time.monotonic()
     batches = random_tokens(args.model, (accumulation, 1, args.tokens), seed=dist.get_rank())
     engines = {name: _make_engine(name, args, stage, accumulation) for name in ("adamw", "lena")}
     contestants = {name: _trainer(engine, batches.to(engine.device)) for name, engine in engines.items()}
-    warm_up(contestants)
+    warm_up(contestants, updates=2 if accumulation == 1 else 1)
     case: dict[str, Any] = {"stage": stage, "accumulation": accumulation}
     if args.check_sync:
         case["syncs"] = {name: count_syncs(update) for name, update in contestants.items()}
@@ -54,8 +56,6 @@ def _run_case(args: argparse.Namespace, stage: int, accumulation: int) -> dict[s
         case["compared"] = compare(case["seconds"])
     for engine in engines.values():
         engine.destroy()
-    if dist.get_rank() == 0:
-        print(f"ZeRO {stage}, accumulation {accumulation}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
     return case
 
 

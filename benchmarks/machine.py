@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
 
 
 def _installed() -> dict[str, str]:
-    distributions = {name: next(importlib.metadata.distributions(name=name), None) for name in PACKAGES}
+    distributions = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in PACKAGES}
     return {name: found.version for name, found in distributions.items() if found}
 
 

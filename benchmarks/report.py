@@ -17,6 +17,12 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join([_heading(results), *tables])
 
 
+def progress(case: dict[str, Any]) -> str:
+    """One line about a case of engines, to show while the others run."""
+    found = case["syncs"] if "syncs" in case else f"{case['compared']['update']['ratio_of_medians']:.3f} x AdamW"
+    return f"ZeRO {case['stage']}, accumulation {case['accumulation']}: {found}"
+
+
 def _heading(results: dict[str, Any]) -> str:
     machine, settings = results["machine"], results["settings"]
     hardware = ", ".join(machine["accelerators"] or [f"{machine['cpu']}, {machine['cores']} cores"])
@@ -26,8 +32,8 @@ def _heading(results: dict[str, Any]) -> str:
             f"`{results['command']}`",
             "",
             f"- {hardware}; load average before the run {machine['load_average']:.1f}",
-            f"- {settings['ranks']} ranks of {settings['threads']} threads, model {settings['model']}, "
-            f"{settings['tokens']} tokens per micro-batch, {settings['precision']}",
+            f"- model {settings['model']}, {settings['tokens']} tokens per micro-batch, {settings['precision']}; "
+            f"ranks: {settings['ranks']}, threads on each: {settings['threads']}",
             f"- {versions}, commit {machine['commit'] or 'unknown'}",
         ]
     )

@@ -1,9 +1,11 @@
-"""Step time of LENA and of torch's fused AdamW, measured in turn in one run. See README.md in this folder.
+"""Step time of LENA and of torch's fused AdamW, measured in turn in one run.
 
-python benchmarks/step_time.py --out results.json       under DeepSpeed; starts its own ranks
-deepspeed benchmarks/step_time.py --model gpt2          the same, started by a launcher
-python benchmarks/step_time.py --optimizer-only         without DeepSpeed, in one process
-python benchmarks/step_time.py --check-sync             on CUDA: count what makes the host wait, instead
+    python -m benchmarks.step_time --out results.json           under DeepSpeed; starts its own ranks
+    deepspeed --module benchmarks.step_time --model gpt2        the same, started by a launcher
+    python -m benchmarks.step_time --optimizer-only             without DeepSpeed, in one process
+    python -m benchmarks.step_time --check-sync                 on CUDA: count what makes the host wait, instead
+
+README.md in this folder says what the numbers mean.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -20,31 +23,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import POSITIONS, SIZES
-from machine import describe
-from report import markdown
 
-QUICK = {"model": "tiny", "tokens": 64, "seconds": 2.0, "accumulation": [1]}
+from benchmarks.contestants import POSITIONS, SIZES
+from benchmarks.machine import describe
+from benchmarks.report import markdown
+
+QUICK = {"model": "tiny", "tokens": 64, "seconds": 1.0, "accumulation": [1]}
 SETTINGS = ("model", "tokens", "ranks", "threads", "precision", "seconds")
 
 
 def main() -> int:
     args = _arguments()
     if args.optimizer_only:
-        import alone as mode
+        from benchmarks.alone import run
     elif "RANK" in os.environ:
-        import engines as mode
+        from benchmarks.engines import run
     else:
         return _start_ranks(args.ranks, args.threads)
     machine = describe()
-    cases = mode.run(args)
+    cases = run(args)
     if int(os.environ.get("RANK", 0)) == 0:
         _present(args, machine, cases)
     return 0
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--optimizer-only", action="store_true", help="the optimizers alone, in one process")
     add("--check-sync", action="store_true", help="count operations that make the host wait for the GPU; no times")
@@ -53,7 +59,7 @@ def _arguments() -> argparse.Namespace:
     add("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="ZeRO stages")
     add("--accumulation", type=int, nargs="+", default=[1, 4], help="micro-batches per update; default: 1 4")
     add("--tokens", type=int, default=512, help=f"per micro-batch, at most {POSITIONS}; default: 512")
-    add("--seconds", type=float, default=30.0, help="to measure each stage and accumulation; default: 30")
+    add("--seconds", type=float, default=25.0, help="to measure each stage and accumulation; default: 25")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="under DeepSpeed")
     add("--ranks", type=int, help="default: the number of GPUs; 2 without one")
     add("--threads", type=int, default=1, help="torch's threads on each rank; default: 1")
@@ -78,11 +84,12 @@ def _start_ranks(ranks: int, threads: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks are ended too
     running = []
     for rank in range(ranks):
         own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_SIZE": ranks, **common}
         environment = os.environ | {name: str(value) for name, value in own.items()}
-        running.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+        running.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment))
     try:
         while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
             time.sleep(0.1)
@@ -94,7 +101,7 @@ def _start_ranks(ranks: int, threads: int) -> int:
 
 def _present(args: argparse.Namespace, machine: dict[str, Any], cases: list[dict[str, Any]]) -> None:
     results = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *(word for word in sys.orig_argv[1:] if "local_rank" not in word)]),
         "machine": machine,
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "cases": cases,

@@ -22,13 +22,12 @@ Update = Callable[[Lap], None]
 Samples = dict[str, dict[str, list[float]]]
 """Contestant -> phase -> seconds. Entry i of "lena" and of "adamw" were measured one right after the other."""
 
-WARMUP_UPDATES = 3  # the states are allocated, and ZeRO-3 has recorded in which order modules run
 MIN_PAIRS = 3
 
 
-def warm_up(contestants: Mapping[str, Update]) -> None:
-    """A few updates that are not measured."""
-    for _ in range(WARMUP_UPDATES):
+def warm_up(contestants: Mapping[str, Update], updates: int) -> None:
+    """Updates that are not measured: they allocate the optimizers' states, and ZeRO-3 records the order of modules."""
+    for _ in range(updates):
         for update in contestants.values():
             update(_ignore)
 

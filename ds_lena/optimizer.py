@@ -239,6 +239,8 @@ class LENA(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`. One without "lena", of AdamW say, keeps its moments and starts LENA fresh."""
         saved = state_dict.get("lena")
+        if saved is not None:
+            self.tracker.require_loadable(saved)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "lena"})
         for parameter, state in self.state.items():
             if isinstance(state.get("step"), Tensor):

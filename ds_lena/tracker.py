@@ -42,6 +42,7 @@ class Proposal:
 
     state: LayerState
     clock: Clock
+    planned_for: Tensor
     measured: Measurement
     k: float
     plan: Plan
@@ -67,6 +68,7 @@ class Tracker:
         self.n = self._scalar(0.0)
         self.done = self._scalar(0.0)
         self.planned: Tensor | None = None
+        self.planned_for = self._scalar(0.0)
         self.plan = Plan(None, None, None)
         self.k = 1.0
         self.base_samples: float | None = config.base_batch_size
@@ -81,22 +83,22 @@ class Tracker:
 
     def propose(self, measured: Measurement, plan: Plan) -> Proposal:
         """The update that these measurements ask for; nothing is changed yet."""
-        authors = self.config.variant == "authors-code"
         k = self.base_in_micro_batches(plan.micro_batch_size)
-        largest = measured.n if authors else algorithm.largest_gain(measured.n, k)
-        clock = Clock(done=self.done + largest, planned=self._planned(largest, k, plan))
+        largest = self._largest(measured.n, k)
+        planned, planned_for = self._planned(measured.n, largest, k, plan)
+        clock = Clock(done=self.done + largest, planned=planned)
         state = self._state_in_samples_of(plan.micro_batch_size)
-        if authors:
+        if self.config.variant == "authors-code":
             state = authors_code.advance(state, measured, clock, self.config)
         else:
             state = algorithm.advance(state, measured, clock, k, self.numel, self.config)
         factor = torch.cat((algorithm.step_factor(state, self.config), self._scalar(1.0).unsqueeze(0)))
-        return Proposal(state, clock, measured, k, plan, factor)
+        return Proposal(state, clock, planned_for, measured, k, plan, factor)
 
     def commit(self, proposal: Proposal) -> None:
         """The proposed update was applied."""
         self.state = proposal.state
-        self.done, self.planned = proposal.clock.done, proposal.clock.planned
+        self.done, self.planned, self.planned_for = proposal.clock.done, proposal.clock.planned, proposal.planned_for
         self.n, self.k, self.plan = proposal.measured.n, proposal.k, proposal.plan
         self.nonfinite = self.nonfinite + (~proposal.measured.finite).sum()
         if self.base_samples is None and proposal.plan.micro_batch_size is not None:
@@ -120,21 +122,33 @@ class Tracker:
             return 1.0
         return self.base_samples / micro_batch_size
 
-    def _planned(self, largest: Tensor, k: float, plan: Plan) -> Tensor:
-        """H: T x R at the start; planned anew where a run is resumed with another n, k or T."""
-        if plan.total_steps is None:
-            return self._scalar(math.inf)
-        if self.planned is None:
-            return plan.total_steps * largest
-        if not self._just_loaded or self._same_plan(k, plan):
-            return self.planned
-        if plan.planned_n is not None:
-            largest = self._scalar(float(plan.planned_n))
-            largest = largest if self.config.variant == "authors-code" else algorithm.largest_gain(largest, k)
-        return self.done + max(plan.total_steps - self.updates, 0) * largest
+    def _planned(self, n: Tensor, largest: Tensor, k: float, plan: Plan) -> tuple[Tensor, Tensor]:
+        """H, and the n that it was planned for: T x R at the start, anew where a run is resumed with another n, k or T.
 
-    def _same_plan(self, k: float, plan: Plan) -> bool:
-        return (plan.total_steps, plan.planned_n, k) == (self.plan.total_steps, self.plan.planned_n, self.k)
+        n is another one if the configured one is (a window that is short by chance changes nothing); where there is no
+        configuration to ask, if that of the first update after the resume is.
+        """
+        if plan.total_steps is None:
+            return self._scalar(math.inf), n
+        if self.planned is None:
+            return plan.total_steps * largest, n
+        if not self._just_loaded:
+            return self.planned, self.planned_for
+        same_run = (plan.total_steps, k) == (self.plan.total_steps, self.k)
+        if plan.planned_n is None:
+            same = (n == self.planned_for) & same_run
+        elif same_run and plan.planned_n == self.plan.planned_n:
+            return self.planned, self.planned_for
+        else:
+            n = self._scalar(float(plan.planned_n))
+            largest = self._largest(n, k)
+            same = torch.zeros_like(n, dtype=torch.bool)
+        anew = self.done + max(plan.total_steps - self.updates, 0) * largest
+        return torch.where(same, self.planned, anew), torch.where(same, self.planned_for, n)
+
+    def _largest(self, n: Tensor, k: float) -> Tensor:
+        """Base-batch iterations that one update of n micro-batches is worth at most."""
+        return n if self.config.variant == "authors-code" else algorithm.largest_gain(n, k)
 
     def _state_in_samples_of(self, micro_batch_size: int | None) -> LayerState:
         """The state with its noise in the present micro-batches: noise per micro-batch falls as 1 / its size."""
@@ -214,6 +228,7 @@ class Tracker:
             "n": float(self.n),
             "done": float(self.done),
             "planned": None if self.planned is None else float(self.planned),
+            "planned_for": float(self.planned_for),
             "base_in_micro_batches": self.k,
             "base_samples": self.base_samples,
             "total_steps": self.plan.total_steps,
@@ -222,8 +237,8 @@ class Tracker:
             "layers": layers,
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a saved state. Layers are matched by name; unknown ones start fresh, with a warning."""
+    def require_loadable(self, saved: dict[str, Any]) -> None:
+        """Raise `StateError` for a saved state that this run cannot go on from."""
         if saved.get("version") != STATE_VERSION:
             raise StateError(
                 f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads version "
@@ -234,10 +249,15 @@ class Tracker:
                 f'LENA: the checkpoint was written with "variant": "{saved["variant"]}", this run has '
                 f'"{self.config.variant}", whose averages are others. Set "variant" as in the checkpoint.'
             )
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a saved state. Layers are matched by name; unknown ones start fresh, with a warning."""
+        self.require_loadable(saved)
         self.updates, self.skipped = saved["update"], saved["skipped"]
         self.nonfinite = torch.tensor(saved["nonfinite"], dtype=torch.long, device=self.device)
         self.n, self.done = self._scalar(saved["n"]), self._scalar(saved["done"])
         self.planned = None if saved["planned"] is None else self._scalar(saved["planned"])
+        self.planned_for = self._scalar(saved["planned_for"])
         self.k = saved["base_in_micro_batches"]
         if self.config.base_batch_size is None:
             self.base_samples = saved["base_samples"]

@@ -23,15 +23,15 @@ class Tolerance:
 
 
 FP32 = Tolerance(gain=5e-5, report=1e-4, path=1e-4)
-# bf16: rounding of single gradients, as stock optimizers show it in the same layouts (see test_stock.py).
-BF16 = Tolerance(gain=2e-2, report=2e-2, path=8e-2)
-BF16_STAGE_3 = Tolerance(gain=5e-2, report=5e-2, path=1.5e-1)
+# bf16: roundings of single gradients, as stock rules show them in the same layouts (test_stock.py).
+BF16 = Tolerance(gain=2e-2, report=3e-2, path=8e-2)
+BF16_OTHER_LINEAR = Tolerance(gain=4e-2, report=8e-2, path=1.5e-1)
 
 
 def tolerance(case: Case) -> Tolerance:
     if case.precision == "fp32":
         return FP32
-    return BF16_STAGE_3 if case.stage == 3 else BF16
+    return BF16_OTHER_LINEAR if case.zero.get("memory_efficient_linear") else BF16
 
 
 def assert_same_run(case: Case, results: Sequence[Mapping[str, Any]], reference: Sequence[Snapshot]) -> None:
@@ -48,9 +48,7 @@ def assert_same_run(case: Case, results: Sequence[Mapping[str, Any]], reference:
     assert not differences, f"{len(differences)} differences, the first of them\n" + "\n".join(differences[:25])
 
 
-def weight_differences(
-    params: Mapping[str, Tensor], reference: Sequence[Snapshot], bounds: Tolerance
-) -> list[str]:
+def weight_differences(params: Mapping[str, Tensor], reference: Sequence[Snapshot], bounds: Tolerance) -> list[str]:
     """Tensors that ended too far from the reference.
 
     Beside the share of the path, one rounding of an fp32 weight per update is allowed: a parameter that only decays
@@ -78,14 +76,16 @@ def report_differences(report: Mapping[str, Any], expected: Mapping[str, Any], b
         idle = {**report, "layers": [layer["gain"] for layer in report["layers"].values()]}
         wanted = {"update": 0, "skipped": expected["skipped"], "gain": 1.0, "layers": [1.0] * len(report["layers"])}
         return [_told("model", key, idle, wanted) for key in wanted if idle[key] != wanted[key]]
-    found = _number_differences("model", report, expected, bounds, exact=("update", "n", "base", "skipped", "nonfinite"))
+    counts = ("update", "n", "base", "skipped", "nonfinite")
+    found = _number_differences("model", report, expected, bounds, exact=counts)
     total = _moments_of_model(expected)
     found += _noise_scale_difference("model", report, expected, *total, bounds)
     for name, layer in expected["layers"].items():
         got = report["layers"][name]
         if set(got) != set(layer):
             return [f"{name} reports {sorted(got)}"]
-        found += _number_differences(name, got, layer, bounds, exact=("capped",))
+        # Which of two warm-up terms is larger is compared where rounding cannot decide it.
+        found += _number_differences(name, got, layer, bounds, exact=("capped",) if bounds is FP32 else ())
         # Noise and signal are differences of squared norms: close in terms of those.
         size = layer["noise"] + abs(layer["signal"])
         found += [
@@ -114,7 +114,7 @@ def _noise_scale_difference(
 ) -> list[str]:
     """noise / signal, as closely as an error in the signal of `report` times both allows."""
     uncertain = bounds.report * (noise + abs(signal))
-    if 0 < noise + abs(signal) and abs(signal) <= 2 * uncertain:
+    if noise + abs(signal) > 0 and abs(signal) <= 2 * uncertain:
         return []  # the sign of the signal is rounding
     value, wanted = got["noise_scale"], expected["noise_scale"]
     if value == wanted or abs(value - wanted) <= 2 * uncertain * (1 / abs(signal) + noise / signal**2):

@@ -85,11 +85,12 @@ def _collect(folder: Path, number: int, world: int) -> Outcome:
 def _run_ranks(folder: Path, first: int, total: int, world: int) -> None:
     """Start the ranks at case `first`; return when they have ended, on their own or not."""
     processes = [_start(folder, first, rank, world, port) for port in [_free_port()] for rank in range(world)]
+    awaited = [result_path(folder, number, rank) for number in range(first, total) for rank in range(world)]
     finished, since = 0, time.monotonic()
     try:
         while any(process.poll() is None for process in processes):
             time.sleep(0.05)
-            now = sum(result_path(folder, number, rank).exists() for number in range(first, total) for rank in range(world))
+            now = sum(path.exists() for path in awaited)
             if now > finished:
                 finished, since = now, time.monotonic()
             ended = any(process.poll() not in (None, 0) for process in processes)

@@ -133,7 +133,7 @@ def make_batch(update: int, rank: int, micro: int, size: int, sometimes: bool) -
 
 
 def named_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Param groups whose "params" are (name, parameter): decayed, not decayed at half the lr, and three without LENA."""
+    """Param groups of (name, parameter) pairs: decayed, not decayed at half the lr, and three without LENA."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     dims = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in trained}  # zero.Init leaves p itself empty
     matrices = [(name, p) for name, p in trained if dims[name] > 1]

@@ -1,4 +1,4 @@
-"""One case in plain PyTorch, as one rank sees it: no DeepSpeed, DistributedDataParallel where there are several ranks."""
+"""One case in plain PyTorch, as one rank sees it; DistributedDataParallel where there are several ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import ds_lena
 from tests.helpers.case import SCHEDULES, Case
 from tests.helpers.groups import case_groups
 from tests.helpers.model import build
@@ -17,8 +18,6 @@ from tests.helpers.model import build
 
 def run(case: Case) -> dict[str, Any]:
     """The reports after every update and the weights at the end."""
-    import ds_lena
-
     model = build(case.model, torch.float32)
     wrapped: nn.Module = model
     if case.world > 1:
@@ -34,7 +33,8 @@ def run(case: Case) -> dict[str, Any]:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        reports.append(ds_lena.report(optimizer))
+        report = ds_lena.report(optimizer)
+        reports.append(_with_names(report, model) if case.groups == "unnamed" else report)
     params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return {"reports": reports, "params": params}
 
@@ -45,6 +45,13 @@ def _parameters(case: Case, model: nn.Module, wrapped: nn.Module) -> Any:
     if case.groups == "flat":
         return wrapped.named_parameters()  # as a user would write it: prefixes and frozen parameters included
     return case_groups(case, model)
+
+
+def _with_names(report: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The report of an optimizer that knows no names: `param_0` is the first parameter it was given."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    layers = {name: report["layers"][f"param_{index}"] for index, name in enumerate(names)}
+    return report | {"layers": layers}
 
 
 def _accumulate(case: Case, wrapped: nn.Module, update: int) -> None:

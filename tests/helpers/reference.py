@@ -1,4 +1,4 @@
-"""Training in float64 in one process: all ranks' micro-batches one after the other, the oracle's factors, torch's rules.
+"""Training in float64 in one process: the micro-batches of all ranks, the oracle's factors, torch's rules.
 
 The base rule is `torch.optim` itself with one param group per parameter, so that a layer's factor is nothing but that
 group's lr: lr x factor acts in the update and in weight decay, and the rest is torch's.

@@ -121,8 +121,10 @@ def _serve(channel: Connection, rank: int, port: int, log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(rank_environment(rank, WORLD, port))
+    import deepspeed  # noqa: F401  once, and not to be looked through by every garbage collection
     import torch
 
+    gc.freeze()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
     while True:

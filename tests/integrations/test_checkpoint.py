@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+import ds_lena
 from tests.integrations._engines import Net, config, engine, moved, said, stock_engine, train
 from tests.integrations._ranks import Ranks
 
 SAVED_AFTER, UPDATES = 3, 8  # the cap ends the warm-ups after update 5 of the 20 that are planned
 PRECISIONS = ("fp32", "bf16", "bf16-fp32")
-LAYOUTS = [(stage, precision) for stage in range(4) for precision in PRECISIONS if (stage, precision) != (0, "bf16-fp32")]
-SHORT_LAST = (2, 2, 1)  # micro-batches: every third window is short, the one before the checkpoint too
+LAYOUTS = [
+    (stage, precision) for stage in range(4) for precision in PRECISIONS if (stage, precision) != (0, "bf16-fp32")
+]
+SHORT = (2, 2, 1, 1)  # micro-batches: the windows before and after the checkpoint are short
 DECAY = {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0.01, "warmup_max_lr": 0.01, "total_num_steps": 20}}
 
 
@@ -23,8 +26,6 @@ def resume(
     folder: str, stage: int, precision: str, lena: dict[str, Any], micros: tuple[int, ...] = (2,), **more: Any
 ) -> dict[str, Any]:
     """Train with a checkpoint on the way, load it into other weights, and train the rest again."""
-    import ds_lena
-
     entries = config(stage, precision, lena, **more)
     with engine(entries) as unbroken:
         train(unbroken, range(SAVED_AFTER), micros)
@@ -49,9 +50,7 @@ def is_the_unbroken_run(result: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_resumed_run_is_the_unbroken_run(
-    ranks: Ranks, tmp_path: Path, stage: int, precision: str, base: str
-) -> None:
+def test_a_resumed_run_is_the_unbroken_run(ranks: Ranks, tmp_path: Path, stage: int, precision: str, base: str) -> None:
     for result in ranks.run(resume, str(tmp_path), stage, precision, {"base": base}):
         warming_up = [layer["warmup"] < 1 for layer in result["saved"]["layers"].values()]
         assert any(warming_up) and not any(layer["warmup"] < 1 for layer in result["end"]["layers"].values())
@@ -60,15 +59,13 @@ def test_a_resumed_run_is_the_unbroken_run(
 
 @pytest.mark.parametrize("stage", range(4))
 def test_it_is_also_after_a_window_with_fewer_micro_batches(ranks: Ranks, tmp_path: Path, stage: int) -> None:
-    for result in ranks.run(resume, str(tmp_path), stage, "fp32", {}, SHORT_LAST):
-        assert (result["saved"]["n"], result["end"]["n"]) == (2, 4)
+    for result in ranks.run(resume, str(tmp_path), stage, "fp32", {}, SHORT):
+        assert (result["saved"]["n"], result["end"]["n"]) == (2, 2)
         assert is_the_unbroken_run(result)
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_it_is_also_with_a_scheduler_that_knows_the_length_of_the_run(
-    ranks: Ranks, tmp_path: Path, stage: int
-) -> None:
+def test_it_is_also_with_a_scheduler_that_knows_the_length_of_the_run(ranks: Ranks, tmp_path: Path, stage: int) -> None:
     for result in ranks.run(resume, str(tmp_path), stage, "fp32", {"total_steps": None}, scheduler=DECAY):
         assert is_the_unbroken_run(result)
 
@@ -84,10 +81,27 @@ def test_it_is_also_with_the_authors_variant(ranks: Ranks, tmp_path: Path) -> No
         assert is_the_unbroken_run(result)
 
 
+def rewind(folder: str, stage: int) -> list[bool]:
+    """Whether an engine that loads its own earlier checkpoint does the same again: its report, and tensor by tensor."""
+    with engine(config(stage)) as made:
+        train(made, range(SAVED_AFTER))
+        made.save_checkpoint(folder)
+        train(made, range(SAVED_AFTER, UPDATES))
+        report, weights = ds_lena.report(made), moved(made)
+        made.load_checkpoint(folder)
+        train(made, range(SAVED_AFTER, UPDATES))
+        same = [torch.equal(a, b) for a, b in zip(weights, moved(made), strict=True)]
+        return [ds_lena.report(made) == report, *same]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_engine_can_go_back_to_its_own_checkpoint(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    for same in ranks.run(rewind, str(tmp_path), stage):
+        assert all(same)
+
+
 def save(folder: str, stage: int, width: int, depth: int) -> list[str]:
     """The layer names of a model whose checkpoint is written to `folder`."""
-    import ds_lena
-
     with engine(config(stage), Net(width=width, depth=depth)) as made:
         train(made, range(1))
         made.save_checkpoint(folder)
@@ -142,8 +156,6 @@ def test_its_size_grows_with_the_number_of_layers_and_not_with_theirs(ranks: Ran
 
 def load_a_checkpoint_of_adamw(folder: str, stage: int) -> tuple[list[str], int, int, bool]:
     """What was said, LENA's updates after loading and after training on, and whether the weights were loaded."""
-    import ds_lena
-
     with stock_engine(config(stage)) as other:
         train(other, range(2))
         other.save_checkpoint(folder)
@@ -168,8 +180,6 @@ def test_a_checkpoint_of_adamw_keeps_its_moments_and_starts_lena_fresh(
 
 def load_with(folder: str, saved: dict[str, Any], loaded: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """What was said when a checkpoint of other keys was loaded, and the report then."""
-    import ds_lena
-
     with engine(config(2, lena=saved)) as before:
         train(before, range(SAVED_AFTER))
         before.save_checkpoint(folder)
@@ -194,15 +204,13 @@ def test_a_newly_excluded_parameter_warns_and_the_others_go_on(ranks: Ranks, tmp
 
 
 def load_of_another_variant(folder: str) -> str:
-    from ds_lena import StateError
-
     with engine(config(2)) as before:
         train(before, range(1))
         before.save_checkpoint(folder)
     with engine(config(2, lena={"variant": "authors-code", "smoothing": None})) as after:
         try:
             after.load_checkpoint(folder)
-        except StateError as error:
+        except ds_lena.StateError as error:
             return str(error)
     return "loaded"
 

@@ -1,22 +1,24 @@
-"""How LENA is chosen: by name in the DeepSpeed JSON, by object, by a script that does not know it, or without DeepSpeed."""
+"""How LENA is chosen: by name in the JSON, by object, by a script that does not know it, or without DeepSpeed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ds_lena
 from tests.integrations._engines import LENA, Net, config, engine, train, without_optimizer
 from tests.integrations._programs import SCRIPTS, launch, python
 from tests.integrations._ranks import Ranks
 
 HfRun = Callable[[str], list[dict[str, Any]]]
 
-NAMED = 'deepspeed.initialize(model=model, config={**config, "optimizer": {"type": "LENA", "params": {"warmup": "none"}}})'
+NAMED = (
+    'deepspeed.initialize(model=model, config={**config, "optimizer": {"type": "LENA", "params": {"warmup": "none"}}})'
+)
 GIVEN = "deepspeed.initialize(model=model, config=config, optimizer=optimizer)"
 STARTS = {
     "named, ds_lena first": f"""
@@ -56,8 +58,6 @@ def test_the_order_of_imports_does_not_matter(start: str) -> None:
 
 def train_with(how: str, stage: int, precision: str = "fp32") -> tuple[str, dict[str, Any]]:
     """The class of the inner optimizer and the report after three updates."""
-    import ds_lena
-
     model = Net()
     entries = config(stage, precision)
     how_to_give = {
@@ -175,7 +175,5 @@ def test_importing_it_imports_no_deepspeed() -> None:
 
 
 def test_it_is_a_torch_optimizer_under_its_own_name() -> None:
-    import ds_lena
-
     assert torch.optim.LENA is ds_lena.LENA
     assert issubclass(ds_lena.LENA, torch.optim.Optimizer)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.case import Case
 from tests.helpers.launch import Outcome, launch
@@ -25,6 +26,15 @@ class Runs:
             outcomes = launch(together, self._folder / f"world{case.world}")
             self._outcomes |= {other.name: outcome for other, outcome in zip(together, outcomes, strict=True)}
         return self._outcomes[case.name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The reference is made of small tensors: a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

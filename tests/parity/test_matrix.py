@@ -1,6 +1,6 @@
 """ZeRO stage x world size x accumulation x precision x clipping x base rule x layer.
 
-Every pair of values in the default run, every combination under the marker `full`.
+Every three values together in the default run, every combination under the marker `full`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.case import Case
 from tests.helpers.check import check
-from tests.helpers.pairwise import Row, all_rows, pairwise
+from tests.helpers.covering import Row, all_rows, covering
 
 VALUES = {
     "stage": (0, 1, 2, 3),
@@ -31,12 +31,12 @@ def cases(rows: list[Row]) -> list[Case]:
     return [Case(name="matrix-" + "-".join(str(value) for value in row.values()), **row) for row in rows]
 
 
-PAIRS = cases(pairwise(VALUES, exists))
-REST = [case for case in cases(all_rows(VALUES, exists)) if case not in PAIRS]
+TRIPLES = cases(covering(VALUES, exists, strength=3))
+REST = [case for case in cases(all_rows(VALUES, exists)) if case not in TRIPLES]
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
-def test_every_pair(case, run_case):
+@pytest.mark.parametrize("case", TRIPLES, ids=lambda case: case.name)
+def test_every_triple(case, run_case):
     check(case, run_case)
 
 

@@ -23,8 +23,10 @@ ONE_PROCESS = [
     plain("single", world=1, accumulation=1),
     plain("resized", world=1, windows=windows(4, 4, 2, 4, 1, 4, 4, 3, 4, 4), usage="every other window"),
     plain("base", world=1, accumulation=4, lena={"base_batch_size": 4, "micro_batch_size": 2}),
-    plain("checkpointing", world=1, accumulation=2, model=ModelOptions(checkpointing="reentrant", shared=True)),
-    plain("named-parameters", world=1, accumulation=4, groups="flat", lena={"exclude": ["*.bias"], "no_decay": ["*norm*"]}),
+    plain("checkpointing", world=1, accumulation=2, model=ModelOptions(checkpointing="reentrant")),
+    plain(
+        "named-parameters", world=1, accumulation=4, groups="flat", lena={"exclude": ["*.bias"], "no_decay": ["*norm*"]}
+    ),
     plain("unnamed", world=1, accumulation=4, groups="unnamed"),
 ]
 

@@ -133,4 +133,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path([argument for argument in sys.argv[1:] if not argument.startswith("--")][0]))
+    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--"))))

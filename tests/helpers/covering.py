@@ -1,4 +1,4 @@
-"""A small set of combinations in which every pair of values occurs."""
+"""A small set of combinations in which every pair, or triple, of values occurs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ def all_rows(values: Mapping[str, Sequence[Any]], valid: Callable[[Row], bool]) 
     return [row for row in rows if valid(row)]
 
 
-def pairwise(values: Mapping[str, Sequence[Any]], valid: Callable[[Row], bool]) -> list[Row]:
-    """Greedy and deterministic: always the row with the most pairs that no row before it has."""
+def covering(values: Mapping[str, Sequence[Any]], valid: Callable[[Row], bool], strength: int) -> list[Row]:
+    """Rows in which any `strength` values that can occur together do so.
+
+    Greedy and deterministic: always the row that brings the most of them.
+    """
     rows = all_rows(values, valid)
-    pairs = [_pairs(row) for row in rows]
-    missing = set().union(*pairs)
+    held = [set(combinations(row.items(), strength)) for row in rows]
+    missing = set().union(*held)
     chosen = []
     while missing:
-        best = max(range(len(rows)), key=lambda index: len(pairs[index] & missing))
-        missing -= pairs[best]
+        best = max(range(len(rows)), key=lambda index: len(held[index] & missing))
+        missing -= held[best]
         chosen.append(rows[best])
     return chosen
-
-
-def _pairs(row: Row) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
-    return set(combinations(row.items(), 2))

@@ -1,0 +1,264 @@
+"""What ds_lena takes from inside of DeepSpeed: every private name, and the facts that it is written around.
+
+After an upgrade of DeepSpeed this file says what has changed. Names and facts were seen with `SEEN_WITH`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_lena.integrations import _deepspeed_private as private
+from tests.integrations._engines import Net, batch, config, engine, stock_engine, train, without_optimizer
+from tests.integrations._ranks import Ranks
+
+ENGINE = (
+    "_config",
+    "_configure_lr_scheduler",
+    "_configure_optimizer",
+    "_take_model_step",
+    "autotp_size",
+    "basic_optimizer",
+    "destroy",
+    "dp_world_size",
+    "fp16_enabled",
+    "gradient_average",
+    "gradient_predivide_factor",
+    "has_moe_layers",
+    "is_deepcompile_enabled",
+    "load_universal_checkpoint",
+    "lr_scheduler",
+    "module",
+    "mpu",
+    "optimizer",
+    "pipeline_parallelism",
+    "postscale_gradients",
+    "seq_data_parallel_group",
+    "seq_dp_world_size",
+    "sequence_parallel_size",
+    "torch_autocast_dtype",
+    "torch_autocast_enabled",
+    "was_step_applied",
+    "zenflow",
+    "zero_optimization_stage",
+)
+ZERO_CONFIG = (
+    "elastic_checkpoint",
+    "offload_optimizer",
+    "offload_param",
+    "zero_hpz_partition_size",
+    "zero_quantized_gradients",
+    "zero_quantized_weights",
+)
+ZERO_1_2 = (
+    "averaged_gradients",
+    "partition_size",
+    "real_dp_process_group",
+    "round_robin_bit16_groups",
+    "round_robin_bit16_offsets",
+    "single_partition_of_fp32_groups",
+)
+BF16 = ("bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "real_dp_process_group")
+ZERO_3 = ("averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer")
+ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_tensor", "partition_numel")
+UNFUSED = ("fp16_groups", "fp32_groups")
+LAYOUTS = {
+    # (stage, precision): the wrapper's class, its names, those of a parameter
+    (0, "fp32"): ("LENA", (), ()),
+    (0, "bf16"): ("FP16_UnfusedOptimizer", UNFUSED, ()),
+    (1, "fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
+    (1, "bf16"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
+    (1, "bf16-fp32"): ("BF16_Optimizer", BF16, ()),
+    (2, "fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
+    (2, "bf16-fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
+    (3, "fp32"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
+    (3, "bf16"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
+}
+ELSEWHERE = {
+    "DeepSpeedEngine",  # deepspeed.runtime.engine
+    "device",  # of an offload configuration
+    "zero_config",  # engine._config
+    "get_model_parallel_world_size",  # the user's mpu
+    "total_num_steps",  # DeepSpeed's schedulers that decay
+    "param_groups",  # torch
+}
+PINNED = {*ENGINE, *ZERO_CONFIG, *ZERO_1_2, *BF16, *ZERO_3, *ZERO_3_PARAMETER, *UNFUSED, *ELSEWHERE}
+
+
+def where() -> str:
+    import deepspeed
+
+    return f"seen with DeepSpeed {private.SEEN_WITH}, installed is {deepspeed.__version__}"
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def names_of(stage: int, precision: str) -> tuple[str, list[str]]:
+    """The class of the wrapper, and which names are missing in this layout."""
+    with engine(config(stage, precision)) as made:
+        _, of_wrapper, of_parameter = LAYOUTS[stage, precision]
+        expected = [
+            ("engine", made, ENGINE),
+            ("engine._config.zero_config", made._config.zero_config, ZERO_CONFIG),
+            ("engine.optimizer", made.optimizer, of_wrapper),
+            ("parameter", next(made.module.parameters()), of_parameter),
+        ]
+        missing = [f"{what}.{name}" for what, thing, names in expected for name in names if not hasattr(thing, name)]
+        return type(made.optimizer).__name__, missing
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_each_layout_has_the_wrapper_and_the_names_that_are_read(ranks: Ranks, stage: int, precision: str) -> None:
+    for wrapper, missing in ranks.run(names_of, stage, precision):
+        assert wrapper == LAYOUTS[stage, precision][0], where()
+        assert missing == [], where()
+
+
+def seam() -> dict[str, Any]:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    methods = ("_configure_optimizer", "_configure_lr_scheduler", "_take_model_step", "was_step_applied", "destroy")
+    signatures = {name: list(inspect.signature(getattr(DeepSpeedEngine, name)).parameters) for name in methods}
+    schedulers = [scheduler.__init__.__code__.co_varnames for scheduler in (WarmupDecayLR, WarmupCosineLR)]
+    return {
+        "signatures": signatures,
+        "list of optimizers": type(ZERO_SUPPORTED_OPTIMIZERS).__name__,
+        "schedulers know the length": all("total_num_steps" in names for names in schedulers),
+    }
+
+
+def test_the_methods_that_are_wrapped_take_what_they_took(ranks: Ranks) -> None:
+    found = ranks.run(seam)[0]
+    assert found["signatures"] == {
+        "_configure_optimizer": ["self", "client_optimizer", "model_parameters"],
+        "_configure_lr_scheduler": ["self"],
+        "_take_model_step": ["self", "lr_kwargs"],
+        "was_step_applied": ["self"],
+        "destroy": ["self"],
+    }, where()
+    assert found["list of optimizers"] == "list", where()
+    assert found["schedulers know the length"], where()
+
+
+def names_read(tree: ast.Module) -> Iterator[str]:
+    """Attributes that the source reads of an engine, wrapper, configuration or parameter, by dot or by getattr."""
+    theirs = {"engine", "engine_class", "engine_module", "wrapper", "zero", "_zero", "_wrapper", "config", "offload"}
+    theirs |= {"parameter", "_config", "mpu", "lr_scheduler"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+            owner, name = node.args[0], getattr(node.args[1], "value", "")
+        else:
+            continue
+        if (owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")) in theirs:
+            yield str(name)
+
+
+def test_every_name_that_is_read_is_pinned_here() -> None:
+    found = set(names_read(ast.parse(Path(private.__file__).read_text())))
+    assert len(found) > 40, "the search finds names"
+    assert sorted(name for name in found - PINNED if not hasattr(torch.Tensor, name)) == []
+
+
+# -- facts -------------------------------------------------------------------------------------------------------------
+
+
+class Counting(torch.optim.AdamW):
+    """How often `step` is called, and with how many tensors in how many groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=1e-2)
+        self.calls: list[list[int]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls.append([len(group["params"]) for group in self.param_groups])
+        return super().step(closure)
+
+
+def calls_of_step(stage: int, precision: str, **zero: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """The calls of the inner optimizer's `step` while an engine with two groups is made, and in one update."""
+    model = Net()
+    optimizer = Counting([{"params": model.left.parameters()}, {"params": model.right.parameters()}])
+    entries = without_optimizer(config(stage, precision, zero=zero), zero_allow_untested_optimizer=True)
+    with engine(entries, model, optimizer=optimizer) as made:
+        before, optimizer.calls = optimizer.calls, []
+        train(made, range(1))
+        return before, optimizer.calls
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted"),
+    [
+        ((0, "fp32"), ([], [[6, 6]])),
+        ((0, "bf16"), ([[6, 6]], [[6, 6]])),  # once at construction, with zero gradients
+        ((1, "bf16-fp32"), ([], [[1, 1]])),
+        ((2, "fp32"), ([], [[1], [1]])),  # once per group
+        ((3, "fp32"), ([], [[1, 0], [0, 1]])),  # once per sub-group
+    ],
+    ids=str,
+)
+def test_who_calls_the_inner_step_and_with_what(ranks: Ranks, layout: Any, wanted: Any) -> None:
+    for calls in ranks.run(calls_of_step, *layout):
+        assert calls == wanted, where()
+
+
+def way_of_an_unused_tower(stage: int) -> float:
+    """How far stock SGD moves the right tower in an update that does not use it."""
+    model = Net()
+    entries = without_optimizer(config(stage), zero_allow_untested_optimizer=True)
+    with engine(entries, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)) as made:
+        train(made, range(1))
+        before = right_tower(made)
+        for micro in range(2):
+            made.set_gradient_accumulation_boundary(micro == 1)
+            made.backward(made(batch(1, micro)[0]))
+            made.step()
+        return float((right_tower(made) - before).norm())
+
+
+def right_tower(made: Any) -> torch.Tensor:
+    import deepspeed
+
+    weight = made.module.right[0].weight
+    with deepspeed.zero.GatheredParameters(weight):
+        return weight.detach().clone()
+
+
+def test_zero_3_keeps_the_gradient_of_the_window_before(ranks: Ranks) -> None:
+    assert all(way > 1e-4 for way in ranks.run(way_of_an_unused_tower, 3)), where()
+    assert ranks.run(way_of_an_unused_tower, 2) == [0.0, 0.0]
+
+
+def wrong_fragments(round_robin: bool) -> int:
+    """For how many parameters DeepSpeed's own fragment map shows another tensor's fp32 values after two updates."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    with stock_engine(config(2, zero={"round_robin_gradients": round_robin}), Net(depth=3)) as made:
+        train(made, range(2))
+        return sum(not torch.equal(safe_get_full_fp32_param(p), p.detach()) for p in made.module.parameters())
+
+
+def test_the_fragment_map_is_wrong_under_round_robin(ranks: Ranks) -> None:
+    assert ranks.run(wrong_fragments, False) == [0, 0]
+    assert all(wrong > 0 for wrong in ranks.run(wrong_fragments, True)), where()
+
+
+def default_clipping() -> float:
+    entries = config(2)
+    del entries["gradient_clipping"]
+    with engine(entries) as made:
+        return float(made.gradient_clipping())
+
+
+def test_gradients_are_clipped_unless_told_otherwise(ranks: Ranks) -> None:
+    assert ranks.run(default_clipping) == [1.0, 1.0], where()

@@ -1,0 +1,79 @@
+"""Non-finite gradients: an update that DeepSpeed skips leaves no trace, in one that it applies other layers go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ds_lena
+from tests.integrations._engines import config, engine, moved, train
+from tests.integrations._ranks import Ranks
+
+BEFORE, BAD, AFTER = range(2), 2, range(3, 6)
+SKIPPING = [(1, "fp32"), (1, "bf16"), (1, "bf16-fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (0, "bf16")]
+
+
+def state_of(engine: Any) -> dict[str, Any]:
+    """All that LENA remembers, but for the count of skipped updates."""
+    return {key: value for key, value in engine.basic_optimizer.tracker.state_dict().items() if key != "skipped"}
+
+
+def train_past_a_bad_update(stage: int, precision: str) -> dict[str, Any]:
+    """Weights, state and reports on both sides of a skipped update, at the end, and of a run that never had it."""
+    with engine(config(stage, precision)) as made:
+        train(made, BEFORE)
+        before = (moved(made), state_of(made))
+        train(made, [BAD], poisoned=[BAD])
+        skipped = (moved(made), state_of(made), ds_lena.report(made))
+        train(made, AFTER)
+        end = (moved(made), ds_lena.report(made))
+    with engine(config(stage, precision)) as healthy:
+        train(healthy, [*BEFORE, *AFTER])
+        wanted = (moved(healthy), ds_lena.report(healthy))
+    return {
+        "weights stayed": all(torch.equal(a, b) for a, b in zip(before[0], skipped[0], strict=True)),
+        "state stayed": before[1] == skipped[1],
+        "skipped": skipped[2],
+        "end": end[1],
+        "wanted": wanted[1],
+        "weights are the wanted ones": all(torch.equal(a, b) for a, b in zip(end[0], wanted[0], strict=True)),
+    }
+
+
+@pytest.mark.parametrize(("stage", "precision"), SKIPPING)
+def test_a_skipped_update_leaves_no_trace(ranks: Ranks, stage: int, precision: str) -> None:
+    for run in ranks.run(train_past_a_bad_update, stage, precision):
+        assert run["weights stayed"] and run["state stayed"]
+        assert run["skipped"]["skipped"] == 1
+        assert run["end"] == run["wanted"] | {"skipped": 1}
+        assert run["weights are the wanted ones"]
+
+
+def train_through_bad_updates(bad: int) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Reports before and after updates with a non-finite gradient in the right tower, and which weights stay finite."""
+    updates = range(2, 2 + bad)
+    with engine(config(0)) as made:
+        train(made, BEFORE)
+        reports = [ds_lena.report(made)]
+        for update in updates:
+            train(made, [update], poisoned=[update])
+            reports.append(ds_lena.report(made))
+        return reports, [bool(p.isfinite().all()) for p in made.module.parameters()]
+
+
+def test_an_update_that_stage_0_applies_changes_only_layers_with_finite_gradients(ranks: Ranks) -> None:
+    for (before, after), finite in ranks.run(train_through_bad_updates, 1):
+        left = [name for name in before["layers"] if name.startswith("left.")]
+        right = [name for name in before["layers"] if name.startswith("right.")]
+        assert len(left) == len(right) == 6
+        assert all(after["layers"][name] == before["layers"][name] for name in right)
+        assert all(after["layers"][name]["state"] > before["layers"][name]["state"] for name in left)
+        assert (after["update"], after["skipped"], after["nonfinite"]) == (before["update"] + 1, 0, len(right))
+        assert finite == [True] * 6 + [False] * 6, "the base rule does in this update what it does without LENA"
+
+
+def test_every_layer_left_out_is_counted(ranks: Ranks) -> None:
+    for reports, _ in ranks.run(train_through_bad_updates, 3):
+        assert [report["nonfinite"] for report in reports] == [0, 6, 12, 18]

@@ -1,0 +1,177 @@
+"""Layouts in which LENA would not be exact are refused by name, on every rank, with what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ds_lena
+from ds_lena.integrations import _deepspeed_private as private
+from tests.integrations._engines import LENA, Net, config, engine, refusal, without_optimizer
+from tests.integrations._ranks import WORLD, Ranks
+
+
+class ModelParallel:
+    """Both ranks hold parts of one model, as Megatron's parallel_state would say it."""
+
+    def __init__(self) -> None:
+        self.data_parallel_group = [dist.new_group([rank]) for rank in range(WORLD)][dist.get_rank()]
+
+    def get_model_parallel_world_size(self) -> int:
+        return WORLD
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return dist.group.WORLD
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_parallel_group
+
+
+def _ulysses() -> Any:
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    parallel_state_sp.initialize_sequence_parallel(WORLD)
+    return parallel_state_sp
+
+
+def _pipeline() -> nn.Module:
+    from deepspeed.pipe import PipelineModule
+
+    return PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=WORLD, loss_fn=nn.MSELoss())
+
+
+def _experts() -> nn.Module:
+    from deepspeed.moe.layer import MoE
+
+    return nn.Sequential(nn.Linear(4, 4), MoE(hidden_size=4, expert=nn.Linear(4, 4), num_experts=2))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Net,
+    "pipeline": _pipeline,
+    "experts": _experts,
+    "in DDP": lambda: nn.parallel.DistributedDataParallel(Net()),
+}
+MPUS: dict[str, Callable[[], Any]] = {"none": lambda: None, "model parallel": ModelParallel, "Ulysses": _ulysses}
+TENSOR_PARALLEL = {
+    "autotp_size": 2,
+    "partition_config": {
+        "use_default_specs": False,
+        "layer_specs": [{"patterns": [".*left\\.2\\.weight$"], "partition_type": "row"}],
+    },
+}
+PREDIVIDED = {"prescale_gradients": False, "gradient_predivide_factor": float(WORLD)}
+WRONGLY_SCALED = '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)'
+UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
+    # what the error calls it, stage, DeepSpeed's entries, what else is given
+    ("fp16", 2, {"fp16": {"enabled": True}}, {}),
+    ("fp16", 2, {"torch_autocast": {"enabled": True, "dtype": "fp16"}}, {}),
+    ('"offload_optimizer"', 2, {"zero": {"offload_optimizer": {"device": "cpu"}}}, {}),
+    ('"offload_param"', 3, {"zero": {"offload_param": {"device": "cpu"}}}, {}),
+    ('"tensor_parallel"', 1, {"tensor_parallel": TENSOR_PARALLEL}, {}),
+    ('"zero_hpz_partition_size"', 3, {"zero": {"zero_hpz_partition_size": 2}}, {}),
+    ('"zero_quantized_gradients"', 3, {"zero": {"zero_quantized_gradients": True}}, {}),
+    ('"zero_quantized_weights"', 3, {"zero": {"zero_quantized_weights": True}}, {}),
+    ('"elastic_checkpoint"', 2, {"zero": {"elastic_checkpoint": True}}, {}),
+    ('"load_universal"', 2, {"checkpoint": {"load_universal": True}}, {}),
+    ('"deepcompile"', 2, {"compile": {"deepcompile": True}}, {}),
+    ('"gradient_allreduce_op": "sum"', 2, {"gradient_allreduce_op": "sum"}, {}),
+    (WRONGLY_SCALED, 3, PREDIVIDED, {}),
+    ("a PipelineModule", 1, {}, {"model": "pipeline"}),
+    ("mixture-of-experts layers", 1, {}, {"model": "experts"}),
+    ("a model wrapped by DistributedDataParallel", 1, {}, {"model": "in DDP"}),
+    ("a model-parallel mpu", 1, {}, {"mpu": "model parallel"}),
+    ("sequence parallelism", 1, {"sequence_parallel_size": WORLD, "data_parallel_size": 1}, {}),
+    ("sequence parallelism", 1, {}, {"mpu": "Ulysses"}),
+]
+
+
+@contextmanager
+def _one_layout() -> Iterator[None]:
+    """DeepSpeed keeps its groups of ranks in a module: put back what one layout has set there."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.module_inject.layers import set_autotp_mode
+    from deepspeed.utils import groups
+
+    before = dict(vars(groups))
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True  # this CPU's is not, and DeepSpeed would say so before us
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
+        set_autotp_mode(training=False)
+        vars(groups).update(before)
+
+
+def refusal_of_layout(stage: int, entries: dict[str, Any], model: str = "plain", mpu: str = "none") -> str:
+    with _one_layout():
+        return refusal(config(stage, **entries), MODELS[model](), mpu=MPUS[mpu]())
+
+
+@pytest.mark.parametrize(("what", "stage", "entries", "given"), UNSUPPORTED, ids=[case[0] for case in UNSUPPORTED])
+def test_it_is_refused_by_name_on_every_rank(
+    ranks: Ranks, what: str, stage: int, entries: dict[str, Any], given: dict[str, str]
+) -> None:
+    for message in ranks.run(refusal_of_layout, stage, entries, **given):
+        assert message.startswith(f"UnsupportedError: LENA does not support {what} yet. Nearest supported choice: ")
+
+
+def test_what_is_refused_is_welcome_when_it_is_off(ranks: Ranks) -> None:
+    off = {
+        "zero": {
+            "offload_optimizer": {"device": "none"},
+            "offload_param": {"device": "none"},
+            "zero_hpz_partition_size": 1,
+            "elastic_checkpoint": False,
+        },
+        "fp16": {"enabled": False},
+        "tensor_parallel": {"autotp_size": 1},
+        "gradient_allreduce_op": "mean",
+    }
+    assert ranks.run(refusal_of_layout, 3, off) == ["", ""]
+
+
+def refusals_of_zenflow() -> list[str]:
+    with engine(config(2)) as made:
+        made.zenflow = True
+        return [what for is_on, what, _ in private.refusals(made) if is_on]
+
+
+def test_zenflow_is_refused_too_though_it_cannot_start_here(ranks: Ranks) -> None:
+    assert ranks.run(refusals_of_zenflow) == [['"zenflow"']] * 2
+
+
+def refusal_of_callable() -> str:
+    entries = without_optimizer(config(2, zero={"elastic_checkpoint": True}))
+    return refusal(entries, optimizer=lambda parameters: ds_lena.LENA(parameters, **LENA))
+
+
+def test_a_callable_that_makes_it_is_refused_too(ranks: Ranks) -> None:
+    for message in ranks.run(refusal_of_callable):
+        assert 'LENA does not support "elastic_checkpoint" yet' in message
+
+
+def another_optimizer_in(entries: dict[str, Any]) -> str:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    return refusal(without_optimizer(config(2, **entries)), model, optimizer=optimizer)
+
+
+def test_other_optimizers_are_left_alone(ranks: Ranks) -> None:
+    assert ranks.run(another_optimizer_in, {"gradient_allreduce_op": "sum"}) == ["", ""]

@@ -1,0 +1,241 @@
+"""The plan of the house, checked on the source: who may import whom, who may talk to what, and what a user sees."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ds_lena
+
+PACKAGE = Path(ds_lena.__file__).parent
+
+FLOORS = (
+    {"errors", "version"},
+    {"config", "norms", "layers", "reduce", "rules.common"},
+    {"algorithm", "parameters", "probe", "rules.adamw", "rules.sgd"},
+    {"authors_code", "shards", "rules"},
+    {"tracker", "plain", "stepper"},
+    {"optimizer"},
+    {"monitor", "integrations", "integrations._deepspeed_private", "integrations.transformers"},
+    {"integrations.deepspeed"},
+    {"_registration"},
+    {"__init__"},
+    {"run"},
+)
+"""From the ground up: a module imports from lower floors only, so there is no cycle."""
+
+FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
+
+INDEPENDENT = {
+    "errors": set(),
+    "norms": {"errors"},
+    "layers": set(),
+    "reduce": set(),
+    "algorithm": {"config"},
+    "rules": {"rules.adamw", "rules.sgd", "rules.common"},
+    "rules.adamw": {"rules.common"},
+    "rules.sgd": {"rules.common"},
+    "rules.common": set(),
+}
+"""All that these modules may know of the package."""
+
+SEAM = "integrations._deepspeed_private"
+
+PRIVATE_NAMES = (
+    "_configure_optimizer", "_take_model_step", "ZERO_SUPPORTED_OPTIMIZERS", "seq_data_parallel_group",
+    "averaged_gradients",
+    "round_robin_bit16_groups", "round_robin_bit16_offsets", "real_dp_process_group", "single_partition_of_fp32_groups",
+    "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "fp16_groups", "fp32_groups",
+    "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
+    "ds_numel",
+)  # fmt: skip
+
+WAITING_METHODS = {"item", "tolist", "cpu", "numpy", "nonzero"}
+WAITING_CONVERSIONS = {"float", "bool", "int"}
+
+UPDATE_PATH = {
+    "algorithm": None,  # None: all of it
+    "authors_code": None,
+    "reduce": None,
+    "norms": None,
+    "shards": None,
+    "stepper": None,
+    "tracker": {
+        "propose", "commit", "_scalar", "base_in_micro_batches", "_planned", "_same_plan", "_state_in_samples_of",
+        "_log_cap_once",
+    },
+    "optimizer": {"begin_update", "end_update", "_measure", "_plan", "step"},
+}  # fmt: skip
+
+HARMLESS = {
+    "optimizer: float(self._probe.passes)": "a Python number",
+    "tracker: float(plan.planned_n)": "a Python number",
+    "stepper: rates.tolist()": "where the rates are on the CPU already",
+    "tracker: bool((self.state.warmup >= 1).all())": "in updates after the cap, until all warm-ups have ended",
+    "tracker: int(self.state.capped.sum())": "once a run",
+}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+
+
+def own_imports(name):
+    """Modules of this package that a module imports, wherever in its code."""
+    found = set()
+    is_package = name == "__init__" or (PACKAGE / name.replace(".", "/")).is_dir()
+    here = [] if name == "__init__" else name.split(".")
+    for node in ast.walk(TREES[name]):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        base = here[: len(here) - node.level + is_package] + (node.module.split(".") if node.module else [])
+        for alias in node.names:
+            inner = ".".join([*base, alias.name])
+            found.add(inner if inner in SOURCES else ".".join(base))
+    return found
+
+
+def foreign_imports(name):
+    """Modules of other packages that a module imports, with their full names."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def uses(name, dotted):
+    """Whether a module imports `dotted` or spells it as an attribute."""
+    spelled = {ast.unparse(node) for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
+    return any(f"{found}.".startswith(f"{dotted}.") for found in foreign_imports(name) | spelled)
+
+
+# -- imports ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_floor():
+    assert set(FLOOR_OF) == set(SOURCES)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_go_down(name):
+    upwards = {other for other in own_imports(name) if FLOOR_OF[other] >= FLOOR_OF[name]}
+    assert upwards == set()
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_a_module_that_stands_alone_knows_nothing_else_of_the_package(name):
+    assert own_imports(name) <= INDEPENDENT[name]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_package_imports_itself_by_relative_names(name):
+    assert not any(found.split(".")[0] == "ds_lena" for found in foreign_imports(name))
+
+
+def test_the_walk_finds_what_is_there():
+    assert own_imports("optimizer") >= {"algorithm", "config", "shards", "probe", "tracker", "rules"}
+    assert own_imports("integrations.deepspeed") >= {"optimizer", SEAM, "integrations.transformers"}
+    assert own_imports("rules") == {"rules.adamw", "rules.sgd", "rules.common"}
+    assert "integrations.deepspeed" in own_imports("_registration")
+    assert uses("reduce", "torch.distributed") and uses(SEAM, "torch.distributed")
+
+
+# -- who may talk to what ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_reduce_and_the_integrations_talk_to_torch_distributed(name):
+    assert not uses(name, "torch.distributed") or name == "reduce" or name.startswith("integrations.")
+
+
+@pytest.mark.parametrize("library", ["deepspeed", "transformers", "accelerate"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_the_integrations_import_other_libraries(name, library):
+    imported = {found.split(".")[0] for found in foreign_imports(name)}
+    assert library not in imported or name.startswith("integrations.")
+
+
+@pytest.mark.parametrize("private", PRIVATE_NAMES)
+def test_private_names_of_deepspeed_stand_behind_the_seam(private):
+    spelled_in = {name for name, source in SOURCES.items() if re.search(rf"\b{private}\b", source)}
+    assert spelled_in == {SEAM}
+
+
+@pytest.mark.parametrize("name", ["integrations.deepspeed", "integrations.transformers"])
+def test_the_integrations_touch_no_private_attribute_of_others(name):
+    foreign = [
+        ast.unparse(node)
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and ast.unparse(node.value) != "self"
+    ]
+    assert foreign == []
+
+
+def waits(node):
+    """Whether a call may wait for a number from the device: a method of a tensor, or a conversion."""
+    if not isinstance(node, ast.Call):
+        return False
+    return getattr(node.func, "attr", None) in WAITING_METHODS or getattr(node.func, "id", None) in WAITING_CONVERSIONS
+
+
+def host_calls(name, functions):
+    for function in ast.walk(TREES[name]):
+        if isinstance(function, ast.FunctionDef) and (functions is None or function.name in functions):
+            for node in ast.walk(function):
+                if waits(node):
+                    yield f"{name}: {ast.unparse(node)}"
+
+
+def test_an_update_does_not_wait_for_the_device():
+    found = {call for name, functions in UPDATE_PATH.items() for call in host_calls(name, functions)}
+    assert found - set(HARMLESS) == set()
+
+
+def test_what_is_said_of_the_update_path_is_there():
+    found = {call for name in UPDATE_PATH for call in host_calls(name, None)}
+    assert set(HARMLESS) <= found
+    for name, functions in UPDATE_PATH.items():
+        defined = {node.name for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef)}
+        assert (functions or set()) <= defined
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_library_does_not_print(name):
+    calls = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    assert "print" not in [getattr(call.func, "id", None) for call in calls]
+
+
+# -- what a user sees -------------------------------------------------------------------------------------------------
+
+
+def test_the_public_names():
+    names = {"LENA", "ConfigError", "LenaError", "StateError", "UnsupportedError", "__version__", "report"}
+    assert set(ds_lena.__all__) == names
+    assert all(hasattr(ds_lena, name) for name in ds_lena.__all__)
+
+
+def in_a_fresh_interpreter(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_importing_it_registers_the_optimizer_and_imports_neither_deepspeed_nor_transformers():
+    imported = in_a_fresh_interpreter(
+        "import sys, torch, ds_lena\n"
+        "assert torch.optim.LENA is ds_lena.LENA\n"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    assert "ds_lena" in imported
+    assert {"deepspeed", "transformers", "accelerate"}.isdisjoint(imported)

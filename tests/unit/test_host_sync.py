@@ -1,0 +1,42 @@
+"""An update reads no number from the device: it runs on the meta device, where there is none to read."""
+
+import pytest
+import torch
+from torch import nn
+
+from ds_lena import LENA
+from ds_lena.rules import Rule
+from ds_lena.shards import Segment, plan_flat
+from ds_lena.stepper import Stepper
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"total_steps": 100}, {"total_steps": 100, "variant": "authors-code"}, {"warmup": "none", "smoothing": 0.5},
+     {"total_steps": 100, "scaling": "sqrt", "max_factor": 4, "warmup": "fixed"}],
+    ids=str,
+)  # fmt: skip
+def test_measuring_and_deciding(keys):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(META)
+    optimizer = LENA(model.named_parameters(), **keys)
+    for applied in (True, True, False):
+        for _ in range(3):
+            model(torch.ones(5, 3, device=META)).sum().backward()
+        assert optimizer.begin_update().factor.device == META
+        optimizer.end_update(applied)
+        optimizer.zero_grad()
+    assert (optimizer.tracker.updates, optimizer.tracker.skipped) == (2, 1)
+
+
+def test_moving():
+    flat = torch.zeros(10, device=META)
+    flat.grad = torch.zeros(10, device=META)
+    rates = []
+    rule = Rule((), lambda group: ("buffer",), lambda p, g, buffers, step, lr, decay, group: rates.append(lr))
+    plan = plan_flat(10, [Segment(0, 0, 6, 0), Segment(1, 6, 4, 0)], of_parameter=[0, 1], decays=[True, True])
+    stepper = Stepper(rule, {flat: plan})
+    groups = [{"params": [flat], "lr": 0.1, "weight_decay": 0.0}]
+    stepper.step(groups, {flat: {}}, factor=torch.ones(3, dtype=torch.float64, device=META))
+    assert [(rate.device, rate.shape, rate.dtype) for rate in rates] == [(META, (), torch.float32)] * 2
