@@ -203,14 +203,14 @@ def _given(keys: Mapping[str, Any]) -> set[str]:
 
 def _check_value(name: str, value: Any) -> None:
     if name not in KEYS:
-        close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name.lower(), KEYS, n=1)
         hint = f'Did you mean "{close[0]}"? ' if close else ""
         raise ConfigError(f'LENA: unknown key "{name}" (value {value!r}). {hint}Known keys: {", ".join(sorted(KEYS))}.')
     key = KEYS[name]
     if key.accepts(value) or (value is None and key.bases is not None):
         return
     message = f'LENA: "{name}": {value!r} is not allowed; allowed is {key.allowed}.'
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         message += ' HF Trainer fills "auto" for lr, betas, eps and weight_decay only; for other keys write null.'
     elif isinstance(value, str) and _is_number_text(value):
         message += f" It is text here: write {name}: {value} without quotes."

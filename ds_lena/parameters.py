@@ -55,8 +55,8 @@ def _require_form(parameter: Tensor) -> None:
     shard = None
     if type(parameter).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
         shard = "DTensor (FSDP2, or torch's tensor parallelism)"
-    elif getattr(parameter, "_is_flat_param", False):
-        shard = "FlatParameter (FSDP)"
+    elif getattr(parameter, "_is_flat_param", False) or hasattr(parameter, "_fsdp_flattened"):
+        shard = "part of a FlatParameter (FSDP)"
     if shard is not None:
         raise UnsupportedError(
             f"LENA: a parameter is a {shard}. Sharded parameters are supported under DeepSpeed ZeRO 1-3: "

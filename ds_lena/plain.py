@@ -58,9 +58,10 @@ class PlainHost:
     def total_steps(self) -> int | None:
         return None
 
-    def _before_pass(self, index: int) -> None:
+    def _before_pass(self) -> None:
         # Gradients that were set to None without this optimizer's zero_grad(), by model.zero_grad() say.
-        if self._probe.last_pass[index] and self._probe.parameters[index].grad is None:
+        reached = zip(self._probe.parameters, self._probe.last_pass, strict=True)
+        if any(last and parameter.grad is None for parameter, last in reached):
             self._probe.clear()
 
     def _after_pass(self) -> None:

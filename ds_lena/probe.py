@@ -27,7 +27,7 @@ class Probe:
     `sums` (L + 1,) float64: sum over this window's backward passes of the squared norms, by layer; the last entry
     stays 0: parameters that belong to no layer are watched for their presence only.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
-    `before_pass(i)`, `after_pass()`: called, where set, around every pass; i is the first parameter that it reaches.
+    `before_pass()`, `after_pass()`: called, where set, around every pass.
     """
 
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ class Probe:
         self.last_pass = [0] * len(self.parameters)
         self.sums = torch.zeros(1, dtype=torch.float64)
         self._slots: list[Tensor | None] = [None] * len(self.parameters)
-        self.before_pass: Callable[[int], None] | None = None
+        self.before_pass: Callable[[], None] | None = None
         self.after_pass: Callable[[], None] | None = None
         self._in_pass = False
         self._pass_task = self._nested_task = self._ignored_task = _NO_TASK
@@ -97,7 +97,7 @@ class Probe:
             return
         self._pass_task = task
         if self.before_pass is not None:
-            self.before_pass(index)
+            self.before_pass()
         self.passes += 1
         self._in_pass = True
         torch.autograd.Variable._execution_engine.queue_callback(self._leave)
