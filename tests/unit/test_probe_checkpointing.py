@@ -72,7 +72,7 @@ def test_reentrant_checkpointing_between_an_embedding_and_a_head_changes_nothing
 def test_callers_are_told_of_a_reentrant_pass_once():
     model, events = Model("reentrant"), []
     probe = watch(model)
-    probe.before_pass = lambda index: events.append("before")
+    probe.before_pass = lambda: events.append("before")
     probe.after_pass = lambda: events.append(f"after {sum(p.grad is not None for p in probe.parameters)} gradients")
     model(torch.arange(5)).sum().backward()
     assert events == ["before", "after 7 gradients"]
