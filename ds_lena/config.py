@@ -250,11 +250,11 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
         if name == "lr" and hasattr(group[name], "item"):
             continue  # a tensor learning rate, as torch's optimizers take
         # A scheduler may put a group's lr to 0, so only the first entry, config.lr, has to be positive.
-        accepts = _not_negative if name in ("lr", "weight_decay") else KEYS[name].accepts
+        at_least_zero = name in ("lr", "weight_decay")
+        accepts = _not_negative if at_least_zero else KEYS[name].accepts
         if not accepts(group[name]):
-            raise ConfigError(
-                f'LENA: a parameter group has "{name}": {group[name]!r}; allowed is {KEYS[name].allowed}.'
-            )
+            allowed = "a number >= 0" if at_least_zero else KEYS[name].allowed
+            raise ConfigError(f'LENA: a parameter group has "{name}": {group[name]!r}; allowed is {allowed}.')
     if not isinstance(group.get("lena", True), bool):
         raise ConfigError(f'LENA: a parameter group has "lena": {group["lena"]!r}; allowed is true or false.')
 

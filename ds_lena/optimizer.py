@@ -133,10 +133,12 @@ class LENA(torch.optim.Optimizer):
             for flat, segments in self._host.segments()
         }
         self._stepper = Stepper(RULES[self.config.base], plans)
+        self._patterns_are_checked = False
         if self._has_names:
             self._warn_of_patterns(names)
 
     def _warn_of_patterns(self, names: Sequence[str]) -> None:
+        self._patterns_are_checked = True
         for key in ("exclude", "no_decay"):
             for pattern in unmatched_patterns(names, getattr(self.config, key)):
                 logger.warning(
@@ -162,6 +164,8 @@ class LENA(torch.optim.Optimizer):
     def begin_update(self) -> Proposal:
         """Measure, reduce by one all-reduce, and compute this update's factors. Before any clipping by the engine."""
         self.look_at_scheduler()
+        if not self._patterns_are_checked:
+            self._warn_of_patterns(self._probe.names)
         measured = self._measure()
         self._proposal = self.tracker.propose(measured, self._plan())
         return self._proposal

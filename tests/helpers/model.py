@@ -1,8 +1,8 @@
 """The test model: a transformer of about 7,000 parameters with every awkward kind of parameter in it.
 
 A tied weight (embedding and output head), a weight shared by both blocks (optional), a parameter of one element, one
-of seven, one used only where the batch says so, one that is never used, a frozen one. Attention keys have no bias: its
-true gradient is zero, and Adam would walk it at random.
+of seven, one used only where the batch says so, one that is never used, a frozen one. Attention keys have no bias
+unless a case asks for it: its true gradient is zero, and Adam would walk it at random.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class ModelOptions:
 
     checkpointing: str = "none"  # "none", "non-reentrant" or "reentrant"
     shared: bool = False  # one weight used inside both blocks
+    key_bias: bool = False  # attention keys with a bias, whose true gradient is zero
     spare: bool = True  # a parameter that no forward uses
     seed: int = 0
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, key_bias: bool) -> None:
         super().__init__()
         self.query = nn.Linear(WIDTH, WIDTH)
-        self.key = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.key = nn.Linear(WIDTH, WIDTH, bias=key_bias)
         self.value = nn.Linear(WIDTH, WIDTH)
         self.out = nn.Linear(WIDTH, WIDTH)
 
@@ -54,10 +55,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, mix: nn.Linear | None) -> None:
+    def __init__(self, key_bias: bool, mix: nn.Linear | None) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention()
+        self.attention = Attention(key_bias)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
         self.mix = mix
 
@@ -83,7 +84,7 @@ class TinyTransformer(nn.Module):
         if options.spare:
             self.spare = nn.Parameter(torch.empty(3, 5))
         mix = nn.Linear(WIDTH, WIDTH, bias=False) if options.shared else None
-        self.h = nn.ModuleList(Block(mix) for _ in range(BLOCKS))
+        self.h = nn.ModuleList(Block(options.key_bias, mix) for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.embed.weight

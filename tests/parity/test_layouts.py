@@ -61,6 +61,8 @@ MODELS = [
     *stages(ALL, "reentrant-checkpointing", model=ModelOptions(checkpointing=REENTRANT)),
     *stages(ALL, "shared-weight", model=ModelOptions(shared=True)),
     *stages((0, 1, 2), "compiled", compiled=True),
+    # Rounding noise alone: the relative floor of the gain keeps it at 1 instead of n.
+    *stages(ALL, "true-gradient-of-zero", model=ModelOptions(key_bias=True), base="sgd", world=4),
 ]
 
 

@@ -246,3 +246,12 @@ def by_tensor(pairs, names):
     optimizer = LENA(fresh, **NO_WARMUP)
     train_window(optimizer, only(fresh), random_gradients(only(fresh), 4, seed=0))
     return [layers(optimizer)[name] for name in names]
+
+
+def test_patterns_on_parameters_without_names_get_a_warning_at_the_first_step(caplog):
+    parameters = weights(2)
+    optimizer = LENA(parameters, no_decay=["*.bias"], warmup="none")
+    assert caplog.messages == []
+    backward(parameters, [torch.ones(2)])
+    optimizer.step()
+    assert any("*.bias" in message and "param_0" in message for message in caplog.messages)
