@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ds_lena
 
-LENA = {"lr": 1e-2, "total_steps": 20, "smoothing": 0.5}
+LENA = {"lr": 1e-2, "total_steps": 20, "smoothing": 0.5, "warmup_fraction": 0.1}
 """Keys of the optimizer entry unless a test says otherwise; quick averages, so that gains move at once."""
 
 MICRO_BATCH = 2

@@ -13,6 +13,12 @@ ALL = (0, 1, 2, 3)
 ZERO = (1, 2, 3)
 REENTRANT, NON_REENTRANT = "reentrant", "non-reentrant"
 
+
+def bf16(**options: bool) -> dict[str, dict[str, bool]]:
+    """The entry "bf16" of a DeepSpeed config."""
+    return {"bf16": {"enabled": True, **options}}
+
+
 REDUCTION = [
     # Stage 1 with overlap_comm loses the gradient of a parameter that the last micro-batch does not use.
     *stages((1,), "overlap-comm", zero={"overlap_comm": True}, usage="always"),
@@ -46,9 +52,18 @@ STALE = [
     *stages(ALL, "first-used-late", usage="later micro-batches"),
     Case("unused-window-partitioned", stage=3, usage="every other window", zero=PARTITIONED),
     Case("unused-window-sub-groups", stage=3, usage="every other window", zero=SUB_GROUPS, world=4),
-    Case("unused-window-bf16", stage=3, usage="every other window", precision="bf16"),
+    *stages(ALL, "unused-window-bf16", usage="every other window", precision="bf16"),
+    *stages((1,), "unused-window-bf16-fp32", usage="every other window", precision="bf16-fp32"),
     Case("unused-window-one-rank", stage=3, usage="every other window", world=1, accumulation=4),
 ]
+
+BF16 = [
+    *stages((1,), "immediate-update", precision="bf16-fp32", config=bf16(immediate_grad_update=True), clipping=0.5),
+    *stages((1,), "immediate-update-unused", precision="bf16-fp32", config=bf16(immediate_grad_update=True),
+            usage="every other window"),
+    *stages(ZERO, "no-overflow-check", precision="bf16", config=bf16(check_grad_overflow=False)),
+    *stages(ALL, "checkpointing-bf16", precision="bf16", model=ModelOptions(checkpointing=REENTRANT)),
+]  # fmt: skip
 
 # At ZeRO 1-3 DeepSpeed itself needs ranks to agree on which parameters got a gradient.
 DISAGREE = [
@@ -66,7 +81,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("case", REDUCTION + STAGE_3 + STALE + DISAGREE + MODELS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", REDUCTION + STAGE_3 + STALE + BF16 + DISAGREE + MODELS, ids=lambda case: case.name)
 def test_layout_does_not_show(case, run_case):
     check(case, run_case)
 

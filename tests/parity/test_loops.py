@@ -21,6 +21,8 @@ ACCUMULATION = [
     *stages(ALL, "boundary-set-by-caller", loop="boundary", windows=SHORT, clipping=0.5),
     *stages((1,), "boundary-set-by-caller-bf16", loop="boundary", windows=SHORT, precision="bf16-fp32"),
     *stages((0, 1), "no-sync", loop="no_sync", accumulation=4, clipping=0.5),
+    *stages((0, 1), "no-sync-bf16", loop="no_sync", precision="bf16"),
+    *stages((1,), "no-sync-bf16-fp32", loop="no_sync", precision="bf16-fp32"),
     *stages(ALL, "caller-owns-boundary", loop="unmanaged", config={"managed_gradient_accumulation": False}),
     *stages(ZERO, "coalesced-reduction", loop="coalesce"),
     *stages(ZERO, "torch-backward", loop="torch backward"),
@@ -28,6 +30,7 @@ ACCUMULATION = [
     *stages((0, 2), "micro-batch-size-changed", windows=LARGER, lena={"base_batch_size": 2}),
     *stages((1, 3), "micro-batch-size-changed-large-base", windows=LARGER, lena={"base_batch_size": 6}),
     *stages(ALL, "backward-not-called", windows=IDLE),
+    *stages((1,), "backward-not-called-bf16-fp32", windows=IDLE, precision="bf16-fp32"),
 ]
 
 AROUND = [
