@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import ConfigError
 
+GROUP_KEYS = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov")
 BASES = ("adamw", "sgd", "lars", "lamb")
 IMPLEMENTED_BASES = ("adamw", "sgd")
 SCALINGS = ("gain", "linear", "sqrt", "none")
@@ -241,12 +242,14 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
 
     Other entries (a name, DeepSpeed's marks) are the user's and are left alone.
     """
-    for name in ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov"):
-        if name not in group:
-            continue
+    for name in KEYS.keys() & group.keys():
         bases = KEYS[name].bases
-        if bases is not None and config.base not in bases:
-            continue
+        if name not in GROUP_KEYS or (bases is not None and config.base not in bases):
+            mine = [key for key in GROUP_KEYS if KEYS[key].bases is None or config.base in (KEYS[key].bases or ())]
+            raise ConfigError(
+                f'LENA: a parameter group has "{name}": {group[name]!r}, which is not a key of a group with "base": '
+                f'"{config.base}". A group may have {", ".join(mine)} and "lena".'
+            )
         if name == "lr" and hasattr(group[name], "item"):
             continue  # a tensor learning rate, as torch's optimizers take
         # A scheduler may put a group's lr to 0, so only the first entry, config.lr, has to be positive.

@@ -40,7 +40,7 @@ def canonical_names(names: Sequence[str]) -> list[str]:
 
 
 def layer_name(parameter_name: str, granularity: str) -> str:
-    """The layer of one parameter, for `"layer"`: tensor, module, block or model (section "What a layer is", README).
+    """The layer of one parameter, for `"layer"`: tensor, module, block or model (see the README's table of keys).
 
     The `block` is the shortest prefix of the owning module's path that ends in a number, else the module; the module
     of a parameter that the outermost module owns itself is `root`.

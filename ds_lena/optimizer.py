@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import count
@@ -29,6 +30,7 @@ from .tracker import Plan, Proposal, Tracker
 logger = logging.getLogger("ds_lena")
 
 _UNSET: Any = object()
+_instances: weakref.WeakSet[LENA] = weakref.WeakSet()
 _dormant: ContextVar[bool] = ContextVar("ds_lena_dormant", default=False)
 
 
@@ -40,6 +42,12 @@ def dormant() -> Iterator[None]:
         yield
     finally:
         _dormant.reset(token)
+
+
+def train_in_plain_pytorch(parameters: Iterable[Tensor]) -> bool:
+    """Whether a LENA that no engine has adopted holds one of these parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    return any(not lena._managed and any(id(p) in wanted for p in lena.parameters) for lena in _instances)
 
 
 class LENA(torch.optim.Optimizer):
@@ -81,6 +89,7 @@ class LENA(torch.optim.Optimizer):
         self._host: Host = PlainHost(
             self._probe,
             self.squares_by_layer,
+            self._follow_device,
             None if process_group is _UNSET else process_group,
             process_group is not _UNSET,
         )
@@ -89,6 +98,7 @@ class LENA(torch.optim.Optimizer):
         self._lr_at_start = [float(group["lr"]) for group in self.param_groups]
         self._warned_of_scheduler = False
         self._bind(self._probe.names, range(len(watched)))
+        _instances.add(self)
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -136,6 +146,13 @@ class LENA(torch.optim.Optimizer):
         self._patterns_are_checked = False
         if self._has_names:
             self._warn_of_patterns(names)
+
+    def _follow_device(self) -> None:
+        """In plain PyTorch the model may have been moved since construction, by accelerate say."""
+        if self._probe.parameters[0].device != self._device:
+            saved = self.tracker.state_dict()
+            self._bind(self._probe.names, range(len(self._probe.names)))
+            self.tracker.load_state_dict(saved)
 
     def _warn_of_patterns(self, names: Sequence[str]) -> None:
         self._patterns_are_checked = True
@@ -280,6 +297,12 @@ class LENA(torch.optim.Optimizer):
                 "LENA: torch.amp.GradScaler is not supported: its changing loss scale would enter the statistics. "
                 "Use bfloat16, which needs no loss scaling."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise StateError(
+            "LENA: the optimizer cannot be copied or pickled, since it is bound to its parameters by hooks. Save "
+            "state_dict(), and load it into a LENA made for the other parameters."
+        )
 
     def close(self) -> None:
         """Take LENA's hooks off the parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ def split_names(params: Iterable[Any]) -> tuple[list[Any], dict[int, str]]:
     if names and len(names) != count:
         raise ConfigError(
             f"LENA: {len(names)} of {count} parameters have names. Give names for all of them, or for none."
+        )
+    twice = sorted(name for name, uses in Counter(names.values()).items() if uses > 1)
+    if twice:
+        raise ConfigError(
+            f'LENA: the name "{twice[0]}" is given to several parameters, so their layers cannot be told apart. Take '
+            "the names from named_parameters() of the whole model, not of parts of it."
         )
     return groups, names
 

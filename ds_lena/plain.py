@@ -20,13 +20,23 @@ _CALLBACKS_TO_WAIT = 2
 
 
 class PlainHost:
-    """See `shards.Host`. `squares`: pieces of (parameter index, gradient) to squared norms by layer."""
+    """See `shards.Host`.
+
+    `squares`: pieces of (parameter index, gradient) to squared norms by layer. `before_window`: called before the first
+    pass of a window.
+    """
 
     def __init__(
-        self, probe: Probe, squares: Callable[[list[tuple[int, Tensor]]], Tensor], group: Group | None, given: bool
+        self,
+        probe: Probe,
+        squares: Callable[[list[tuple[int, Tensor]]], Tensor],
+        before_window: Callable[[], None],
+        group: Group | None,
+        given: bool,
     ) -> None:
         self._probe = probe
         self._squares = squares
+        self._before_window = before_window
         self._given_group = group
         self._group_is_given = given
         self._measured: Tensor | None = None
@@ -63,6 +73,8 @@ class PlainHost:
         reached = zip(self._probe.parameters, self._probe.last_pass, strict=True)
         if any(last and parameter.grad is None for parameter, last in reached):
             self._probe.clear()
+        if self._probe.passes == 0:
+            self._before_window()
 
     def _after_pass(self) -> None:
         self._measure_later(_CALLBACKS_TO_WAIT)

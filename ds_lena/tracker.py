@@ -73,7 +73,6 @@ class Tracker:
         self.k = 1.0
         self.base_samples: float | None = config.base_batch_size
         self._just_loaded = False
-        self._cap_is_logged = False
 
     def _scalar(self, value: float) -> Tensor:
         # A fill, not a copy from the host, which would wait for the GPU.
@@ -160,16 +159,15 @@ class Tracker:
     def _log_cap_once(self) -> None:
         cap, total = self.config.warmup_cap, self.plan.total_steps
         by_cap = self.config.warmup == "layer" and self.config.scaling == "gain" and self.config.variant == "default"
-        if self._cap_is_logged or not by_cap or cap is None or total is None or self.updates < cap * total:
-            return
-        # The one host synchronisation of a run that stock DeepSpeed does not make.
-        if bool((self.state.warmup >= 1).all()):
-            self._cap_is_logged = True
-            capped = int(self.state.capped.sum())
+        if by_cap and cap is not None and total is not None and self.updates == math.ceil(cap * total):
+            # The one host synchronisation of a run that stock DeepSpeed does not make.
+            ended, capped = int((self.state.warmup >= 1).sum()), int(self.state.capped.sum())
             logger.info(
-                "LENA: all warm-ups have ended, those of %d of %d layers by warmup_cap=%g",
-                capped,
+                "LENA: update %d: the warm-up of %d of %d layers has ended, of %d by warmup_cap=%g",
+                self.updates,
+                ended,
                 self.table.count,
+                capped,
                 cap,
             )
 
@@ -222,6 +220,7 @@ class Tracker:
         return {
             "version": STATE_VERSION,
             "variant": self.config.variant,
+            "base": self.config.base,
             "update": self.updates,
             "skipped": self.skipped,
             "nonfinite": int(self.nonfinite),
@@ -250,6 +249,12 @@ class Tracker:
                 f'"{self.config.variant}", whose averages are others. Set "variant" as in the checkpoint.'
             )
 
+        if saved["base"] != self.config.base:
+            raise StateError(
+                f'LENA: the checkpoint was written with "base": "{saved["base"]}", this run has "{self.config.base}", '
+                'whose state is another. Set "base" as in the checkpoint, or load the model\'s weights only.'
+            )
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from a saved state. Layers are matched by name; unknown ones start fresh, with a warning."""
         self.require_loadable(saved)
@@ -267,19 +272,19 @@ class Tracker:
 
     def _load_layers(self, saved: dict[str, dict[str, Any]]) -> None:
         missing = [name for name in self.table.names if name not in saved]
-        unused = [name for name in saved if name not in self.table.names]
+        unused = sorted(saved.keys() - set(self.table.names))
         if missing or unused:
             logger.warning(
                 "LENA: the checkpoint does not fit the model's layers. Not in the checkpoint, start fresh: %s. Not in "
-                'the model, ignored: %s. Was "layer" or "exclude" changed?',
+                'the model, ignored: %s. Were "layer", "exclude" or the names of the parameters changed?',
                 missing or "none",
                 unused or "none",
             )
-        for i, name in enumerate(self.table.names):
-            if name in saved:
-                self.state.averages[:, i] = torch.tensor(saved[name]["averages"], dtype=torch.float64)
-                for key in _VECTORS:
-                    getattr(self.state, key)[i] = saved[name][key]
+        found = [(i, saved[name]) for i, name in enumerate(self.table.names) if name in saved]
+        for key in ("averages", *_VECTORS) if found else ():
+            vector = getattr(self.state, key)
+            values = torch.tensor([layer[key] for _, layer in found], dtype=vector.dtype, device=self.device)
+            vector[..., [i for i, _ in found]] = values.T if key == "averages" else values
 
 
 def _noise_scale(noise: float, signal: float) -> float:

@@ -74,7 +74,7 @@ HARMLESS = {
     "optimizer: float(self._probe.passes)": "a Python number",
     "tracker: float(plan.planned_n)": "a Python number",
     "stepper: rates.tolist()": "where the rates are on the CPU already",
-    "tracker: bool((self.state.warmup >= 1).all())": "in updates after the cap, until all warm-ups have ended",
+    "tracker: int((self.state.warmup >= 1).sum())": "once a run",
     "tracker: int(self.state.capped.sum())": "once a run",
 }
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import StateError
 from ..shards import Segment
 
 SEEN_WITH = "0.19.8"
@@ -205,7 +206,10 @@ class Zero12Layout:
                 segment = by_start.pop(position, None)
                 if segment is not None:
                     if segment.length != piece.numel():
-                        raise AssertionError(f"gradient piece of {piece.numel()} elements for {segment}")
+                        raise StateError(
+                            f"LENA: DeepSpeed gave a piece of {piece.numel()} gradient elements where {segment.length} "
+                            f"were expected. Install DeepSpeed {SEEN_WITH}, or report this configuration."
+                        )
                     yield segment.parameter, piece
                 position += piece.numel()
 

@@ -46,7 +46,7 @@ def _configure(
         original(client_optimizer, model_parameters)
     lena = private.basic_optimizer(engine)
     if isinstance(lena, LENA):
-        _refuse_unsupported(engine)
+        _refuse_unsupported(engine)  # again: a callable may have made a LENA that nobody knew of before
         attach(engine, lena)
 
 

@@ -7,6 +7,9 @@ import weakref
 from types import ModuleType
 from typing import Any
 
+from ..errors import UnsupportedError
+from ..optimizer import train_in_plain_pytorch
+
 _planned: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """HF's DeepSpeed configuration object -> updates that its Trainer plans."""
 
@@ -18,6 +21,11 @@ def install(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def finalize(self: Any, args: Any, model: Any, num_training_steps: int) -> Any:
+        if "optimizer" not in self.config and train_in_plain_pytorch(model.parameters()):
+            raise UnsupportedError(
+                "LENA: under DeepSpeed, HF Trainer throws away an optimizer that was handed to it, and trains with "
+                'AdamW. Choose LENA in the DeepSpeed configuration: "optimizer": {"type": "LENA", "params": {…}}.'
+            )
         result = original(self, args, model, num_training_steps)
         _planned[self] = int(num_training_steps)
         return result

@@ -1,5 +1,6 @@
 """The forms in which parameters may be handed over, what a group may say, and what is refused."""
 
+import copy
 import logging
 
 import pytest
@@ -255,3 +256,24 @@ def test_patterns_on_parameters_without_names_get_a_warning_at_the_first_step(ca
     backward(parameters, [torch.ones(2)])
     optimizer.step()
     assert any("*.bias" in message and "param_0" in message for message in caplog.messages)
+
+
+def test_a_name_that_is_given_twice_is_refused():
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r'"(bias|weight)" is given to several parameters'):
+        LENA([{"params": one.named_parameters()}, {"params": other.named_parameters()}], total_steps=10)
+
+
+def test_a_copy_is_refused():
+    with pytest.raises(StateError, match="cannot be copied or pickled"):
+        copy.deepcopy(LENA(weights(2), total_steps=10))
+
+
+def test_the_statistics_follow_a_model_that_is_moved_after_construction(monkeypatch):
+    parameters = weights(2)
+    optimizer = LENA(parameters, warmup="none")
+    monkeypatch.setattr(optimizer, "_device", torch.device("meta"))  # as if it had been made elsewhere
+    backward(parameters, [torch.ones(2)])
+    assert optimizer._device == parameters[0].device
+    optimizer.step()
+    assert ds_lena.report(optimizer)["n"] == 1

@@ -314,11 +314,17 @@ def test_the_report_holds_plain_numbers():
     assert all(type(layer["capped"]) is bool for layer in report["layers"].values())
 
 
-def test_the_end_of_all_warm_ups_is_logged_once(caplog):
+def test_the_end_of_the_warm_ups_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="ds_lena"):
         tracker = new(warmup_cap=0.25)
         for _ in range(60):
             apply(tracker, statistics(N, [N, 2], [1, 2]))
     (record,) = caplog.records
-    assert "those of 1 of 2 layers by warmup_cap=0.25" in record.getMessage()
+    assert "2 of 2 layers has ended, of 1 by warmup_cap=0.25" in record.getMessage()
     assert tracker.report()["layers"]["b"]["capped"]
+
+
+def test_a_checkpoint_of_another_base_rule_is_refused():
+    saved = new(base="sgd").state_dict()
+    with pytest.raises(StateError, match=r'"base": "sgd".*this run has "adamw"'):
+        new().load_state_dict(saved)
