@@ -105,6 +105,8 @@ def data_parallel_group(engine: Any) -> torch.distributed.ProcessGroup:
 
 def refusals(engine: Any) -> Iterator[tuple[bool, str, str]]:
     """(whether it is on, what it is, the nearest supported choice) for all that LENA does not support yet."""
+    from deepspeed.utils import groups
+
     config = engine._config
     zero = config.zero_config
 
@@ -114,7 +116,8 @@ def refusals(engine: Any) -> Iterator[tuple[bool, str, str]]:
     model_parallel_size = getattr(engine.mpu, "get_model_parallel_world_size", lambda: 1)
     autocast_fp16 = engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16
     plain_model = not isinstance(engine.module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel))
-    sequence_parallel = engine.seq_dp_world_size != engine.dp_world_size
+    in_parts = groups._get_sequence_parallel_world_size() > 1 or engine.mesh_device is not None
+    sequence_parallel = in_parts or engine.seq_dp_world_size != engine.dp_world_size
     no_offload = 'remove the entry, or set its "device" to "none"'
     yield engine.fp16_enabled() or autocast_fp16, "fp16", 'use "bf16": {"enabled": true}'
     yield offloads(zero.offload_optimizer), '"offload_optimizer"', no_offload
@@ -122,9 +125,9 @@ def refusals(engine: Any) -> Iterator[tuple[bool, str, str]]:
     yield engine.zenflow, '"zenflow"', "remove the entry"
     yield engine.pipeline_parallelism, "a PipelineModule", "use ZeRO 1-3 without pipeline parallelism"
     yield engine.has_moe_layers, "mixture-of-experts layers", "use a dense model"
-    yield model_parallel_size() > 1, "a model-parallel mpu", "use ZeRO 1-3 with data parallelism only"
     yield engine.autotp_size() > 1, '"tensor_parallel"', "use ZeRO 1-3 with data parallelism only"
     yield sequence_parallel, "sequence parallelism", "use data parallelism only"
+    yield model_parallel_size() > 1, "a model-parallel mpu", "use ZeRO 1-3 with data parallelism only"
     yield zero.zero_hpz_partition_size > 1, '"zero_hpz_partition_size"', "leave it at 1"
     yield zero.zero_quantized_gradients, '"zero_quantized_gradients"', "set it to false"
     yield zero.zero_quantized_weights, '"zero_quantized_weights"', "set it to false"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +40,7 @@ def _configure(
     named_in_json = client_optimizer is None and engine.optimizer_name() == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
         _refuse_unsupported(engine)
+        _require_free(engine, model_parameters if named_in_json else client_optimizer.parameters)
         _warn_of_version()
     private.allow_under_zero(LENA)
     with dormant():
@@ -80,7 +81,8 @@ def attach(engine: Any, lena: LENA) -> None:
     _check_micro_batch_size(host, lena)
     names, order = _names(engine.module, lena)
     host.check_layout(names)
-    _claim(engine, lena.parameters, names)
+    _require_free(engine, lena.parameters)
+    _owner.update({parameter: weakref.ref(engine) for parameter in lena.parameters})
     lena.adopt(host, names, order)
     private.wrap_model_step(engine, before=lena.begin_update, after=lena.end_update)
     private.wrap_destroy(engine, before=lambda: _release(engine, lena))
@@ -116,16 +118,21 @@ def _names(model: torch.nn.Module, lena: LENA) -> tuple[list[str], list[int]]:
     return names, order + [i for i in range(len(names)) if i not in known]
 
 
-def _claim(engine: Any, parameters: list[Tensor], names: list[str]) -> None:
-    for parameter, name in zip(parameters, names, strict=True):
-        other = _owner.get(parameter)
-        if other is not None and other() is not None and other() is not engine:
-            raise UnsupportedError(
-                f'LENA: "{name}" is already trained by another DeepSpeed engine with LENA. Two engines cannot share a '
-                "parameter: call destroy() on the first engine, or give each engine its own parameters."
-            )
-    for parameter in parameters:
-        _owner[parameter] = weakref.ref(engine)
+def _require_free(engine: Any, given: Iterable[Any]) -> None:
+    """Raise `UnsupportedError` where another engine trains one of the given parameters (or groups of them).
+
+    Before DeepSpeed wraps them, since it would move them from under the other engine.
+    """
+    names = {id(parameter): name for name, parameter in named_parameters(engine.module)}
+    for entry in given:
+        for parameter in entry["params"] if isinstance(entry, dict) else (entry,):
+            other = _owner.get(parameter)
+            if other is not None and other() is not None and other() is not engine:
+                raise UnsupportedError(
+                    f'LENA: "{names.get(id(parameter))}" is already trained by another DeepSpeed engine with LENA. Two '
+                    "engines cannot share a parameter: call destroy() on the first engine, or give each engine its own "
+                    "parameters."
+                )
 
 
 def _release(engine: Any, lena: LENA) -> None:
