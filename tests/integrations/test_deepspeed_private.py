@@ -32,6 +32,7 @@ ENGINE = (
     "gradient_predivide_factor",
     "has_moe_layers",
     "is_deepcompile_enabled",
+    "mesh_device",
     "load_universal_checkpoint",
     "lr_scheduler",
     "module",
