@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.contestants import build_model, make_optimizer, random_tokens
-from benchmarks.timing import Lap, Update, compare, count_syncs, measure, warm_up
+from benchmarks.timing import Lap, Stopwatch, Update, compare, count_syncs, measure, warm_up
 
 MODEL_PASSES = 3
 
@@ -28,9 +26,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     runs_ahead = device.type != "cpu"
-    wait = torch.accelerator.synchronize if runs_ahead else _no_wait
+    stopwatch = Stopwatch(args.clock, torch.accelerator.synchronize if runs_ahead else _no_wait)
     model = build_model(args.model).to(device)
-    case: dict[str, Any] = {"model_pass": _time_model(model, args, wait)}
+    case: dict[str, Any] = {"model_pass": _time_model(model, args, stopwatch)}
     gradients = [torch.randn_like(weight) * 1e-3 for weight in model.parameters()]
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
         weight.grad = gradient.clone()
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.check_sync:
         case["syncs"] = {name: count_syncs(update) for name, update in contestants.items()}
     else:
-        case["seconds"] = measure(contestants, args.seconds, wait, runs_ahead)
+        case["seconds"] = measure(contestants, args.seconds, stopwatch, runs_ahead)
         case["compared"] = compare(case["seconds"])
     return [case]
 
@@ -60,18 +58,15 @@ def _contestant(name: str, model: nn.Module, gradients: list[Tensor]) -> Update:
     return update
 
 
-def _time_model(model: nn.Module, args: argparse.Namespace, wait: Callable[[], None]) -> float:
+def _time_model(model: nn.Module, args: argparse.Namespace, stopwatch: Stopwatch) -> float:
     """Seconds of one forward and backward pass of the model itself, the median of a few."""
     tokens = random_tokens(args.model, (1, args.tokens), seed=0).to(next(model.parameters()).device)
-    taken = []
-    for _ in range(MODEL_PASSES):
-        wait()
-        begin = time.perf_counter()
+
+    def one_pass(lap: Lap) -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
-        wait()
-        taken.append(time.perf_counter() - begin)
-    model.zero_grad()
-    return statistics.median(taken)
+        model.zero_grad()
+
+    return statistics.median(stopwatch.time_whole(one_pass)["update"] for _ in range(MODEL_PASSES))
 
 
 def _no_wait() -> None:

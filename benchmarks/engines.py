@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.contestants import build_model, make_optimizer, random_tokens
 from benchmarks.report import progress
-from benchmarks.timing import Lap, Samples, Update, compare, count_syncs, measure, warm_up
+from benchmarks.timing import Lap, Samples, Stopwatch, Update, compare, count_syncs, measure, warm_up
 
 accelerator = get_accelerator()
 
@@ -51,8 +51,9 @@ def _run_case(args: argparse.Namespace, stage: int, accumulation: int) -> dict[s
     if args.check_sync:
         case["syncs"] = {name: count_syncs(update) for name, update in contestants.items()}
     else:
+        stopwatch = Stopwatch(args.clock, accelerator.synchronize)
         runs_ahead = accelerator.device_name() != "cpu"
-        case["seconds"] = _slowest(measure(contestants, args.seconds, accelerator.synchronize, runs_ahead, _meet))
+        case["seconds"] = _slowest(measure(contestants, args.seconds, stopwatch, runs_ahead, _meet))
         case["compared"] = compare(case["seconds"])
     for engine in engines.values():
         engine.destroy()

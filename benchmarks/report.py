@@ -33,7 +33,8 @@ def _heading(results: dict[str, Any]) -> str:
             "",
             f"- {hardware}; load average before the run {machine['load_average']:.1f}",
             f"- model {settings['model']}, {settings['tokens']} tokens per micro-batch, {settings['precision']}; "
-            f"ranks: {settings['ranks']}, threads on each: {settings['threads']}",
+            f"ranks: {settings['ranks']}, threads on each: {settings['threads']}; "
+            f"{settings['clock']} time",
             f"- {versions}, commit {machine['commit'] or 'unknown'}",
         ]
     )

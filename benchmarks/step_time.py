@@ -27,9 +27,10 @@ import torch
 from benchmarks.contestants import POSITIONS, SIZES
 from benchmarks.machine import describe
 from benchmarks.report import markdown
+from benchmarks.timing import CLOCKS
 
 QUICK = {"model": "tiny", "tokens": 64, "seconds": 1.0, "accumulation": [1]}
-SETTINGS = ("model", "tokens", "ranks", "threads", "precision", "seconds")
+SETTINGS = ("model", "tokens", "ranks", "threads", "precision", "seconds", "clock")
 
 
 def main() -> int:
@@ -60,6 +61,7 @@ def _arguments() -> argparse.Namespace:
     add("--accumulation", type=int, nargs="+", default=[1, 4], help="micro-batches per update; default: 1 4")
     add("--tokens", type=int, default=512, help=f"per micro-batch, at most {POSITIONS}; default: 512")
     add("--seconds", type=float, default=25.0, help="to measure each stage and accumulation; default: 25")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine without a GPU")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="under DeepSpeed")
     add("--ranks", type=int, help="default: the number of GPUs; 2 without one")
     add("--threads", type=int, default=1, help="torch's threads on each rank; default: 1")

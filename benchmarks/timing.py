@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,41 @@ Samples = dict[str, dict[str, list[float]]]
 MIN_PAIRS = 3
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """`clock`: one of CLOCKS. `wait`: returns once the device is idle."""
+
+    clock: str
+    wait: Callable[[], None]
+
+    def time_whole(self, update: Update) -> dict[str, float]:
+        """Seconds of one update, as phase "update"."""
+        begin = self._read()
+        update(_ignore)
+        return {"update": self._read() - begin}
+
+    def time_phases(self, update: Update) -> dict[str, float]:
+        """Seconds of each phase of one update."""
+        seconds: defaultdict[str, float] = defaultdict(float)
+        last = self._read()
+
+        def lap(phase: str) -> None:
+            nonlocal last
+            now = self._read()
+            seconds[phase] += now - last
+            last = now
+
+        update(lap)
+        return seconds
+
+    def _read(self) -> float:
+        self.wait()
+        return CLOCKS[self.clock]()
+
+
 def warm_up(contestants: Mapping[str, Update], updates: int) -> None:
     """Updates that are not measured: they allocate the optimizers' states, and ZeRO-3 records the order of modules."""
     for _ in range(updates):
@@ -35,23 +71,22 @@ def warm_up(contestants: Mapping[str, Update], updates: int) -> None:
 def measure(
     contestants: Mapping[str, Update],
     seconds: float,
-    wait: Callable[[], None],
+    stopwatch: Stopwatch,
     runs_ahead: bool,
     meet: Callable[[bool], bool] = bool,
 ) -> Samples:
     """Time the contestants in turn for about `seconds`: every phase, and the whole as phase "update".
 
     Args:
-        wait: returns once the device is idle.
         runs_ahead: the host queues work for the device. Then waiting after each phase makes an update slower than it
             is, so wholes and phases are measured in pairs of their own, each for half of the time.
         meet: called by all ranks before each update: waits for the others, and is true if all of them passed true.
     """
     if runs_ahead:
-        wholes = _alternate(contestants, seconds / 2, lambda update: _time_whole(update, wait), meet)
-        phases = _alternate(contestants, seconds / 2, lambda update: _time_phases(update, wait), meet)
+        wholes = _alternate(contestants, seconds / 2, stopwatch.time_whole, meet)
+        phases = _alternate(contestants, seconds / 2, stopwatch.time_phases, meet)
     else:
-        phases = _alternate(contestants, seconds, lambda update: _time_phases(update, wait), meet)
+        phases = _alternate(contestants, seconds, stopwatch.time_phases, meet)
         wholes = {name: {"update": _sums(phases[name])} for name in contestants}
     return {name: wholes[name] | phases[name] for name in contestants}
 
@@ -98,30 +133,6 @@ def _alternate(
             order.reverse()
             pairs += 1
     return samples
-
-
-def _time_whole(update: Update, wait: Callable[[], None]) -> dict[str, float]:
-    wait()
-    begin = time.perf_counter()
-    update(_ignore)
-    wait()
-    return {"update": time.perf_counter() - begin}
-
-
-def _time_phases(update: Update, wait: Callable[[], None]) -> dict[str, float]:
-    seconds: defaultdict[str, float] = defaultdict(float)
-    wait()
-    last = time.perf_counter()
-
-    def lap(phase: str) -> None:
-        nonlocal last
-        wait()
-        now = time.perf_counter()
-        seconds[phase] += now - last
-        last = now
-
-    update(lap)
-    return seconds
 
 
 def _ignore(phase: str) -> None:

@@ -64,7 +64,7 @@ class Case:
     loop: str = "engine"  # how windows are driven, see the runners
     evaluate: str = "never"  # or "between updates", "between micro-batches"
     zero_init: bool = False  # the model is built under deepspeed.zero.Init
-    compiled: bool = False  # the model is wrapped by torch.compile
+    compiled: str = "nothing"  # or "model" (by torch.compile, before the engine), "engine" (by engine.compile)
     repeat: int = 1  # engines made and run one after the other; the last one counts
 
     @property

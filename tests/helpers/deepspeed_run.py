@@ -46,12 +46,14 @@ def _engine(case: Case) -> Iterator[Any]:
     if case.schedule != "constant":
         scheduler = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=SCHEDULES[case.schedule])
     engine, *_ = deepspeed.initialize(
-        model=torch.compile(model, backend="aot_eager") if case.compiled else model,
+        model=torch.compile(model, backend="aot_eager") if case.compiled == "model" else model,
         model_parameters=groups if optimizer is None else None,
         optimizer=optimizer,
         lr_scheduler=scheduler,
         config=case.deepspeed_config(),
     )
+    if case.compiled == "engine":
+        engine.compile(backend="aot_eager")
     try:
         yield engine
     finally:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from tests.helpers.case import Case
-from tests.helpers.ranks import result_path
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 150.0  # seconds without a finished case before the ranks are given up
@@ -42,6 +41,16 @@ class Outcome:
         return [self.results[rank] for rank in sorted(self.results)]
 
 
+def result_path(folder: Path, number: int, rank: int) -> Path:
+    """Where a rank leaves what came of a case."""
+    return folder / f"case{number}.rank{rank}.pt"
+
+
+def started_path(folder: Path) -> Path:
+    """Exists once all ranks have found each other."""
+    return folder / "started"
+
+
 def launch(cases: Sequence[Case], folder: Path) -> list[Outcome]:
     """One outcome per case; all cases must have the same world size."""
     (world,) = {case.world for case in cases}
@@ -49,7 +58,10 @@ def launch(cases: Sequence[Case], folder: Path) -> list[Outcome]:
     (folder / "cases.pkl").write_bytes(pickle.dumps(list(cases)))
     outcomes: list[Outcome] = []
     while len(outcomes) < len(cases):
+        started_path(folder).unlink(missing_ok=True)
         _run_ranks(folder, len(outcomes), len(cases), world)
+        if not started_path(folder).exists():  # nor would they for the next case
+            return outcomes + [_collect(folder, number, world) for number in range(len(outcomes), len(cases))]
         finished = len(outcomes)
         while finished < len(cases) and _complete(folder, finished, world):
             finished += 1
@@ -72,7 +84,7 @@ def _collect(folder: Path, number: int, world: int) -> Outcome:
         path = result_path(folder, number, rank)
         if not path.exists():
             log = (folder / f"rank{rank}.log").read_text(errors="replace")
-            outcome.errors[rank] = f"hung or died; the end of its log:\n{log[-4000:]}"
+            outcome.errors[rank] = f"hung, died or never started; the end of its log:\n{log[-4000:]}"
             continue
         answer = torch.load(path, weights_only=False)
         if "error" in answer:

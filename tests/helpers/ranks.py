@@ -6,6 +6,7 @@ Ranks end after a failed case: what it left behind must not reach the next one. 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -18,21 +19,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.helpers import deepspeed_run, plain_run
 from tests.helpers.case import Case
+from tests.helpers.launch import result_path, started_path
 
 FAILED = 3  # exit status after a failed case
-
-
-def result_path(folder: Path, number: int, rank: int) -> Path:
-    return folder / f"case{number}.rank{rank}.pt"
 
 
 def main(folder: Path, first: int) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports made: collections between cases need not look at it
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     # Its own group: a collective that a failed case left hanging cannot be mistaken for this one.
     control = dist.new_group(backend="gloo")
+    started_path(folder).touch()
     cases = pickle.loads((folder / "cases.pkl").read_bytes())
     for number in range(first, len(cases)):
         answer = _attempt(cases[number])
@@ -49,11 +50,7 @@ def main(folder: Path, first: int) -> int:
 def _attempt(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
-        if case.stage is None:
-            from tests.helpers.plain_run import run
-        else:
-            from tests.helpers.deepspeed_run import run
-        return {"result": run(case)}
+        return {"result": plain_run.run(case) if case.stage is None else deepspeed_run.run(case)}
     except Exception:
         return {"error": traceback.format_exc()}
 

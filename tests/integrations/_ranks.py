@@ -69,30 +69,30 @@ class Ranks:
             self._channels.append(ours)
 
     def _answers(self) -> list[tuple[bool, Any]]:
-        answers: list[tuple[bool, Any]] = []
-        deadline = time.monotonic() + PATIENCE
-        waiting = dict(enumerate(self._channels))
+        """(failed, result or what went wrong) in the order of ranks."""
         received: dict[int, tuple[bool, Any]] = {}
-        while waiting and time.monotonic() < deadline:
-            for rank, channel in list(waiting.items()):
-                if not channel.poll(0.01):
+        deadline = time.monotonic() + PATIENCE
+        while len(received) < WORLD and time.monotonic() < deadline:
+            for rank, channel in enumerate(self._channels):
+                if rank in received or not channel.poll(0.01):
                     continue
-                try:
-                    received[rank] = pickle.loads(channel.recv_bytes())
-                except EOFError:
-                    received[rank] = (True, f"died; the end of its log:\n{self._end_of_log(rank)}")
-                del waiting[rank]
-                if received[rank][0]:
+                received[rank] = self._receive(rank)
+                failed, _ = received[rank]
+                if failed:
                     deadline = min(deadline, time.monotonic() + GRACE)
-        for rank in range(WORLD):
-            answers.append(received.get(rank) or (True, f"hung; the end of its log:\n{self._end_of_log(rank)}"))
-        return answers
+        return [received.get(rank) or (True, f"hung; {self._end_of_log(rank)}") for rank in range(WORLD)]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return pickle.loads(self._channels[rank].recv_bytes())
+        except (EOFError, OSError):
+            return True, f"died; {self._end_of_log(rank)}"
 
     def _log(self, rank: int) -> str:
         return str(self._folder / f"rank{rank}.log")
 
     def _end_of_log(self, rank: int) -> str:
-        return Path(self._log(rank)).read_text(errors="replace")[-4000:]
+        return "the end of its log:\n" + Path(self._log(rank)).read_text(errors="replace")[-4000:]
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:

@@ -75,7 +75,8 @@ MODELS = [
     *stages(ALL, "checkpointing", model=ModelOptions(checkpointing=NON_REENTRANT)),
     *stages(ALL, "reentrant-checkpointing", model=ModelOptions(checkpointing=REENTRANT)),
     *stages(ALL, "shared-weight", model=ModelOptions(shared=True)),
-    *stages((0, 1, 2), "compiled", compiled=True),
+    *stages((0, 1, 2), "compiled-model", compiled="model"),  # not with DeepSpeed's ZeRO-3
+    *stages(ALL, "compiled-engine", compiled="engine"),
     # Rounding noise alone: the relative floor of the gain keeps it at 1 instead of n.
     *stages(ALL, "true-gradient-of-zero", model=ModelOptions(key_bias=True), base="sgd", world=4),
 ]
