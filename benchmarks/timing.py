@@ -23,10 +23,8 @@ Update = Callable[[Lap], None]
 Samples = dict[str, dict[str, list[float]]]
 """Contestant -> phase -> seconds. Entry i of "lena" and of "adamw" were measured one right after the other."""
 
-MIN_PAIRS = 3
-
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+MIN_PAIRS = 3
 
 
 @dataclass(frozen=True)

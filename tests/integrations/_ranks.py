@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 WORLD = 2
-PATIENCE = 90.0  # seconds for one function
+START_PATIENCE = 600.0  # seconds; on its first start DeepSpeed compiles an extension
+PATIENCE = 90.0  # for one function
 GRACE = 15.0  # for the other ranks, once one of them has failed
 STACKS_AFTER = PATIENCE - 5.0  # when a rank that still runs writes where it is into its log
 
@@ -67,6 +68,18 @@ class Ranks:
             theirs.close()
             self._processes.append(process)
             self._channels.append(ours)
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        """No rank may be killed while it compiles: the lock that it leaves behind stops all later ones for ever."""
+        for rank, channel in enumerate(self._channels):
+            if not channel.poll(START_PATIENCE) or self._receive(rank)[0]:
+                told = self._end_of_log(rank)
+                self.stop()
+                raise AssertionError(
+                    f"rank {rank} did not start. Is there an old `lock` in torch's folder of extensions "
+                    f"(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions)? {told}"
+                )
 
     def _answers(self) -> list[tuple[bool, Any]]:
         """(failed, result or what went wrong) in the order of ranks."""
@@ -121,12 +134,13 @@ def _serve(channel: Connection, rank: int, port: int, log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(rank_environment(rank, WORLD, port))
-    import deepspeed  # noqa: F401  once, and not to be looked through by every garbage collection
+    import deepspeed
     import torch
 
-    gc.freeze()
+    gc.freeze()  # what was imported is not to be looked through by every garbage collection
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=PATIENCE))
+    channel.send_bytes(pickle.dumps((False, "ready")))
     while True:
         try:
             function, arguments, keywords = pickle.loads(channel.recv_bytes())
