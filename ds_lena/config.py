@@ -17,7 +17,6 @@ from .errors import ConfigError
 
 GROUP_KEYS = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov")
 BASES = ("adamw", "sgd", "lars", "lamb")
-IMPLEMENTED_BASES = ("adamw", "sgd")
 SCALINGS = ("gain", "linear", "sqrt", "none")
 WARMUPS = ("layer", "fixed", "none")
 LAYERS = ("tensor", "module", "block", "model")
@@ -147,11 +146,6 @@ class LenaConfig:
         for key, value in keys.items():
             _check_value(key, value)
         base = keys.get("base", KEYS["base"].default)
-        if base not in IMPLEMENTED_BASES:
-            raise ConfigError(
-                f'LENA: "base": "{base}" is not available yet. Available: {_words(IMPLEMENTED_BASES)}. '
-                'Use "adamw" where you would use LAMB, "sgd" where you would use LARS.'
-            )
         given = _given(keys)
         _check_belongs(given, base)
         values = {name: keys[name] if name in given else key.default for name, key in KEYS.items()}

@@ -1,44 +1,95 @@
-"""Squared norms of gradients: one pass, accurate for tensors of any size, and no wide copy of them."""
+"""Squared norms of gradients: one pass, accurate for tensors of any size, no wide copy of them.
+
+On a GPU every norm is one kernel that writes into a shared buffer; nothing waits.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
 
-# torch's CPU kernel adds all squares of a row in float32, one after the other: on 40 M normal elements it is wrong by
-# half a percent, in rows of 2,048 by 1e-8. Half-precision input is widened in blocks, so that a block stays in cache.
+# torch's CPU kernel for norms adds all squares of a row in float32, one after the other: on 40 M normal elements it is
+# wrong by half a percent, in rows of 2,048 by 1e-8. A dot product adds in many lanes, exact enough for short tensors.
+# Half-precision input is widened in blocks, so that a block stays in the caches.
+_SHORT = 1 << 14
 _ROW = 2048
 _BLOCK = 1 << 18
 
 
-def add_squared_norm(total: Tensor, gradient: Tensor) -> None:
-    """Add the squared L2 norm of `gradient` to `total`, a 0-dim float64 tensor on its device (modified in place).
+class SquaredNorms:
+    """Squared L2 norms of `count` tensors, written one at a time and read together.
 
-    Squares are added up in float32 or wider, norms of rows and tensors in float64.
+    Squares are added up in float32 or wider, in float64 above 16,384 elements. `dtype`: float64 where a tensor is.
     """
-    if gradient.layout is not torch.strided:
-        raise UnsupportedError(
-            f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
-            "Build the embedding with sparse=False."
-        )
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    if gradient.device.type != "cpu" or gradient.numel() <= _ROW:
-        norm = torch.linalg.vector_norm(gradient, dtype=wide)
-        total.addcmul_(norm, norm)
-        return
-    flat = gradient.reshape(-1)
+
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._written = torch.zeros(count, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self._slots = self._written.unbind()
+        self._on_cpu = device.type == "cpu"
+
+    def write(self, index: int, gradient: Tensor) -> None:
+        """Take the squared norm of `gradient` as number `index`."""
+        if gradient.layout is not torch.strided:
+            raise UnsupportedError(
+                f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
+                "Build the embedding with sparse=False."
+            )
+        slot = self._slots[index]
+        if not self._on_cpu:
+            torch.linalg.vector_norm(gradient, dtype=slot.dtype, out=slot)
+        elif gradient.numel() > _SHORT:
+            slot.copy_(_square_of_long(gradient, slot.dtype))
+        else:
+            flat = gradient.reshape(-1) if gradient.dtype == slot.dtype else gradient.reshape(-1).to(slot.dtype)
+            torch.dot(flat, flat, out=slot)
+
+    def clear(self) -> None:
+        """Set all of them to 0."""
+        self._written.zero_()
+
+    def read(self) -> Tensor:
+        """(count,) float64: the squared norms."""
+        wide = self._written.to(torch.float64, copy=True)
+        return wide if self._on_cpu else wide.square_()
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Squared L2 norm of one tensor, a 0-dim float64 tensor on its device."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    if tensor.device.type != "cpu":
+        return torch.linalg.vector_norm(tensor, dtype=wide).double().square()
+    if tensor.numel() > _SHORT:
+        return _square_of_long(tensor, wide)
+    flat = tensor.reshape(-1).to(wide)
+    return torch.dot(flat, flat).double()
+
+
+def squared_norms(pieces: Iterable[tuple[int, Tensor]], into: SquaredNorms) -> Tensor:
+    """(count,) float64: squared norms of (number, tensor) pairs, 0 for numbers that do not occur."""
+    into.clear()
+    for index, piece in pieces:
+        into.write(index, piece)
+    return into.read()
+
+
+def _square_of_long(tensor: Tensor, wide: torch.dtype) -> Tensor:
+    """On the CPU: squared norms of rows in `wide`, added up in float64."""
+    flat = _flat(tensor)
+    total = torch.zeros((), dtype=torch.float64)
     for block in (flat,) if flat.dtype == wide else flat.split(_BLOCK):
         whole = block.numel() // _ROW * _ROW
-        norms = torch.linalg.vector_norm(block[:whole].view(-1, _ROW), dim=1, dtype=wide).to(torch.float64)
-        total.add_(torch.dot(norms, norms))
-        if whole < block.numel():
-            add_squared_norm(total, block[whole:])
-
-
-def squared_norm(gradient: Tensor) -> Tensor:
-    """Squared L2 norm of `gradient`, a 0-dim float64 tensor on its device."""
-    total = torch.zeros((), dtype=torch.float64, device=gradient.device)
-    add_squared_norm(total, gradient)
+        norms = torch.linalg.vector_norm(block[:whole].view(-1, _ROW), dim=1, dtype=wide).double()
+        rest = block[whole:].to(wide)
+        total += torch.dot(norms, norms) + torch.dot(rest, rest)
     return total
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in a row, in the order of memory where that saves a copy."""
+    if tensor.ndim == 2 and tensor.stride(0) == 1:
+        tensor = tensor.t()
+    return tensor.reshape(-1)

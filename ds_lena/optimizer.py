@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shards
-from .algorithm import Measurement
 from .config import LenaConfig, check_group, unknown_total_steps
 from .errors import StateError, UnsupportedError
 from .layers import LayerTable, build_table, canonical_names, matches, unmatched_patterns
+from .measure import Meter
 from .parameters import require_supported, split_names
 from .plain import PlainHost
 from .probe import Probe
-from .reduce import Group, sum_over, world_size
+from .reduce import Group
 from .rules import RULES
 from .shards import Host, plan_flat
 from .stepper import Stepper
 from .tracker import Plan, Proposal, Tracker
+from .trust import TrustRatios
 
 logger = logging.getLogger("ds_lena")
 
@@ -84,11 +84,11 @@ class LENA(torch.optim.Optimizer):
         given = canonical_names([names[id(p)] for p, _ in everything]) if names else map("param_{}".format, count())
         watched = [(p, group, name) for (p, group), name in zip(everything, given, strict=False) if p.requires_grad]
         require_supported([p for p, _, _ in watched])
+        self._groups_of = [i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
         self._is_left_out = [not group.get("lena", True) for _, group, _ in watched]
         self._probe = Probe([p for p, _, _ in watched], [name for _, _, name in watched])
         self._host: Host = PlainHost(
             self._probe,
-            self.squares_by_layer,
             self._follow_device,
             None if process_group is _UNSET else process_group,
             process_group is not _UNSET,
@@ -126,7 +126,7 @@ class LENA(torch.optim.Optimizer):
         self._probe.before_pass = self._probe.after_pass = None
         self._host.watch_passes(self._probe)
         left_out = [out or matches(n, self.config.exclude) for n, out in zip(names, self._is_left_out, strict=True)]
-        numels = [self._host.numel(i) for i in range(len(names))]
+        numels = [self._host.shape(i).numel() for i in range(len(names))]
         table = build_table(
             [names[i] for i in order], [numels[i] for i in order], [left_out[i] for i in order], self.config.layer
         )
@@ -135,17 +135,33 @@ class LENA(torch.optim.Optimizer):
             of_parameter[i] = layer
         self._table = LayerTable(table.names, table.numel, tuple(of_parameter))
         self._device = self._probe.parameters[0].device if names else torch.device("cpu")
-        self._probe.assign(self._table.of_parameter, self._table.count, self._device)
+        self._probe.measure([not out for out in left_out])
+        self._meter = Meter(self._probe, self._host, self._table, self._device)
         self.tracker = Tracker(self.config, self._table, self._device)
-        decays = [not matches(name, self.config.no_decay) for name in names]
-        plans = {
-            flat: plan_flat(flat.numel(), segments, self._table.of_parameter, decays)
-            for flat, segments in self._host.segments()
-        }
-        self._stepper = Stepper(RULES[self.config.base], plans)
+        self._make_rule(names)
         self._patterns_are_checked = False
         if self._has_names:
             self._warn_of_patterns(names)
+
+    def _make_rule(self, names: Sequence[str]) -> None:
+        """What moves the pieces: with one learning rate for each layer, or, with trust ratios, for each parameter."""
+        rule = RULES[self.config.base]
+        decays = [not matches(name, self.config.no_decay) for name in names]
+        rates = self._table.of_parameter if rule.trust is None else range(len(names))
+        plans = {flat: plan_flat(flat.numel(), cut, rates, decays) for flat, cut in self._host.segments()}
+        self._stepper = Stepper(rule, plans)
+        self._trust: TrustRatios | None = None
+        if rule.trust is not None:
+            self._trust = TrustRatios(
+                rule,
+                rule.trust,
+                self.config,
+                self._host,
+                self._groups_of,
+                decays,
+                self._probe.new_norms(),
+                self._device,
+            )
 
     def _follow_device(self) -> None:
         """In plain PyTorch the model may have been moved since construction, by accelerate say."""
@@ -162,10 +178,6 @@ class LENA(torch.optim.Optimizer):
                     'LENA: "%s": the pattern "%s" matches no parameter, such as "%s"', key, pattern, names[0]
                 )
 
-    def squares_by_layer(self, pieces: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Squared norms of (parameter number, gradient piece) pairs by layer, (L + 1,)."""
-        return shards.squares_by_layer(pieces, self._table.of_parameter, self._table.count, self._device)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not after construction: the layers are known from the start."""
         if hasattr(self, "_probe"):
@@ -179,12 +191,19 @@ class LENA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def begin_update(self) -> Proposal:
-        """Measure, reduce by one all-reduce, and compute this update's factors. Before any clipping by the engine."""
+        """Measure, and compute this update's factors. Before any clipping by the engine.
+
+        One all-reduce, and a second one for a base rule with trust ratios.
+        """
         self.look_at_scheduler()
         if not self._patterns_are_checked:
             self._warn_of_patterns(self._probe.names)
-        measured = self._measure()
+        measured, square_of_mean = self._meter.measure()
         self._proposal = self.tracker.propose(measured, self._plan())
+        self._factor = self._proposal.factor
+        if self._trust is not None:
+            ratios = self._trust.measure(square_of_mean, self.param_groups, self.state)
+            self._factor = self._factor[self._meter.of_parameter] * ratios
         return self._proposal
 
     def end_update(self, applied: bool) -> None:
@@ -198,18 +217,6 @@ class LENA(torch.optim.Optimizer):
             self.tracker.commit(proposal)
         else:
             self.tracker.skip()
-
-    def _measure(self) -> Measurement:
-        layers, group = self._table.count, self._host.group
-        passes = torch.full((1,), float(self._probe.passes), dtype=torch.float64, device=self._device)
-        buffer = torch.cat((passes, self._probe.sums[:layers], self._host.square_of_mean()[:layers]))
-        buffer = sum_over(buffer, group)
-        n = buffer[0]
-        # The share of micro-gradient h in the average over R ranks is h / R, so g = n h / R and A = (1/n) sum |g|^2.
-        replicas = world_size(group)
-        return Measurement(
-            n=n, mean_square=buffer[1 : layers + 1] * n / replicas**2, square_of_mean=buffer[layers + 1 :]
-        )
 
     def _plan(self) -> Plan:
         total_steps = self.config.total_steps or self._host.total_steps()
@@ -236,12 +243,13 @@ class LENA(torch.optim.Optimizer):
         if self._managed:
             if self._proposal is None:
                 raise StateError("LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step().")
-            self._stepper.step(self.param_groups, self.state, self._proposal.factor)
+            self._stepper.step(self.param_groups, self.state, self._factor)
             return loss
         if any(p.grad is not None for p in self._probe.parameters):
             self._refuse_grad_scaler()
             self._probe.require_passes()
-            self._stepper.step(self.param_groups, self.state, self.begin_update().factor)
+            self.begin_update()
+            self._stepper.step(self.param_groups, self.state, self._factor)
             self.end_update(applied=True)
         return loss
 

@@ -6,11 +6,12 @@ the end of every backward pass, after DDP's reduction; the one that counts is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from .norms import squared_norms
 from .probe import Probe
 from .reduce import Group, default_group, rank_in, world_size
 from .shards import Segment
@@ -22,26 +23,24 @@ _CALLBACKS_TO_WAIT = 2
 class PlainHost:
     """See `shards.Host`.
 
-    `squares`: pieces of (parameter index, gradient) to squared norms by layer. `before_window`: called before the first
-    pass of a window.
+    `before_window`: called before the first pass of a window.
     """
 
     def __init__(
         self,
         probe: Probe,
-        squares: Callable[[list[tuple[int, Tensor]]], Tensor],
         before_window: Callable[[], None],
         group: Group | None,
         given: bool,
     ) -> None:
         self._probe = probe
-        self._squares = squares
         self._before_window = before_window
         self._given_group = group
         self._group_is_given = given
         self._measured: Tensor | None = None
 
     def watch_passes(self, probe: Probe) -> None:
+        self._norms, self._measured = probe.new_norms(), None
         probe.before_pass = self._before_pass
         probe.after_pass = self._after_pass
 
@@ -53,11 +52,21 @@ class PlainHost:
     def segments(self) -> list[tuple[Tensor, list[Segment]]]:
         return [(p, [Segment(i, start=0, length=p.numel(), offset=0)]) for i, p in enumerate(self._probe.parameters)]
 
-    def square_of_mean(self) -> Tensor:
-        return self._squares([]) if self._measured is None else self._measured
+    def squares_of_mean(self) -> Tensor:
+        return torch.zeros_like(self._probe.sums) if self._measured is None else self._measured
 
-    def numel(self, parameter: int) -> int:
-        return self._probe.parameters[parameter].numel()
+    def gradients(self) -> Iterator[tuple[int, Tensor]]:
+        # All ranks hold the same gradient: each measures its share of the parameters. torch does not step one of None.
+        rank, ranks = rank_in(self.group), world_size(self.group)
+        for i, parameter in enumerate(self._probe.parameters):
+            if parameter.grad is not None and i % ranks == rank:
+                yield i, parameter.grad
+
+    def clip_coefficient(self, norm: Tensor) -> None:
+        return None
+
+    def shape(self, parameter: int) -> torch.Size:
+        return self._probe.parameters[parameter].shape
 
     def micro_batch_size(self) -> int | None:
         return None
@@ -84,10 +93,5 @@ class PlainHost:
             queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(lambda: self._measure_later(turns - 1))
             return
-        # All ranks hold the same gradient: each measures its share of the parameters.
-        rank, ranks = rank_in(self.group), world_size(self.group)
-        gradients = [
-            (i, p.grad) for i, p in enumerate(self._probe.parameters) if p.grad is not None and i % ranks == rank
-        ]
         with torch.no_grad():
-            self._measured = self._squares(gradients)
+            self._measured = squared_norms(self.gradients(), self._norms)

@@ -1,4 +1,4 @@
-"""The probe sees every micro-gradient on this rank, before any reduction, and adds up squared norms by layer.
+"""The probe sees every micro-gradient on this rank, before any reduction, and adds up squared norms.
 
 A tensor hook on each parameter is called by autograd with the full gradient of one backward pass, whatever DDP or ZeRO
 does with it afterwards. The probe also counts the backward passes, since n is counted and not read from a config.
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from .errors import StateError, UnsupportedError
-from .norms import add_squared_norm
+from .norms import SquaredNorms
 
 _NO_TASK = -2  # autograd's own answer outside of backward is -1
 
 
 class Probe:
-    """Squared norms of the micro-gradients of `parameters`, summed by layer over the backward passes of a window.
+    """Squared norms of the micro-gradients of `parameters`, summed over the backward passes of a window.
 
-    `sums` (L + 1,) float64: sum over this window's backward passes of the squared norms, by layer; the last entry
-    stays 0: parameters that belong to no layer are watched for their presence only.
+    `sums` (P,) float64: sum over this window's backward passes of the squared norms, by parameter; 0 for parameters
+    that are watched for their presence only.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
     `before_pass()`, `after_pass()`: called, where set, around every pass.
     """
@@ -35,21 +35,26 @@ class Probe:
         self.names = list(names)
         self.passes = 0
         self.last_pass = [0] * len(self.parameters)
-        self.sums = torch.zeros(1, dtype=torch.float64)
-        self._slots: list[Tensor | None] = [None] * len(self.parameters)
         self.before_pass: Callable[[], None] | None = None
         self.after_pass: Callable[[], None] | None = None
         self._in_pass = False
         self._pass_task = self._nested_task = self._ignored_task = _NO_TASK
+        self.measure([True] * len(self.parameters))
         self._handles = [_watch(self, i) for i, parameter in enumerate(self.parameters)]
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
-    def assign(self, of_parameter: Sequence[int], layers: int, device: torch.device) -> None:
-        """Say which layer (or `layers` for none) each parameter's squared norms are added to. Starts a new window."""
-        self.sums = torch.zeros(layers + 1, dtype=torch.float64, device=device)
-        entries = self.sums.unbind()
-        self._slots = [None if layer == layers else entries[layer] for layer in of_parameter]
+    def measure(self, wanted: Sequence[bool]) -> None:
+        """Say for which parameters norms are wanted. Starts a new window, on the device where the parameters are."""
+        self._wanted = list(wanted)
+        self._norms = self.new_norms()
+        self.sums = self._norms.read()
         self.clear()
+
+    def new_norms(self) -> SquaredNorms:
+        """Room for one squared norm of each parameter, on their device."""
+        first = self.parameters[0].device if self.parameters else torch.device("cpu")
+        double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
+        return SquaredNorms(len(self.parameters), torch.float64 if double else torch.float32, first)
 
     def clear(self) -> None:
         """Forget the window: its sums, its passes, and who was reached."""
@@ -68,8 +73,8 @@ class Probe:
             self._enter(task, index)
         if task == self._ignored_task:
             return
-        slot = self._slots[index]
-        if self.last_pass[index] == self.passes and slot is not None:
+        wanted = self._wanted[index]
+        if wanted and self.last_pass[index] == self.passes:
             raise UnsupportedError(
                 f'LENA: the gradient of "{self.names[index]}" came in several parts within one backward pass, so the '
                 "norm of the whole cannot be measured. This happens to a weight that is shared by segments under "
@@ -77,8 +82,8 @@ class Probe:
                 'gradient_checkpointing_kwargs={"use_reentrant": false}), or exclude this weight from LENA.'
             )
         self.last_pass[index] = self.passes
-        if slot is not None:
-            add_squared_norm(slot, gradient.detach())
+        if wanted:
+            self._norms.write(index, gradient.detach() if gradient.requires_grad else gradient)
 
     def _enter(self, task: int, index: int) -> None:
         """A graph task that was not seen before: a new backward pass, a part of the present one, or none at all."""
@@ -100,10 +105,12 @@ class Probe:
             self.before_pass()
         self.passes += 1
         self._in_pass = True
+        self._norms.clear()
         torch.autograd.Variable._execution_engine.queue_callback(self._leave)
 
     def _leave(self) -> None:
         self._in_pass = False
+        self.sums.add_(self._norms.read())
         if self.after_pass is not None:
             self.after_pass()
 

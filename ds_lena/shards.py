@@ -1,4 +1,4 @@
-"""Where this rank's pieces of each parameter lie in the tensors that the optimizer is given, and their squared norms.
+"""Where this rank's pieces of each parameter lie in the tensors that the optimizer is given.
 
 ZeRO hands the optimizer flat tensors that hold pieces of many parameters, and padding. A parameter may straddle ranks.
 What a layout provides (`Host`) is stated here; the layouts are in `plain.py` and `integrations/`.
@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .norms import add_squared_norm
 from .probe import Probe
 from .reduce import Group
 
@@ -40,12 +39,24 @@ class Host(Protocol):
         """For each tensor that `step()` will be given: the pieces of parameters in it, in order."""
         ...
 
-    def square_of_mean(self) -> Tensor:
-        """This rank's share of the squared norms of the averaged, unclipped gradient, (L + 1,); shares add up to B."""
+    def squares_of_mean(self) -> Tensor:
+        """This rank's share of the squared norms of the averaged, unclipped gradient, (P,); shares add up."""
         ...
 
-    def numel(self, parameter: int) -> int:
-        """Logical number of elements of a parameter, whatever part of it is here."""
+    def gradients(self) -> Iterable[tuple[int, Tensor | None]]:
+        """This rank's share of what `step()` will move, before any clipping by the surroundings.
+
+        (parameter number, piece of its gradient); None for a piece that is moved with a gradient of zeros. Over all
+        ranks each element comes once. A piece belongs to the parameter's only segment on this rank.
+        """
+        ...
+
+    def clip_coefficient(self, norm: Tensor) -> Tensor | None:
+        """What the surroundings multiply a gradient of this norm () by before `step()`; None where they never do."""
+        ...
+
+    def shape(self, parameter: int) -> torch.Size:
+        """Logical shape of a parameter, whatever part of it is here."""
         ...
 
     def micro_batch_size(self) -> int | None:
@@ -67,9 +78,9 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Pieces of one flat tensor that move with one learning rate: positions in the split of the tensor."""
+    """Pieces of one flat tensor that move with learning rate number `rate`: positions in the split of the tensor."""
 
-    layer: int
+    rate: int
     decays: bool
     pieces: tuple[int, ...]
 
@@ -86,10 +97,10 @@ class FlatPlan:
         return (tensor,) if len(self.sizes) == 1 else tensor.split(self.sizes)
 
 
-def plan_flat(numel: int, segments: Sequence[Segment], of_parameter: Sequence[int], decays: Sequence[bool]) -> FlatPlan:
-    """Cut a flat tensor of `numel` elements at the borders of its segments; neighbours of one layer stay whole.
+def plan_flat(numel: int, segments: Sequence[Segment], rates: Sequence[int], decays: Sequence[bool]) -> FlatPlan:
+    """Cut a flat tensor of `numel` elements at the borders of its segments; neighbours that move alike stay whole.
 
-    `of_parameter[i]`: layer of parameter i; `decays[i]`: whether weight decay applies to it.
+    `rates[i]`: number of the learning rate of parameter i, by its layer say; `decays[i]`: whether it has weight decay.
     """
     sizes: list[int] = []
     moving: dict[tuple[int, bool], list[int]] = {}
@@ -98,7 +109,7 @@ def plan_flat(numel: int, segments: Sequence[Segment], of_parameter: Sequence[in
         if segment.start > position:
             sizes.append(segment.start - position)
             last = None
-        key = (of_parameter[segment.parameter], decays[segment.parameter])
+        key = (rates[segment.parameter], decays[segment.parameter])
         if key == last:
             sizes[-1] += segment.length
         else:
@@ -107,16 +118,4 @@ def plan_flat(numel: int, segments: Sequence[Segment], of_parameter: Sequence[in
         position, last = segment.start + segment.length, key
     if numel > position:
         sizes.append(numel - position)
-    return FlatPlan(tuple(sizes), tuple(Batch(layer, decay, tuple(where)) for (layer, decay), where in moving.items()))
-
-
-def squares_by_layer(
-    pieces: Iterable[tuple[int, Tensor]], of_parameter: Sequence[int], layers: int, device: torch.device
-) -> Tensor:
-    """Squared norms of (parameter index, gradient piece) pairs added up by layer, (layers + 1,) float64."""
-    total = torch.zeros(layers + 1, dtype=torch.float64, device=device)
-    entries = total.unbind()
-    for parameter, piece in pieces:
-        if of_parameter[parameter] < layers:
-            add_squared_norm(entries[of_parameter[parameter]], piece)
-    return total
+    return FlatPlan(tuple(sizes), tuple(Batch(rate, decay, tuple(where)) for (rate, decay), where in moving.items()))

@@ -13,6 +13,16 @@ from .rules import Rule
 from .shards import FlatPlan
 
 
+def prepare(state: dict[str, Any], parameter: Tensor, buffers: Sequence[str]) -> dict[str, Any]:
+    """The state of one tensor, with `step`, the count of its updates, and `buffers` made as zeros where not there."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    for name in buffers:
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
 class Stepper:
     """One base rule and the cuts of the tensors that it moves. Its state per tensor belongs to the optimizer."""
 
@@ -28,7 +38,7 @@ class Stepper:
     def step(self, groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], factor: Tensor) -> None:
         """Move all tensors of the groups that have a gradient (modified in place, with their state).
 
-        `factor` (L + 1,): what multiplies a group's lr, by layer; the last entry is for pieces of no layer.
+        `factor`: what multiplies a group's lr, by what the plans say of each piece: its layer, or its parameter.
         """
         for group in groups:
             for parameter in group["params"]:
@@ -37,7 +47,7 @@ class Stepper:
                     self._move(parameter, parameter.grad, state[parameter], rates, group)
 
     def _rates(self, factor: Tensor, lr: float | Tensor) -> Sequence[Any]:
-        """Learning rates by layer, kept for the update: ZeRO-3 calls `step()` once for every sub-group."""
+        """Learning rates, kept for the update: ZeRO-3 calls `step()` once for every sub-group."""
         key = id(lr) if isinstance(lr, Tensor) else lr
         if key not in self._rates_by_lr:
             rates = factor * lr
@@ -55,11 +65,8 @@ class Stepper:
                 "parameters were replaced after construction; construct LENA after that."
             )
         names = self._rule.buffers(group)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        prepare(state, parameter, names)
+        state["step"] += 1
         parameters, gradients = plan.split(parameter), plan.split(gradient)
         buffers = [plan.split(state[name]) for name in names]
         for batch in plan.batches:
@@ -68,8 +75,7 @@ class Stepper:
                 [gradients[i] for i in batch.pieces],
                 [[buffer[i] for i in batch.pieces] for buffer in buffers],
                 state["step"],
-                rates[batch.layer],
+                rates[batch.rate],
                 group["weight_decay"] if batch.decays else 0.0,
                 group,
             )
-        state["step"] += 1

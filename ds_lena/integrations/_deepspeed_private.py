@@ -20,7 +20,7 @@ from ..shards import Segment
 SEEN_WITH = "0.19.8"
 """The DeepSpeed version with which every name below was checked."""
 
-Pieces = Iterator[tuple[int, Tensor]]
+Pieces = Iterator[tuple[int, Tensor | None]]
 
 # -- the seam ---------------------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class Layout(Protocol):
         ...
 
     def gradients(self) -> Pieces:
-        """(parameter number, piece of the averaged, unclipped gradient); over all ranks each element comes once."""
+        """See `shards.Host.gradients`."""
         ...
 
     def values(self, parameter: Tensor, segment: Segment) -> Tensor:
@@ -179,7 +179,7 @@ class ReplicatedLayout:
 
     def gradients(self) -> Pieces:
         for i, parameter, _ in self._masters:
-            if parameter.grad is not None and i % self._ranks == self._rank:
+            if i % self._ranks == self._rank:
                 yield i, parameter.grad
 
     def values(self, parameter: Tensor, segment: Segment) -> Tensor:
@@ -215,6 +215,8 @@ class Zero12Layout:
                         )
                     yield segment.parameter, piece
                 position += piece.numel()
+            for segment in by_start.values():
+                yield segment.parameter, None
 
     def values(self, parameter: Tensor, segment: Segment) -> Tensor:
         return _slice(parameter, segment)
@@ -270,10 +272,10 @@ class Zero3Layout:
 
     def gradients(self) -> Pieces:
         for group, segments in enumerate(self._segments):
-            parts = self._zero.averaged_gradients.get(group) or ()
-            for segment, part in zip(segments, parts, strict=bool(parts)):
+            parts = self._zero.averaged_gradients.get(group) or [None] * len(segments)
+            for segment, part in zip(segments, parts, strict=True):
                 if segment.length:
-                    yield segment.parameter, part.narrow(0, 0, segment.length)
+                    yield segment.parameter, None if part is None else part.narrow(0, 0, segment.length)
 
     def values(self, parameter: Tensor, segment: Segment) -> Tensor:
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
@@ -309,9 +311,15 @@ def read_layout(engine: Any, index: Mapping[int, int]) -> Layout | None:
     return ReplicatedLayout(masters, index, torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
 
 
-def logical_numel(parameter: Tensor) -> int:
-    """Number of elements of the whole parameter, also where ZeRO-3 has partitioned it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+def logical_shape(parameter: Tensor) -> torch.Size:
+    """Shape of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def clip_coefficient(engine: Any, norm: Tensor) -> Tensor | None:
+    """What every wrapper multiplies a gradient of this norm by before `step()`; None where clipping is off."""
+    largest = engine.gradient_clipping()
+    return 1 / ((norm + 1e-6) / largest).clamp(min=1) if largest else None
 
 
 def _consecutive(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..config import unknown_total_steps
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..layers import named_parameters
+from ..norms import squared_norms
 from ..optimizer import LENA, dormant
 from ..probe import Probe
 from ..reduce import Group
@@ -148,7 +149,6 @@ class EngineHost:
 
     def __init__(self, engine: Any, lena: LENA) -> None:
         self._engine = engine
-        self._squares = lena.squares_by_layer
         self._parameters = lena.parameters
         index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         layout = private.read_layout(engine, index)
@@ -161,6 +161,7 @@ class EngineHost:
 
     def watch_passes(self, probe: Probe) -> None:
         """Where the layout keeps old gradients, clear those of parameters that a window's first pass left alone."""
+        self._norms = probe.new_norms()
         if not isinstance(self._layout, private.Zero3Layout):
             return
         layout = self._layout
@@ -179,11 +180,18 @@ class EngineHost:
     def segments(self) -> list[tuple[Tensor, list[Segment]]]:
         return self._layout.segments()
 
-    def square_of_mean(self) -> Tensor:
-        return self._squares(self._layout.gradients())
+    def squares_of_mean(self) -> Tensor:
+        there = ((index, piece) for index, piece in self._layout.gradients() if piece is not None)
+        return squared_norms(there, self._norms)
 
-    def numel(self, parameter: int) -> int:
-        return private.logical_numel(self._parameters[parameter])
+    def gradients(self) -> Iterator[tuple[int, Tensor | None]]:
+        return self._layout.gradients()
+
+    def clip_coefficient(self, norm: Tensor) -> Tensor | None:
+        return private.clip_coefficient(self._engine, norm)
+
+    def shape(self, parameter: int) -> torch.Size:
+        return private.logical_shape(self._parameters[parameter])
 
     def micro_batch_size(self) -> int:
         return self._engine.train_micro_batch_size_per_gpu()

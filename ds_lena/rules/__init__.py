@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from . import adamw, sgd
-from .common import Rule
+from . import adamw, lamb, lars, sgd
+from .common import Rule, Trust
 
 RULES: dict[str, Rule] = {
     "adamw": adamw.RULE,
     "sgd": sgd.RULE,
+    "lars": lars.RULE,
+    "lamb": lamb.RULE,
 }
 
-__all__ = ["RULES", "Rule"]
+__all__ = ["RULES", "Rule", "Trust"]

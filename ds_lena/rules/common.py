@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-# torch.optim's fused kernels exist for these devices; elsewhere its single-tensor code is used.
+# torch's fused optimizer kernels exist for these devices; elsewhere torch.optim's single-tensor code is used.
 _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+# Elements that are computed at a time where temporaries are needed: on the CPU few enough to stay in its caches.
+_BLOCK = {"cpu": 1 << 16}
+_BLOCK_ELSEWHERE = 1 << 22
+
+Group = Mapping[str, Any]
+"""What a parameter group says, with the optimizer's defaults for what it does not."""
 
 
 def has_fused_kernel(parameter: Tensor) -> bool:
     """Whether torch has fused optimizer kernels for this tensor's device and type."""
     return parameter.device.type in _FUSED_DEVICES and parameter.is_floating_point()
+
+
+def blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Tensors of one shape, block by block (views); in one where they cannot be viewed as flat."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        yield tensors
+        return
+    size = _BLOCK.get(tensors[0].device.type, _BLOCK_ELSEWHERE)
+    yield from zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How a rule makes the trust ratio of a tensor, from the norm of its weights and from one more.
+
+    `add_square(total, weight, gradient, buffers, step, weight_decay, group)`: adds to `total`, a 0-dim float64 tensor
+    (modified in place), the squared norm of the other vector for one piece; nothing else is changed. The piece is in
+    float32 or wider, the gradient as it will be given to `update`; `step` as for `update`.
+    `ratio(weight_norm, other_norm, weight_decay, coefficient)`: (T,) from (T,) tensors and a number; called for
+    norms > 0 only.
+    `coefficient`: of the trust ratio, where the user gives none.
+    """
+
+    add_square: Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Tensor, float, Group], None]
+    ratio: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    coefficient: float
 
 
 @dataclass(frozen=True)
@@ -24,21 +57,16 @@ class Rule:
     `group_keys`: keys of a parameter group that it reads besides `lr` and `weight_decay`.
     `buffers(group)`: names of its state tensors, each shaped like the parameter and zero at the start.
     `update(parameters, gradients, buffers, step, lr, weight_decay, group)`: moves `parameters` (modified in place, with
-    `buffers`, one list per name in the order of `buffers(group)`). `step` is a 0-dim tensor, the updates before this
-    one (not modified); `lr` a number or 0-dim tensor that already holds the layer's factor; `weight_decay` a number.
+    `buffers`, one list per name in the order of `buffers(group)`). `step` is a 0-dim float32 tensor, the count of
+    updates with this one (not modified); `lr` a number or 0-dim tensor that already holds the layer's factor and the
+    trust ratio, if any; `weight_decay` a number.
+    `trust`: set for a rule with trust ratios.
     """
 
     group_keys: tuple[str, ...]
-    buffers: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    buffers: Callable[[Group], tuple[str, ...]]
     update: Callable[
-        [
-            Sequence[Tensor],
-            Sequence[Tensor],
-            Sequence[Sequence[Tensor]],
-            Tensor,
-            float | Tensor,
-            float,
-            Mapping[str, Any],
-        ],
+        [list[Tensor], list[Tensor], Sequence[list[Tensor]], Tensor, float | Tensor, float, Group],
         None,
     ]
+    trust: Trust | None = None

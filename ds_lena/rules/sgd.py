@@ -6,37 +6,50 @@ The learning rate, with the layer's factor in it, stays outside of the momentum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from .common import Rule, has_fused_kernel
+from .common import Group, Rule, has_fused_kernel
 
 
-def _buffers(group: Mapping[str, Any]) -> tuple[str, ...]:
+def buffers(group: Group) -> tuple[str, ...]:
+    """The momentum, where there is one."""
     return ("momentum_buffer",) if group["momentum"] else ()
 
 
 def _update(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    buffers: Sequence[Sequence[Tensor]],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: Sequence[list[Tensor]],
     step: Tensor,
     lr: float | Tensor,
     weight_decay: float,
-    group: Mapping[str, Any],
+    group: Group,
 ) -> None:
-    momenta: list[Tensor | None] = [*buffers[0]] if buffers else [None] * len(parameters)
+    if has_fused_kernel(parameters[0]) and not _kernel_is_wrong(parameters[0]):
+        torch._fused_sgd_(
+            parameters,
+            gradients,
+            buffers[0] if buffers else [],
+            weight_decay=weight_decay,
+            momentum=group["momentum"],
+            lr=lr,
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+            is_first_step=False,  # the momentum begins as zeros, which gives the same
+        )
+        return
     sgd(
-        list(parameters),
-        list(gradients),
-        momenta,
+        parameters,
+        gradients,
+        [*buffers[0]] if buffers else [None] * len(parameters),
         has_sparse_grad=False,
         foreach=False,
-        fused=has_fused_kernel(parameters[0]) and not _kernel_is_wrong(parameters[0]),
+        fused=False,
         weight_decay=weight_decay,
         momentum=group["momentum"],
         lr=lr,  # type: ignore[arg-type]  # a tensor works as well
@@ -51,4 +64,4 @@ def _kernel_is_wrong(parameter: Tensor) -> bool:
     return parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
 
 
-RULE = Rule(group_keys=("momentum", "nesterov"), buffers=_buffers, update=_update)
+RULE = Rule(group_keys=("momentum", "nesterov"), buffers=buffers, update=_update)

@@ -12,7 +12,14 @@ from tests.helpers.reference import Window as ReferenceWindow
 
 UPDATES = 10
 ONE_STEP = ("no_sync", "coalesce")  # loops where every engine.step() is an update, as DeepSpeed's counter sees it
-LR = {"adamw": 2e-3, "sgd": 2e-2}
+LR = {"adamw": 2e-3, "sgd": 2e-2, "lamb": 5e-3, "lars": 2e-2}
+MOMENTS = {"betas": (0.9, 0.99), "eps": 1e-6}
+RULE_KEYS: dict[str, dict[str, Any]] = {
+    "adamw": MOMENTS,
+    "lamb": MOMENTS,
+    "sgd": {"momentum": 0.9, "nesterov": False},
+    "lars": {"momentum": 0.9, "trust_coefficient": 0.05},
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Case:
     @property
     def keys(self) -> dict[str, Any]:
         """All LENA keys of the case; warm-ups end during the run, some by the cap."""
-        rule = {"betas": (0.9, 0.99), "eps": 1e-6} if self.base == "adamw" else {"momentum": 0.9, "nesterov": False}
+        rule = RULE_KEYS[self.base]
         warmup = {"warmup": "layer", "warmup_fraction": 0.2, "warmup_cap": 0.4, "total_steps": 2 * UPDATES}
         common = {"lr": LR[self.base], "base": self.base, "weight_decay": None, "layer": self.layer}
         if self.optimizer == "stock":

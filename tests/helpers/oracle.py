@@ -28,6 +28,8 @@ KEYS: dict[str, Any] = {
     "eps": 1e-8,
     "momentum": 0.9,
     "nesterov": False,
+    "trust_coefficient": None,
+    "trust_clip": None,
     "layer": "tensor",
     "scaling": "gain",
     "gain_power": 1.0,

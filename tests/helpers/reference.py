@@ -1,7 +1,7 @@
 """Training in float64 in one process: the micro-batches of all ranks, the oracle's factors, torch's rules.
 
-The base rule is `torch.optim` itself with one param group per parameter, so that a layer's factor is nothing but that
-group's lr: lr x factor acts in the update and in weight decay, and the rest is torch's.
+The base rule is `torch.optim` itself, or one of `base_rules.py`, with one param group per parameter, so that a layer's
+factor is nothing but that group's lr: lr x factor acts in the update and in weight decay, and the rest is the rule's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.base_rules import Lamb, Lars
 from tests.helpers.oracle import Oracle, complete, layer_of
 
 Gradients = dict[str, Tensor]
+DECAY = {"adamw": 0.01, "lamb": 0.01, "sgd": 0.0, "lars": 0.0}
+TRUST = {"lamb": 1.0, "lars": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,8 @@ def _step(
 
 
 def _base_rule(groups: Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> torch.optim.Optimizer:
-    adam = keys["base"] == "adamw"
-    default = keys["weight_decay"] if keys["weight_decay"] is not None else (0.01 if adam else 0.0)
+    base = keys["base"]
+    default = keys["weight_decay"] if keys["weight_decay"] is not None else DECAY[base]
     single = [
         {
             "params": [p],
@@ -149,8 +152,14 @@ def _base_rule(groups: Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> 
         for group in groups
         for name, p in group["params"]
     ]
-    if adam:
-        return torch.optim.AdamW(single, betas=tuple(keys["betas"]), eps=keys["eps"])
+    moments = {"betas": tuple(keys["betas"]), "eps": keys["eps"]}
+    trust = {"trust_coefficient": keys["trust_coefficient"] or TRUST.get(base), "trust_clip": keys["trust_clip"]}
+    if base == "adamw":
+        return torch.optim.AdamW(single, **moments)
+    if base == "lamb":
+        return Lamb(single, **moments, **trust)
+    if base == "lars":
+        return Lars(single, momentum=keys["momentum"], **trust)
     return torch.optim.SGD(single, lr=0.0, momentum=keys["momentum"], nesterov=keys["nesterov"])
 
 

@@ -17,7 +17,7 @@ VALUES = {
     "accumulation": (1, 2, 4),
     "precision": ("fp32", "bf16", "bf16-fp32"),
     "clipping": (0.0, 0.5),  # gradients have a norm of 3 to 10 here
-    "base": ("adamw", "sgd"),
+    "base": ("adamw", "sgd", "lars", "lamb"),
     "layer": ("tensor", "module", "block", "model"),
 }
 

@@ -175,12 +175,6 @@ def test_a_null_for_a_key_of_any_base_rule_counts_as_not_given(base, key):
     assert getattr(config(base=base, **{key: None}), key) == DEFAULTS[key]
 
 
-@pytest.mark.parametrize("base", ["lars", "lamb"])
-def test_a_base_rule_that_is_planned_says_so(base):
-    with pytest.raises(ConfigError, match=rf'"{base}" is not available yet.*"adamw", "sgd"'):
-        config(base=base)
-
-
 # -- keys that depend on each other -----------------------------------------------------------------------------------
 
 

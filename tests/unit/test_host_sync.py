@@ -15,7 +15,8 @@ META = torch.device("meta")
 @pytest.mark.parametrize(
     "keys",
     [{"total_steps": 100}, {"total_steps": 100, "variant": "authors-code"}, {"warmup": "none", "smoothing": 0.5},
-     {"total_steps": 100, "scaling": "sqrt", "max_factor": 4, "warmup": "fixed"}],
+     {"total_steps": 100, "scaling": "sqrt", "max_factor": 4, "warmup": "fixed"},
+     {"total_steps": 100, "base": "lamb"}, {"total_steps": 100, "base": "lars", "trust_clip": [0.1, 10]}],
     ids=str,
 )  # fmt: skip
 def test_measuring_and_deciding(keys):
@@ -35,7 +36,7 @@ def test_moving():
     flat.grad = torch.zeros(10, device=META)
     rates = []
     rule = Rule((), lambda group: ("buffer",), lambda p, g, buffers, step, lr, decay, group: rates.append(lr))
-    plan = plan_flat(10, [Segment(0, 0, 6, 0), Segment(1, 6, 4, 0)], of_parameter=[0, 1], decays=[True, True])
+    plan = plan_flat(10, [Segment(0, 0, 6, 0), Segment(1, 6, 4, 0)], rates=[0, 1], decays=[True, True])
     stepper = Stepper(rule, {flat: plan})
     groups = [{"params": [flat], "lr": 0.1, "weight_decay": 0.0}]
     stepper.step(groups, {flat: {}}, factor=torch.ones(3, dtype=torch.float64, device=META))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_lena import UnsupportedError
-from ds_lena.norms import add_squared_norm, squared_norm
+from ds_lena.norms import SquaredNorms, squared_norm, squared_norms
 
 LARGE = 5_000_000
 
@@ -32,7 +32,7 @@ def test_a_large_tensor(normal_numbers, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1, 7, 2047, 2048, 2049, 4096, (1 << 18) - 1, (1 << 18) + 1, 3 * (1 << 18) + 2500])
+@pytest.mark.parametrize("size", [1, 7, 2047, 2048, 2049, 1 << 14, (1 << 14) + 1, (1 << 18) - 1, (1 << 18) + 1, 3 * (1 << 18) + 2500])
 def test_every_size_around_the_borders_of_rows_and_blocks(normal_numbers, size, dtype):
     gradient = normal_numbers[:size].to(dtype)
     assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=1e-6, abs=0)
@@ -100,10 +100,37 @@ def test_the_result_is_float64_whatever_the_gradient_is(dtype):
     assert (result.dtype, result.shape) == (torch.float64, ())
 
 
-def test_it_is_added_in_place():
-    sums = torch.ones(2, dtype=torch.float64)
-    add_squared_norm(sums.unbind()[1], torch.full((5000,), 2.0))
-    assert sums.tolist() == pytest.approx([1, 20_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 1 << 14, (1 << 14) + 1, (1 << 18) + 2049])
+def test_norms_that_are_written_one_by_one_and_read_together(normal_numbers, size, dtype):
+    gradient = normal_numbers[:size].to(dtype)
+    norms = SquaredNorms(3, dtype, torch.device("cpu"))
+    norms.write(1, gradient)
+    found = norms.read()
+    assert found.tolist() == [0, pytest.approx(exact(gradient), rel=1e-6, abs=0), 0]
+    assert found.dtype == torch.float64
+    norms.clear()
+    assert norms.read().tolist() == [0, 0, 0]
+
+
+def test_gradients_of_several_types_can_be_written_to_the_same_norms():
+    norms = SquaredNorms(3, torch.float64, torch.device("cpu"))
+    for index, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64)):
+        norms.write(index, torch.full((4,), 2.0, dtype=dtype))
+    assert norms.read().tolist() == [16, 16, 16]
+
+
+def test_pieces_replace_what_was_written_before():
+    norms = SquaredNorms(3, torch.float32, torch.device("cpu"))
+    norms.write(0, torch.ones(5))
+    assert squared_norms([(2, torch.ones(2)), (1, torch.full((3,), 2.0))], norms).tolist() == [0, 12, 2]
+    assert squared_norms([], norms).tolist() == [0, 0, 0]
+
+
+def test_a_gradient_that_needs_no_graph_leaves_none(normal_numbers):
+    norms = SquaredNorms(1, torch.float32, torch.device("cpu"))
+    norms.write(0, normal_numbers[:10])
+    assert not norms.read().requires_grad
 
 
 def test_the_gradient_is_left_as_it_is():
@@ -121,4 +148,4 @@ def test_no_wide_copy_of_a_large_tensor_is_made(normal_numbers, dtype):
 
 def test_a_sparse_gradient_is_refused():
     with pytest.raises(UnsupportedError, match="sparse=False"):
-        squared_norm(torch.ones(3, 3).to_sparse())
+        SquaredNorms(1, torch.float32, torch.device("cpu")).write(0, torch.ones(3, 3).to_sparse())

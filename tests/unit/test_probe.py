@@ -14,13 +14,9 @@ from ds_lena.probe import Probe
 from tests.unit.support import backward, random_gradients, weights
 
 
-def watch(parameters, layers=None):
-    """A probe with one layer per parameter, or those given."""
+def watch(parameters):
     parameters = list(parameters)
-    probe = Probe(parameters, [f"p{i}" for i in range(len(parameters))])
-    of_parameter = layers or list(range(len(parameters)))
-    probe.assign(of_parameter, max(of_parameter) + 1, torch.device("cpu"))
-    return probe
+    return Probe(parameters, [f"p{i}" for i in range(len(parameters))])
 
 
 def squares(gradients):
@@ -66,12 +62,12 @@ def test_a_real_model_accumulating_over_passes(model):
     assert probe.sums[:4].tolist() == pytest.approx(truth)
 
 
-def test_parameters_of_one_layer_are_added_up_and_those_of_none_only_watched():
+def test_parameters_whose_norms_are_not_wanted_are_only_watched():
     parameters = weights(1, 1, 1)
-    probe = Probe(parameters, ["a", "b", "c"])
-    probe.assign([0, 1, 0], 1, torch.device("cpu"))
+    probe = watch(parameters)
+    probe.measure([True, False, True])
     backward(parameters, [torch.tensor([2.0]), torch.tensor([100.0]), torch.tensor([3.0])])
-    assert probe.sums.tolist() == [13, 0]
+    assert probe.sums.tolist() == [4, 0, 9]
     assert probe.last_pass == [1, 1, 1]
 
 
@@ -80,10 +76,10 @@ def test_clearing_starts_a_new_window():
     probe = watch(parameters)
     backward(parameters, [torch.ones(2)])
     probe.clear()
-    assert (probe.passes, probe.sums.tolist(), probe.unreached()) == (0, [0, 0], [0])
+    assert (probe.passes, probe.sums.tolist(), probe.unreached()) == (0, [0], [0])
     backward(parameters, [torch.ones(2)])
     assert probe.passes == 1
-    assert probe.sums.tolist() == pytest.approx([2, 0])
+    assert probe.sums.tolist() == pytest.approx([2])
 
 
 def test_parameters_that_no_pass_has_reached_are_known():

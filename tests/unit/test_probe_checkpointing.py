@@ -35,11 +35,10 @@ class Model(nn.Module):
 
 
 def watch(model, excluded=()):
-    """A probe with one layer per parameter."""
+    """A probe of all parameters; the excluded ones are only watched."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     probe = Probe(parameters, names)
-    none = len(names)
-    probe.assign([none if name in excluded else i for i, name in enumerate(names)], none, torch.device("cpu"))
+    probe.measure([name not in excluded for name in names])
     return probe
 
 

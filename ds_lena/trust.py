@@ -1,0 +1,118 @@
+"""Trust ratios of whole tensors whose pieces lie on many ranks: two squared norms a tensor, one more all-reduce.
+
+All of them are known before the first `step()` of an update, since ZeRO calls it once for every group or sub-group: the
+norms of what the pieces will be moved by are taken in a pass of its own that changes nothing. So an update that is
+thrown away leaves no trace, and a sub-group can be moved as soon as its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LenaConfig
+from .norms import SquaredNorms
+from .reduce import sum_over
+from .rules import Rule, Trust
+from .rules.common import blocks
+from .shards import Host, Segment
+from .stepper import prepare
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class TrustRatios:
+    """The trust ratios of one base rule that has them.
+
+    `groups_of[i]`, `decays[i]`: the parameter group of parameter i, and whether weight decay applies to it.
+    `norms`: room for one squared norm of each parameter.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        trust: Trust,
+        config: LenaConfig,
+        host: Host,
+        groups_of: Sequence[int],
+        decays: Sequence[bool],
+        norms: SquaredNorms,
+        device: torch.device,
+    ) -> None:
+        self._rule, self._trust = rule, trust
+        self._coefficient = trust.coefficient if config.trust_coefficient is None else config.trust_coefficient
+        self._clip = config.trust_clip
+        self._host = host
+        self._groups_of, self._decays = groups_of, decays
+        self._weights, self._device = norms, device
+        self._where = {cut.parameter: (flat, cut) for flat, segments in host.segments() for cut in segments}
+        self._adapts = [len(host.shape(i)) > 1 for i in range(len(groups_of))]
+        self._adapts_there = torch.tensor(self._adapts, dtype=torch.bool, device=device)
+        self._decay_values: list[float] = []
+        self._decay_there = torch.zeros(0)
+
+    def measure(self, square_of_mean: Tensor, groups: Groups, state: Mapping[Tensor, dict[str, Any]]) -> Tensor:
+        """(P,): what multiplies the learning rate of each parameter in this update. Nothing but `state` is changed.
+
+        `square_of_mean` (): squared norm of the whole averaged gradient, which the surroundings clip by. State that a
+        tensor does not have yet is made, as zeros.
+        """
+        clip = self._host.clip_coefficient(square_of_mean.sqrt())
+        others = torch.zeros(len(self._adapts), dtype=torch.float64, device=self._device)
+        totals = others.unbind()
+        self._weights.clear()
+        for index, gradient in self._host.gradients():
+            if not self._adapts[index]:
+                continue
+            flat, segment = self._where[index]
+            group = groups[self._groups_of[index]]
+            names = self._rule.buffers(group)
+            own = prepare(state[flat], flat, names)
+            weight = _cut(flat, segment)
+            self._weights.write(index, weight)
+            tensors = (weight, *([] if gradient is None else [gradient]), *(_cut(own[name], segment) for name in names))
+            count, decay = own["step"] + 1, self._decay(group, index)
+            for block in blocks(tensors):
+                weight, gradient_block, *buffers = _widened(block, gradient is None, clip)
+                self._trust.add_square(totals[index], weight, gradient_block, buffers, count, decay, group)
+        norms = sum_over(torch.stack((self._weights.read(), others)), self._host.group).sqrt()
+        return self._ratios(norms[0], norms[1], self._weight_decays(groups))
+
+    def _ratios(self, weight_norm: Tensor, other_norm: Tensor, weight_decay: Tensor) -> Tensor:
+        """1 for tensors of fewer than two dimensions, and where either norm is 0."""
+        has_ratio = self._adapts_there & (weight_norm > 0) & (other_norm > 0)
+        safe = torch.where(has_ratio, other_norm, 1.0)
+        ratio = self._trust.ratio(weight_norm, safe, weight_decay, self._coefficient)
+        if self._clip is not None:
+            ratio = ratio.clamp(*self._clip)
+        return torch.where(has_ratio, ratio, 1.0)
+
+    def _decay(self, group: Mapping[str, Any], index: int) -> float:
+        return group["weight_decay"] if self._decays[index] else 0.0
+
+    def _weight_decays(self, groups: Groups) -> Tensor:
+        """(P,) on the device; sent there only when a value has changed, since that waits for the device."""
+        values = [self._decay(groups[group], index) for index, group in enumerate(self._groups_of)]
+        if values != self._decay_values:
+            self._decay_values = values
+            self._decay_there = torch.tensor(values, dtype=torch.float64, device=self._device)
+        return self._decay_there
+
+
+def _cut(flat: Tensor, segment: Segment) -> Tensor:
+    """A view of the segment's elements; the tensor itself, in its own shape, where they are all of it."""
+    whole = segment.length == flat.numel()
+    return flat if whole else flat.narrow(0, segment.start, segment.length)
+
+
+def _widened(block: Sequence[Tensor], without_gradient: bool, clip: Tensor | None) -> list[Tensor]:
+    """Weight, gradient as it will be clipped, and buffers, in float32 or wider."""
+    wide = torch.promote_types(block[0].dtype, torch.float32)
+    weight, *rest = (tensor.to(wide) for tensor in block)
+    if without_gradient:
+        return [weight, torch.zeros_like(weight), *rest]
+    gradient, *buffers = rest
+    return [weight, gradient if clip is None else gradient * clip.to(wide), *buffers]
