@@ -112,6 +112,11 @@ class LENA(torch.optim.Optimizer):
         """Their names: the user's, an engine's, or `param_0`, `param_1`, … by their place in the groups."""
         return self._probe.names
 
+    @property
+    def has_trust_ratios(self) -> bool:
+        """Whether the base rule has them: then it needs to know how gradients will be clipped."""
+        return self._trust is not None
+
     def adopt(self, host: Host, names: Sequence[str], order: Sequence[int]) -> None:
         """Run in other surroundings from now on: an engine calls `begin_update` and `end_update` around `step`.
 

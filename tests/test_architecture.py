@@ -54,7 +54,7 @@ PRIVATE_NAMES = (
     "round_robin_bit16_groups", "round_robin_bit16_offsets", "real_dp_process_group", "single_partition_of_fp32_groups",
     "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "fp16_groups", "fp32_groups",
     "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
-    "ds_shape",
+    "ds_numel", "ds_shape",
 )  # fmt: skip
 
 WAITING_METHODS = {"item", "tolist", "cpu", "numpy", "nonzero"}

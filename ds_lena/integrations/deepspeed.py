@@ -82,6 +82,7 @@ def attach(engine: Any, lena: LENA) -> None:
     _check_micro_batch_size(host, lena)
     names, order = _names(engine.module, lena)
     host.check_layout(names)
+    _require_known_norm(engine, lena)
     _require_free(engine, lena.parameters)
     _owner.update({parameter: weakref.ref(engine) for parameter in lena.parameters})
     lena.adopt(host, names, order)
@@ -103,6 +104,20 @@ def _check_micro_batch_size(host: EngineHost, lena: LENA) -> None:
         raise ConfigError(
             f'LENA: "micro_batch_size": {given}, but DeepSpeed has "train_micro_batch_size_per_gpu": {actual}. '
             "Leave micro_batch_size out under DeepSpeed."
+        )
+
+
+def _require_known_norm(engine: Any, lena: LENA) -> None:
+    """Trust ratios need the norm that DeepSpeed clips by; in fp32 at ZeRO 0 that is over all that the model trains."""
+    if not lena.has_trust_ratios or engine.zero_optimization_stage() > 0 or not engine.gradient_clipping():
+        return
+    known = {id(parameter) for parameter in lena.parameters}
+    foreign = [name for name, p in named_parameters(engine.module) if p.requires_grad and id(p) not in known]
+    if foreign:
+        raise UnsupportedError(
+            f'LENA: "base": "{lena.config.base}" with "gradient_clipping" at ZeRO 0 needs all trained parameters in '
+            f'the optimizer, since DeepSpeed clips by the norm of all of them; "{foreign[0]}" is not. Freeze it '
+            '(requires_grad_(False)), use ZeRO 1-3, or set "gradient_clipping" to 0.0.'
         )
 
 

@@ -122,8 +122,8 @@ def moved(engine: Any) -> list[Tensor]:
     if engine.zero_optimization_stage() == 3:
         return _moved_at_stage_3(engine, [key for key, value in next(iter(state.values())).items() if value.dim()])
     tensors = list(engine.module.parameters())
-    for master, values in state.items():
-        tensors += [master, *values.values()]
+    for master in (p for group in engine.basic_optimizer.param_groups for p in group["params"] if p in state):
+        tensors += [master, *(value for _, value in sorted(state[master].items()))]
     return [tensor.detach().clone() for tensor in tensors]
 
 

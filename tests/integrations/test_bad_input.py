@@ -26,7 +26,11 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "an auto that nobody fills": ({"warmup_cap": "auto"}, ('"warmup_cap"', '"auto"', "write null")),
     "a key of another base": ({"momentum": 0.9}, ('"momentum"', "sgd", '"base" is "adamw"')),
     "a cap below the fraction": ({"warmup_fraction": 0.3, "warmup_cap": 0.2}, ("0.2", '"warmup_fraction": 0.3')),
-    "a base that is not there yet": ({"base": "lamb"}, ('"base": "lamb"', 'Available: one of "adamw", "sgd"')),
+    "a base that does not exist": ({"base": "adam"}, ('"base"', "'adam'", '"adamw", "sgd", "lars", "lamb"')),
+    "a trust ratio without a rule that has one": (
+        {"trust_coefficient": 0.01},
+        ('"trust_coefficient"', "lars and lamb", '"base" is "adamw"'),
+    ),
     "a length that nobody knows": ({"total_steps": None}, ('"total_steps"', "total_num_steps", '"warmup": "none"')),
     "another micro-batch than DeepSpeed's": (
         {"micro_batch_size": 3},

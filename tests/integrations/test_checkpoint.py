@@ -48,7 +48,7 @@ def is_the_unbroken_run(result: dict[str, Any]) -> bool:
     return all(result["same"])
 
 
-@pytest.mark.parametrize("base", ["adamw", "sgd"])
+@pytest.mark.parametrize("base", ["adamw", "sgd", "lamb"])
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
 def test_a_resumed_run_is_the_unbroken_run(ranks: Ranks, tmp_path: Path, stage: int, precision: str, base: str) -> None:
     for result in ranks.run(resume, str(tmp_path), stage, precision, {"base": base}):

@@ -19,13 +19,15 @@ WIDTH, WIDE = 256, 1024
 LARGE = 3 << 19  # bytes: less than a weight in bf16, more than what norms widen at a time
 
 
-def collectives(stage: int, precision: str, depth: int, groups: int, micros: int, lena: bool) -> Counter[str]:
+def collectives(
+    stage: int, precision: str, depth: int, groups: int, micros: int, lena: bool, base: str = "adamw", **zero: Any
+) -> Counter[str]:
     """All collectives of three updates, forward and backward included, by name."""
     model = Net(depth=depth)
     parameters = list(model.parameters())
     given = [{"params": parameters[start::groups]} for start in range(groups)]
-    entries = without_optimizer(config(stage, precision, gradient_accumulation_steps=micros))
-    optimizer = ds_lena.LENA(given, **LENA) if lena else torch.optim.AdamW(given, lr=LENA["lr"])
+    entries = without_optimizer(config(stage, precision, gradient_accumulation_steps=micros, zero=zero))
+    optimizer = ds_lena.LENA(given, base=base, **LENA) if lena else torch.optim.AdamW(given, lr=LENA["lr"])
     with engine(entries, model, optimizer=optimizer) as made:
         train(made, range(UPDATES.start), [micros])
         with Collectives() as calls:
@@ -33,10 +35,11 @@ def collectives(stage: int, precision: str, depth: int, groups: int, micros: int
         return Counter(calls.names)
 
 
-def what_lena_adds(ranks: Ranks, *case: Any) -> list[Counter[str]]:
+def what_lena_adds(ranks: Ranks, *case: Any, **more: Any) -> list[Counter[str]]:
     """The collectives of an update by LENA that torch's AdamW does not make, by rank."""
     added = []
-    for ours, stock in zip(ranks.run(collectives, *case, True), ranks.run(collectives, *case, False), strict=True):
+    both = (ranks.run(collectives, *case, lena, **more) for lena in (True, False))
+    for ours, stock in zip(*both, strict=True):
         assert stock.total() > 0, "the counter sees DeepSpeed's own"
         assert not stock - ours, "LENA replaces none of them"
         added.append(ours - stock)
@@ -58,6 +61,18 @@ def test_an_update_has_one_more_all_reduce_than_adamws(ranks: Ranks, stage: int,
 def test_it_stays_one_for_more_layers_groups_and_micro_batches(ranks: Ranks, stage: int, size: str) -> None:
     for added in what_lena_adds(ranks, stage, "fp32", *SIZES[size]):
         assert added == {"allreduce_": len(UPDATES)}
+
+
+@pytest.mark.parametrize("base", ["lars", "lamb"])
+@pytest.mark.parametrize("stage", range(4))
+def test_trust_ratios_are_one_more_for_all_groups_together(ranks: Ranks, stage: int, base: str) -> None:
+    for added in what_lena_adds(ranks, stage, "fp32", *SIZES["many groups"], base=base):
+        assert added == {"allreduce_": 2 * len(UPDATES)}
+
+
+def test_trust_ratios_are_one_more_for_all_sub_groups_together(ranks: Ranks) -> None:
+    for added in what_lena_adds(ranks, 3, "fp32", *SIZES["deep"], base="lamb", sub_group_size=50):
+        assert added == {"allreduce_": 2 * len(UPDATES)}
 
 
 def network_of_report() -> list[str]:

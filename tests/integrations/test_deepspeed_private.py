@@ -29,6 +29,7 @@ ENGINE = (
     "dp_world_size",
     "fp16_enabled",
     "gradient_average",
+    "gradient_clipping",
     "gradient_predivide_factor",
     "has_moe_layers",
     "is_deepcompile_enabled",
@@ -67,7 +68,7 @@ ZERO_1_2 = (
 )
 BF16 = ("bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "real_dp_process_group")
 ZERO_3 = ("averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer")
-ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_tensor", "partition_numel")
+ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor", "partition_numel")
 UNFUSED = ("fp16_groups", "fp32_groups")
 LAYOUTS = {
     # (stage, precision): the wrapper's class, its names, those of a parameter

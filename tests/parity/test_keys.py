@@ -12,11 +12,15 @@ def lena(name: str, stage: int, **keys: object) -> Case:
     return Case(name=f"key-{name}", stage=stage, lena=keys)
 
 
+# AdaScale is the gain of one layer, the model.
+POLICIES = [
+    lena(f"{policy}-{warmup}", (first + second) % 4, warmup=warmup,
+         **({"layer": "model"} if policy == "adascale" else {"scaling": policy}))
+    for first, policy in enumerate(("gain", "adascale", "linear", "sqrt", "none"))
+    for second, warmup in enumerate(("layer", "fixed", "none"))
+]  # fmt: skip
+
 SCALING = [
-    *(lena(f"{scaling}-{warmup}", stage, scaling=scaling, warmup=warmup) for scaling, warmup, stage in (
-        ("linear", "layer", 0), ("linear", "none", 1), ("sqrt", "fixed", 2), ("sqrt", "layer", 3),
-        ("none", "fixed", 1), ("none", "none", 3),
-    )),
     lena("linear-power", 2, scaling="linear", gain_power=0.5, max_factor=3.0),
     lena("power", 1, gain_power=0.75),
     lena("power-above-1", 3, gain_power=1.5, max_factor=5.0),
@@ -36,8 +40,6 @@ STATISTICS = [
 ]  # fmt: skip
 
 WARMUP = [
-    lena("fixed-warmup", 0, warmup="fixed"),
-    lena("no-warmup", 2, warmup="none"),
     lena("uncapped", 1, warmup_cap=None),
     lena("cap-at-fraction", 3, warmup_fraction=0.3, warmup_cap=0.3),
     lena("long-warmup", 1, warmup_fraction=1.0, warmup_cap=1.0),
@@ -62,6 +64,6 @@ SINGLE = [
 ]
 
 
-@pytest.mark.parametrize("case", SCALING + STATISTICS + WARMUP + RULES + SINGLE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", POLICIES + SCALING + STATISTICS + WARMUP + RULES + SINGLE, ids=lambda case: case.name)
 def test_key(case, run_case):
     check(case, run_case)

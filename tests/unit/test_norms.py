@@ -32,7 +32,9 @@ def test_a_large_tensor(normal_numbers, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1, 7, 2047, 2048, 2049, 1 << 14, (1 << 14) + 1, (1 << 18) - 1, (1 << 18) + 1, 3 * (1 << 18) + 2500])
+@pytest.mark.parametrize(
+    "size", [1, 7, 2047, 2048, 2049, 1 << 14, (1 << 14) + 1, (1 << 18) - 1, (1 << 18) + 1, 3 * (1 << 18) + 2500]
+)
 def test_every_size_around_the_borders_of_rows_and_blocks(normal_numbers, size, dtype):
     gradient = normal_numbers[:size].to(dtype)
     assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=1e-6, abs=0)
