@@ -15,8 +15,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+import ds_lena
 from benchmarks.models import build_model
-from benchmarks.roster import make
+from benchmarks.roster import NotAvailable, make
 from benchmarks.timing import Lap, Samples, Update
 
 accelerator = get_accelerator()
@@ -37,7 +38,11 @@ def device() -> torch.device:
 
 
 def make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulation: int = 1) -> Any:
-    """An engine with a model of its own, from the same random numbers every time. `args`: model and precision."""
+    """An engine with a model of its own, from the same random numbers every time. `args`: model and precision.
+
+    Raises:
+        NotAvailable: the optimizer cannot be had here or in this stage.
+    """
     torch.manual_seed(0)
     model = build_model(args.model).to(device())
     config = {
@@ -48,7 +53,11 @@ def make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulati
         "bf16": {"enabled": args.precision == "bf16"},
         "steps_per_print": 1_000_000,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make(optimizer, model.parameters()), config=config)
+    made = make(optimizer, model.parameters())
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=made, config=config)
+    except ds_lena.LenaError as error:  # on every rank
+        raise NotAvailable(str(error)) from error
     return engine
 
 

@@ -16,14 +16,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import command, tables
 from benchmarks.machine import describe
-from benchmarks.roster import LENA, REFERENCE
+from benchmarks.roster import LENA, REFERENCE, available
 from benchmarks.training import LAYOUTS, PLAIN, add_training
 
 QUICK = {"model": "tiny", "tokens": 64, "repeats": 1, "layouts": [PLAIN, "2"]}
 CONTESTANTS = [REFERENCE, LENA["adamw"], LENA["lamb"]]
-MEASURES = {"peak_rss": "peak RSS", "live": "tensors after an update", "tracked": "peak within an update"}
+MEASURES = {
+    "peak_rss": "peak RSS",
+    "live": "tensors after an update",
+    "forward_backward": "peak in forward and backward",
+    "step": "peak in the step",
+}
 PASSED_ON = ("model", "tokens", "precision", "updates", "threads")
 
 
@@ -44,16 +51,17 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> command.Found:
     """One case for each layout and contestant, with one entry of "runs" for each start."""
-    cases, left_out = [], {}
+    names, left_out = available(CONTESTANTS, torch.device("cpu"))
+    cases = []
     for layout in args.layouts:
-        runs: dict[str, list[dict[str, int]]] = {name: [] for name in CONTESTANTS}
-        order = list(CONTESTANTS)
+        runs: dict[str, list[dict[str, int]]] = {name: [] for name in names}
+        order = list(names)
         for _ in range(args.repeats):
             for name in order:
-                found = {} if name in left_out else _start(name, layout, args)
+                found = _start(name, layout, args)
                 if "left_out" in found:
-                    left_out[name] = found["left_out"]
-                elif found:
+                    left_out[f"{name}, {_title(layout)}"] = found["left_out"]
+                else:
                     runs[name].append(found)
             order.reverse()
         cases += [{"layout": layout, "optimizer": name, "runs": found} for name, found in runs.items() if found]

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import command, tables
 from benchmarks.collectives import Collectives
 from benchmarks.models import random_tokens
-from benchmarks.roster import LENA, REFERENCE, available
+from benchmarks.roster import LENA, REFERENCE, NotAvailable, available
 from benchmarks.timing import warm_up
 from benchmarks.training import add_training
 
@@ -43,7 +43,11 @@ def run(args: argparse.Namespace) -> command.Found:
     cases = []
     for stage in args.stages:
         for name in names:
-            engine = ranks.make_engine(name, args, stage)
+            try:
+                engine = ranks.make_engine(name, args, stage)
+            except NotAvailable as reason:
+                left_out[f"{name}, ZeRO {stage}"] = str(reason)
+                continue
             tokens = random_tokens(args.model, (1, 1, args.tokens), seed=dist.get_rank()).to(engine.device)
             found = ranks.from_all_ranks(_count(ranks.trainer(engine, tokens)))
             cases.append({"stage": stage, "optimizer": name, "by_rank": found})
