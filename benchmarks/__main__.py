@@ -4,7 +4,7 @@
     python -m benchmarks optimizers hooks            these (or --only optimizers,hooks)
     python -m benchmarks --quick --out /tmp/quick    tiny sizes: whether it runs, not how fast
 
-Writes one JSON file for each benchmark, and all tables into tables.md. README.md in this folder says what is measured.
+Writes one JSON file for each benchmark, and the tables of all such files there into tables.md. README.md in this folder says what is measured.
 `python -m benchmarks.NAME --help` lists the options of one (of engines: benchmarks.step_time).
 """
 
@@ -16,38 +16,33 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.command import markdown
 
 MODULES = {
-    "optimizers": ("benchmarks.optimizers", []),
-    "engines": ("benchmarks.step_time", []),
-    "hooks": ("benchmarks.hooks", []),
-    "tensors": ("benchmarks.tensors", []),
-    "memory": ("benchmarks.memory", []),
-    "traffic": ("benchmarks.traffic", []),
+    "optimizers": "benchmarks.optimizers",
+    "engines": "benchmarks.step_time",
+    "hooks": "benchmarks.hooks",
+    "tensors": "benchmarks.tensors",
+    "memory": "benchmarks.memory",
+    "traffic": "benchmarks.traffic",
 }
-"""By name: the module and what its command line says beside --out and --quick."""
-LENGTHS = ["--tokens", "512", "1024"]
+FULL = {"engines": ["--tokens", "512", "1024"]}
+"""What a command line says beside --out, unless it says --quick."""
 
 
 def main() -> int:
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    written: dict[str, Path] = {}
     failed = []
     for name in args.names:
         begin = time.monotonic()
         print(f"# {name}", file=sys.stderr)
-        file = args.out / f"{name}.json"
-        if _run(name, file, args.quick):
-            written[name] = file
-        else:
+        if not _run(name, _file(args.out, name), args.quick):
             failed.append(name)
         print(f"# {name}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
-    tables = _tables(written, failed)
+    tables = _tables(args.out, failed)
     (args.out / "tables.md").write_text(tables)
     print(tables)
     return 1 if failed else 0
@@ -73,20 +68,25 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
 def _run(name: str, out: Path, quick: bool) -> bool:
-    """Whether it ended well."""
-    module, options = MODULES[name]
-    if name == "engines" and not quick:
-        options = LENGTHS
-    command = [sys.executable, "-m", module, *options, "--out", str(out), *(["--quick"] if quick else [])]
+    """Whether it ended well. An older file is removed."""
+    out.unlink(missing_ok=True)
+    options = ["--quick"] if quick else FULL.get(name, [])
+    command = [sys.executable, "-m", MODULES[name], *options, "--out", str(out)]
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def _tables(written: Mapping[str, Path], failed: list[str]) -> str:
+def _tables(folder: Path, failed: list[str]) -> str:
+    """Of all results in the folder, those of earlier runs too: each stands under its own circumstances."""
     parts = []
-    for name, file in written.items():
-        module = importlib.import_module(MODULES[name][0])
-        parts.append(f"## {name}\n\n{markdown(json.loads(file.read_text()), module.as_tables)}")
+    for name, module in MODULES.items():
+        if name not in failed and _file(folder, name).exists():
+            results = json.loads(_file(folder, name).read_text())
+            parts.append(f"## {name}\n\n{markdown(results, importlib.import_module(module).as_tables)}")
     parts += [f"## {name}\n\nFailed; see its messages." for name in failed]
     return "\n\n".join(["# Benchmarks", *parts]) + "\n"
 

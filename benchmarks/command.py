@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -106,7 +106,14 @@ def run_on_ranks(args: argparse.Namespace, run: Callable[[], Found], tables: Cal
     found = run()
     if int(os.environ["RANK"]) == 0:
         present(args, machine, found, tables)
-    return 0
+    leave()
+
+
+def leave() -> NoReturn:
+    """End a rank that has done its work. Without the interpreter's clean-up, which threads of gloo may not survive."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def present(

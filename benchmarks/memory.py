@@ -41,7 +41,7 @@ def main() -> int:
     add = parser.add_argument
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="plain PyTorch, ZeRO stages; default: all")
     add("--updates", type=int, default=3, help="before anything is read; default: 3")
-    add("--repeats", type=int, default=3, help="starts of each contestant; default: 3")
+    add("--repeats", type=int, default=2, help="starts of each contestant; default: 2")
     args = command.parse(parser, QUICK)
     args.ranks = command.count_ranks(args.ranks)
     machine = describe()

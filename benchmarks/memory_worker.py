@@ -18,11 +18,11 @@ from benchmarks.roster import NotAvailable
 from benchmarks.timing import Update
 from benchmarks.training import LAYOUTS, add_training, observe
 
-PROFILED = 5
+PROFILED = 3
 _MARK = "benchmarks: "
 
 
-def main() -> int:
+def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("optimizer")
     parser.add_argument("layout", choices=LAYOUTS)
@@ -43,7 +43,7 @@ def main() -> int:
     if by_rank:
         most = {name: max(found[name] for found in by_rank) for name in by_rank[0]}
         args.out.write_text(json.dumps(most))
-    return 0
+    command.leave()
 
 
 def peak_rss() -> int:
@@ -121,4 +121,4 @@ def _ignore(phase: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

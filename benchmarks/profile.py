@@ -40,7 +40,7 @@ def main() -> int:
     by_rank = observe(args.layout, args.optimizer, args, lambda update, _: {"table": _profile(update, args)})
     if by_rank:
         args.file.write_text(by_rank[0]["table"] + "\n")
-    return 0
+    command.leave()
 
 
 def _profile(update: Update, args: argparse.Namespace) -> str:

@@ -49,5 +49,6 @@ def _under_deepspeed(
     batches = random_tokens(args.model, (1, 1, args.tokens), seed=dist.get_rank()).to(engine.device)
     found = ranks.from_all_ranks(look(ranks.trainer(engine, batches), parameters))
     first = dist.get_rank() == 0
+    ranks.end({optimizer: engine})
     dist.destroy_process_group()
     return found if first else None
