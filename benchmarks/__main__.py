@@ -4,7 +4,8 @@
     python -m benchmarks optimizers hooks            these (or --only optimizers,hooks)
     python -m benchmarks --quick --out /tmp/quick    tiny sizes: whether it runs, not how fast
 
-Writes one JSON file for each benchmark, and the tables of all such files there into tables.md. README.md in this folder says what is measured.
+Writes one JSON file for each benchmark, and the tables of all such files there into tables.md. README.md in this folder
+says what is measured.
 `python -m benchmarks.NAME --help` lists the options of one (of engines: benchmarks.step_time).
 """
 

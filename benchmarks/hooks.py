@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> command.Found:
     return {"cases": cases, "left_out": {}}
 
 
-def _measure(models: Mapping[str, Any], tokens: Tensor, args: argparse.Namespace) -> Samples:
-    contestants = {name: _passes(*model, tokens) for name, model in models.items()}
+def _measure(models: Mapping[str, tuple[Any, Any]], tokens: Tensor, args: argparse.Namespace) -> Samples:
+    contestants = {name: _passes(model, lena, tokens) for name, (model, lena) in models.items()}
     warm_up(contestants, updates=2)
     stopwatch = command.stopwatch_for(tokens.device, args.clock)
     return measure(contestants, args.seconds, stopwatch, runs_ahead=tokens.device.type != "cpu")

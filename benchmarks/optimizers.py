@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> command.Found:
     gradients = [torch.randn_like(weight) * 1e-3 for weight in weights]
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient.clone()
-    cases, left_out = [], {}
+    cases: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     for family in args.families:
         wanted = [n for n in FAMILIES[family] if n == REFERENCE or not args.contestants or n in args.contestants]
         names, missing = available([name.removesuffix(PLAIN) for name in wanted], device)

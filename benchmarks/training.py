@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import command
@@ -38,7 +38,7 @@ def observe(
 
 def _under_deepspeed(
     stage: int, optimizer: str, args: argparse.Namespace, look: Callable[[Update, int], dict[str, Any]]
-) -> Sequence[dict[str, Any]] | None:
+) -> list[dict[str, Any]] | None:
     import torch.distributed as dist
 
     from benchmarks import deepspeed_run as ranks  # slow to import, and not needed in plain PyTorch
