@@ -94,9 +94,10 @@ def as_tables(results: Mapping[str, Any]) -> str:
         )
         cells = []
         for measure in MEASURES:
-            cells += [f"{_median(case, measure) / 2**20:.1f}", f"{extra(case, reference, measure):+.3f}"]
+            cells += [_mebibytes(case, measure), f"{extra(case, reference, measure):+.3f}"]
         rows.append([_title(case["layout"]), case["optimizer"], *cells])
-    return "Memory of the rank that needs most, medians over the starts:\n\n" + tables.table(head, rows)
+    title = "Memory of the rank that needs most, medians over the starts [least, most]:"
+    return f"{title}\n\n{tables.table(head, rows)}"
 
 
 def extra(case: Mapping[str, Any], reference: Mapping[str, Any], measure: str) -> float:
@@ -106,6 +107,13 @@ def extra(case: Mapping[str, Any], reference: Mapping[str, Any], measure: str) -
 
 def _median(case: Mapping[str, Any], measure: str) -> float:
     return statistics.median(run[measure] for run in case["runs"])
+
+
+def _mebibytes(case: Mapping[str, Any], measure: str) -> str:
+    """The median of the starts, and what they differ by if they do."""
+    each = sorted(run[measure] / 2**20 for run in case["runs"])
+    median, least, most = f"{statistics.median(each):.1f}", f"{each[0]:.1f}", f"{each[-1]:.1f}"
+    return median if least == most else f"{median} [{least}, {most}]"
 
 
 def _title(layout: str) -> str:

@@ -1,9 +1,15 @@
 """The parts of the benchmarks that compute: statistics, order of turns, tables; and that LENA still runs in them."""
 
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from pytest import approx
 
+from benchmarks import __main__ as suite_module
 from benchmarks import memory, tables, tensors, traffic
 from benchmarks.collectives import tensors_in
 from benchmarks.memory_worker import peaks_by_phase
@@ -164,3 +170,53 @@ def test_the_two_parts_of_a_step_are_added_up():
     samples = {"lena": {"measure": [1.0, 2.0], "move": [3.0, 5.0]}, "other": {"step": [1.0, 1.0]}}
     assert with_steps(samples)["lena"]["step"] == [4, 7]
     assert with_steps(samples)["other"] == {"step": [1, 1]}
+
+
+# -- the suite ---------------------------------------------------------------------------------------------------------
+
+
+def suite(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    return suite_module.main()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The command lines that the suite runs; each writes a file, but for "memory", which fails."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[1:])
+        failed = "benchmarks.memory" in command
+        if not failed:
+            Path(command[command.index("--out") + 1]).write_text("{}")
+        return subprocess.CompletedProcess(command, returncode=int(failed))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(suite_module, "markdown", lambda results, as_tables: as_tables.__module__)
+    return commands
+
+
+def test_the_suite_runs_what_is_named(monkeypatch, started, tmp_path):
+    assert suite(monkeypatch, "hooks", "--only", "traffic", "--quick", "--out", str(tmp_path)) == 0
+    assert [command[1:3] for command in started] == [["benchmarks.hooks", "--quick"], ["benchmarks.traffic", "--quick"]]
+
+
+def test_the_tables_hold_earlier_results_too_and_name_what_failed(monkeypatch, started, tmp_path):
+    suite(monkeypatch, "hooks", "--out", str(tmp_path))
+    (tmp_path / "memory.json").write_text("{}")
+    assert suite(monkeypatch, "engines", "memory", "--out", str(tmp_path)) == 1
+    written = (tmp_path / "tables.md").read_text().split()
+    assert written[:7] == ["#", "Benchmarks", "##", "engines", "benchmarks.step_time", "##", "hooks"]
+    assert "Failed;" in written
+    assert not (tmp_path / "memory.json").exists(), "no numbers of an earlier run in place of those that failed"
+
+
+def test_every_benchmark_of_the_suite_has_tables():
+    assert all(callable(importlib.import_module(module).as_tables) for module in suite_module.MODULES.values())
+
+
+def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        suite(monkeypatch, "speed")
+    assert "speed: not one of optimizers, engines" in capsys.readouterr().err
