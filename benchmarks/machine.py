@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "deepspeed", "transformers")
+PACKAGES = ("torch", "deepspeed", "transformers", "timm")
 
 
 def describe() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Two contestants take turns, so that whatever the machine does meanwhile meets both; how long each phase took.
+"""Contestants take turns, so that whatever the machine does meanwhile meets all; how long each phase took.
 
 A contestant is a function that trains for one update and calls `lap(phase)` at the end of each phase. A phase may come
 more than once, as backward passes do, and is added up.
@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,10 @@ import torch
 Lap = Callable[[str], None]
 Update = Callable[[Lap], None]
 Samples = dict[str, dict[str, list[float]]]
-"""Contestant -> phase -> seconds. Entry i of "lena" and of "adamw" were measured one right after the other."""
+"""Contestant -> phase -> seconds. Entry i of all contestants was measured in the same round, right after each other."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-MIN_PAIRS = 3
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def measure(
 
     Args:
         runs_ahead: the host queues work for the device. Then waiting after each phase makes an update slower than it
-            is, so wholes and phases are measured in pairs of their own, each for half of the time.
+            is, so wholes and phases are measured in rounds of their own, each for half of the time.
         meet: called by all ranks before each update: waits for the others, and is true if all of them passed true.
     """
     if runs_ahead:
@@ -89,9 +89,41 @@ def measure(
     return {name: wholes[name] | phases[name] for name in contestants}
 
 
-def compare(samples: Samples) -> dict[str, dict[str, Any]]:
-    """By phase: medians in seconds, LENA's time as a multiple of AdamW's, and the seconds that LENA adds."""
-    return {phase: _compare(samples["lena"][phase], samples["adamw"][phase]) for phase in samples["lena"]}
+def compare(samples: Samples, reference: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """By phase and contestant: seconds, as a multiple of the reference's, and how many more than the reference's.
+
+    Phases that the reference has; the reference is compared with itself too.
+    """
+    return {
+        phase: {name: against(phases[phase], theirs) for name, phases in samples.items()}
+        for phase, theirs in samples[reference].items()
+    }
+
+
+def against(own: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """One contestant's seconds beside the reference's, entry by entry of the same round."""
+    rounds = list(zip(own, theirs, strict=True))
+    return {
+        "rounds": len(rounds),
+        "median": statistics.median(own),
+        "minimum": min(own),
+        "ratio_of_medians": statistics.median(own) / statistics.median(theirs),
+        "ratio_of_minima": min(own) / min(theirs),
+        "paired_ratio": quartiles([a / b for a, b in rounds]),
+        "added": quartiles([a - b for a, b in rounds]),
+    }
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Of at least two values."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"q1": low, "median": middle, "q3": high}
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """Least squares: y = intercept + slope x."""
+    slope, intercept = statistics.linear_regression(x, y)
+    return {"slope": slope, "intercept": intercept}
 
 
 def count_syncs(update: Update) -> dict[str, int]:
@@ -118,18 +150,18 @@ def _alternate(
     time_one: Callable[[Update], Mapping[str, float]],
     meet: Callable[[bool], bool],
 ) -> Samples:
-    """Pairs A B, B A, A B, …, so that neither contestant always comes first."""
+    """Rounds A B C, C B A, A B C, …, so that no contestant always comes first."""
     samples: Samples = {name: defaultdict(list) for name in contestants}
     order = list(contestants)
-    pairs, deadline = 0, time.monotonic() + seconds
+    rounds, deadline = 0, time.monotonic() + seconds
     with _no_garbage_collection():
-        while meet(pairs < MIN_PAIRS or time.monotonic() < deadline):
+        while meet(rounds < MIN_ROUNDS or time.monotonic() < deadline):
             for name in order:
                 meet(True)
                 for phase, taken in time_one(contestants[name]).items():
                     samples[name][phase].append(taken)
             order.reverse()
-            pairs += 1
+            rounds += 1
     return samples
 
 
@@ -150,21 +182,3 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _compare(lena: list[float], adamw: list[float]) -> dict[str, Any]:
-    pairs = list(zip(lena, adamw, strict=True))
-    return {
-        "pairs": len(pairs),
-        "lena": statistics.median(lena),
-        "adamw": statistics.median(adamw),
-        "ratio_of_medians": statistics.median(lena) / statistics.median(adamw),
-        "ratio_of_minima": min(lena) / min(adamw),
-        "paired_ratio": _quartiles([a / b for a, b in pairs]),
-        "added": _quartiles([a - b for a, b in pairs]),
-    }
-
-
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"q1": low, "median": middle, "q3": high}

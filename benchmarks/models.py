@@ -1,19 +1,15 @@
-"""What is compared: LENA and torch's fused AdamW, on GPT-2s from scratch."""
+"""The models that are trained, from scratch: GPT-2s, and a chain of many small tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
-
-import ds_lena
+from torch import Tensor, nn
 
 POSITIONS = 1024
-KEYS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,10 @@ SIZES = {
 }
 
 
-def build_model(name: str) -> GPT2LMHeadModel:
+def build_model(name: str) -> Any:
     """Without dropout: its random numbers take time that has nothing to do with the optimizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and not needed for every benchmark
+
     size = SIZES[name]
     config = GPT2Config(
         vocab_size=size.vocabulary,
@@ -59,8 +57,22 @@ def random_tokens(model: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randint(SIZES[model].vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_optimizer(name: str, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """`name`: "adamw" or "lena", with the same update rule."""
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **KEYS)
-    return ds_lena.LENA(parameters, total_steps=1_000_000, **KEYS)
+class Chain(nn.Module):
+    """A deep and narrow residual network of `tensors` tensors, half of them biases, of about `elements` in all."""
+
+    def __init__(self, tensors: int, elements: int) -> None:
+        super().__init__()
+        self.width = chain_width(tensors, elements)
+        self.layers = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(tensors // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = len(self.layers) ** -0.5  # so that the sum stays finite, however long the chain
+        for layer in self.layers:
+            x = torch.add(x, layer(torch.relu(x)), alpha=scale)
+        return x
+
+
+def chain_width(tensors: int, elements: int) -> int:
+    """Width w of square layers, of w (w + 1) elements each, so that tensors / 2 of them hold at most `elements`."""
+    each = elements / (tensors // 2)
+    return max(int((math.sqrt(1 + 4 * each) - 1) / 2), 1)
