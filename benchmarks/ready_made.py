@@ -7,7 +7,7 @@ pass is the last, it takes those norms at the end of every backward pass instead
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ds_lena
 from benchmarks.roster import make
 from benchmarks.timing import Lap, Samples, Update
+from ds_lena.norms import squared_norms
 from ds_lena.probe import Probe
 from ds_lena.shards import Segment
 
@@ -34,12 +35,17 @@ class LikeAnEngine:
     def segments(self) -> list[tuple[Tensor, list[Segment]]]:
         return [(p, [Segment(i, 0, p.numel(), 0)]) for i, p in enumerate(self._lena.parameters)]
 
-    def square_of_mean(self) -> Tensor:
-        pieces = [(i, p.grad) for i, p in enumerate(self._lena.parameters) if p.grad is not None]
-        return self._lena.squares_by_layer(pieces)
+    def squares_of_mean(self) -> Tensor:
+        return squared_norms(((i, gradient) for i, gradient in self.gradients() if gradient is not None), self._norms)
 
-    def numel(self, parameter: int) -> int:
-        return self._lena.parameters[parameter].numel()
+    def gradients(self) -> Iterator[tuple[int, Tensor | None]]:
+        return ((i, p.grad) for i, p in enumerate(self._lena.parameters))
+
+    def clip_coefficient(self, norm: Tensor) -> None:
+        return None
+
+    def shape(self, parameter: int) -> torch.Size:
+        return self._lena.parameters[parameter].shape
 
     def micro_batch_size(self) -> int | None:
         return None
@@ -51,7 +57,7 @@ class LikeAnEngine:
         return None
 
     def watch_passes(self, probe: Probe) -> None:
-        pass
+        self._norms = probe.new_norms()
 
 
 def stepping(optimizer: torch.optim.Optimizer, plain: bool = False) -> Callable[[Lap], None]:

@@ -83,14 +83,14 @@ def _from_deepspeed(name: str, parameters: Sequence[Tensor], **keys: Any) -> tor
 
 def _timm_lamb(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     # Without its clipping by the norm of all gradients, which the others do not do.
-    return _timm("lamb").Lamb(parameters, max_grad_norm=None, always_adapt=True, **ADAM)
+    return timm_module("lamb").Lamb(parameters, max_grad_norm=None, always_adapt=True, **ADAM)
 
 
 def _timm_lars(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    return _timm("lars").Lars(parameters, always_adapt=True, **MOMENTUM)
+    return timm_module("lars").Lars(parameters, always_adapt=True, **MOMENTUM)
 
 
-def _timm(name: str) -> ModuleType:
+def timm_module(name: str) -> ModuleType:
     """One module of timm.optim. Importing timm itself needs torchvision, which optimizers do not."""
     found = importlib.util.find_spec("timm")  # looks, and runs nothing
     if found is None or found.submodule_search_locations is None:
