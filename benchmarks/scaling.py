@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -82,19 +83,21 @@ def measure_host_alone(measure: Any) -> dict[str, float]:
 def fitted(constants: dict[str, float], measured: list[dict[str, Any]]) -> Machine:
     """This machine: the host's constants as measured, and the network's from the runs with the fewest ranks.
 
-    The smallest buffer gives the latencies: one rank the base, two ranks the hop, four ranks the wait for a core that
-    ranks share. The largest buffer at two ranks gives the bandwidth. So eight ranks are a prediction throughout.
+    The median of all buffers but the largest gives the latencies: one rank the base, two ranks the hop, four ranks the
+    wait for a core that ranks share. The largest at two ranks gives the bandwidth. So eight ranks are a prediction.
     """
     machine = replace(MACHINES["cpu-2-cores"], **constants, cores=len(os.sched_getaffinity(0)))
     times = {one["ranks"]: {int(layers): taken for layers, taken in one["all_reduce_s"].items()} for one in measured}
     if not {1, 2, 4} <= times.keys():
         return machine
-    small, large = min(times[2]), max(times[2])
-    base = times[1][small]
-    hop = max(0.0, times[2][small] - base) / 2
-    waits = max(0.0, (times[4][small] - base) / 6 - hop)  # at four ranks, 2 x 3 hops
+    large = max(times[2])
+    base, two, four = (
+        statistics.median(taken for layers, taken in times[ranks].items() if layers < large) for ranks in (1, 2, 4)
+    )
+    hop = max(0.0, two - base) / 2
+    waits = max(0.0, (four - base) / 6 - hop)  # at four ranks, 2 x 3 hops
     crowding = machine.crowding(4)
-    bandwidth = _buffer(large) / max(times[2][large] - times[2][small], 1e-9)
+    bandwidth = _buffer(large) / max(times[2][large] - two, 1e-9)
     return replace(
         machine,
         collective_s=base,
