@@ -26,7 +26,9 @@ def measure_host() -> dict[str, float]:
 
     Each repeat begins with caches that hold other things, as it does after forward and backward.
     """
-    return {**_norms(), "hook_s": _hook(), "call_s": _call(), **_factors(), "flops": _arithmetic()}
+    norms = _norms()
+    hook_s = _hook(norms["memory_bandwidth"])
+    return {**norms, "hook_s": hook_s, "call_s": _call(), **_factors(), "flops": _arithmetic()}
 
 
 def median_seconds(action: Callable[[], object], repeats: int) -> float:
@@ -56,27 +58,29 @@ def _norms() -> dict[str, float]:
     }
 
 
-def _hook() -> float:
-    """What a backward pass over many small tensors takes longer with LENA's hooks, per tensor.
+def _hook(memory_bandwidth: float) -> float:
+    """What the backward pass of some linear layers takes longer with LENA's hooks, per tensor, without the reading.
 
-    LENA's second pass, which follows every backward in plain PyTorch only, is left out.
+    The layers matter: a hook that follows other work finds none of what it needs in the caches. LENA's second pass,
+    which follows every backward in plain PyTorch only, is left out.
     """
+    width = 128
 
-    def backward_seconds(parameters: list[Tensor]) -> float:
-        ones = torch.ones(SMALL)
+    def backward_seconds(watched: bool) -> float:
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(FEW // 2)))
+        if watched:
+            optimizer = ds_lena.LENA(model.parameters(), warmup="none", **ADAMW)
+            optimizer._probe.after_pass = None
+        batch, taken = torch.randn(64, width), []
+        for _ in range(150):
+            loss = model(batch).square().mean()
+            begin = time.perf_counter()
+            loss.backward()
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken[2:])
 
-        def backward() -> None:
-            for parameter in parameters:
-                parameter.grad = None
-            torch.autograd.backward(parameters, [ones] * len(parameters))
-
-        return median_seconds(backward, 100)
-
-    stock = backward_seconds(_small_parameters(FEW))
-    watched = _small_parameters(FEW)
-    optimizer = ds_lena.LENA(watched, warmup="none", **ADAMW)
-    optimizer._probe.after_pass = None
-    return max(0.0, backward_seconds(watched) - stock) / FEW
+    reading = 4 * (FEW // 2) * (width + 1) * width / memory_bandwidth
+    return max(0.0, backward_seconds(True) - backward_seconds(False) - reading) / FEW
 
 
 def _call() -> float:

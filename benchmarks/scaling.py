@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -38,6 +39,7 @@ def main() -> int:
         if os.environ["RANK"] == "0":
             args.rank_result.write_text(json.dumps(result))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("scaling: terminated"))  # not without ending the ranks
     about = describe()
     from benchmarks.constants import measure_host
 
