@@ -1,4 +1,4 @@
-"""The cost model: pure functions of a job and a machine. Bytes and counts are exact, seconds are estimates.
+"""The cost model: pure functions of a job and a machine. Collectives are exact, seconds are estimates.
 
 Everything is of one rank and one update. LENA's work does not overlap with anything in this model, and stock
 training overlaps its communication with its arithmetic completely; so LENA's share is rather too large than too small.
