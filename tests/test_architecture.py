@@ -14,10 +14,10 @@ PACKAGE = Path(ds_lena.__file__).parent
 
 FLOORS = (
     {"errors", "version"},
-    {"config", "norms", "layers", "reduce", "rules.common"},
-    {"algorithm", "parameters", "probe", "rules.adamw", "rules.sgd"},
-    {"authors_code", "shards", "rules.lamb", "rules.lars"},
-    {"tracker", "plain", "measure", "rules"},
+    {"config", "norms", "layers", "reduce", "rules.common", "cost.machines"},
+    {"algorithm", "parameters", "probe", "rules.adamw", "rules.sgd", "cost.job"},
+    {"authors_code", "shards", "rules.lamb", "rules.lars", "cost.model"},
+    {"tracker", "plain", "measure", "rules", "cost", "cost.report"},
     {"stepper"},
     {"trust"},
     {"optimizer"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"integrations.deepspeed"},
     {"_registration"},
     {"__init__"},
-    {"run"},
+    {"run", "cost.__main__"},
 )
 """From the ground up: a module imports from lower floors only, so there is no cycle."""
 
@@ -43,6 +43,11 @@ INDEPENDENT = {
     "rules.lamb": {"norms", "rules", "rules.adamw", "rules.common"},
     "rules.lars": {"norms", "rules", "rules.sgd", "rules.common"},
     "rules.common": set(),
+    "cost": {"cost.job", "cost.machines", "cost.model"},
+    "cost.job": {"config", "errors"},
+    "cost.machines": {"errors"},
+    "cost.model": {"cost.job", "cost.machines"},
+    "cost.report": {"cost.job", "cost.machines", "cost.model"},
 }
 """All that these modules may know of the package."""
 
@@ -147,6 +152,11 @@ def test_imports_go_down(name):
 @pytest.mark.parametrize("name", INDEPENDENT)
 def test_a_module_that_stands_alone_knows_nothing_else_of_the_package(name):
     assert own_imports(name) <= INDEPENDENT[name]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.split(".")[0] != "cost"])
+def test_training_does_not_use_the_cost_model(name):
+    assert not any(other.split(".")[0] == "cost" for other in own_imports(name))
 
 
 @pytest.mark.parametrize("name", SOURCES)
