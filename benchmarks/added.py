@@ -10,7 +10,7 @@ import argparse
 import logging
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +18,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_lena
-import ds_lena.optimizer
+import ds_lena.measure
+from benchmarks.collectives import Collectives
 from benchmarks.constants import ADAMW
 from ds_lena.cost.model import NUMBERS_PER_LAYER, OTHER_NUMBERS
 from ds_lena.probe import Probe
@@ -40,21 +40,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).square().mean()
-
-
-class Collectives(TorchDispatchMode):
-    """(name, bytes of the tensors given to it) of all c10d operations that this thread starts meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[str, int]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            given = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            size = sum(t.numel() * t.element_size() for t in given if isinstance(t, Tensor))
-            self.calls[func._schema.name.removeprefix("c10d::"), size] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,7 +74,7 @@ def _what_lena_adds(args: argparse.Namespace) -> dict[str, Any]:
     with _timed_hooks_and_all_reduce(clock):
         lena, optimizer = _engine(args, lena=True, clock=clock)
         host = optimizer._host
-        host.square_of_mean = clock.timed("average", host.square_of_mean)
+        host.squares_of_mean = clock.timed("average", host.squares_of_mean)
         stock, _ = _engine(args, lena=False, clock=clock)
         _train((lena, stock), batch, 3)
         ours, theirs = _counted(lena, batch), _counted(stock, batch)
@@ -106,20 +91,22 @@ def _what_lena_adds(args: argparse.Namespace) -> dict[str, Any]:
         "calls": (taken["lena_step"] - taken["stock_step"]).mean(dim=0),
     }
     model = Net(args.depth, args.width)
-    if theirs - ours:
-        raise RuntimeError(f"AdamW has collectives that LENA has not: {theirs - ours}")
-    counted = sorted((ours - theirs).items())
+    if theirs.calls - ours.calls:
+        raise RuntimeError(f"AdamW has collectives that LENA has not: {theirs.calls - ours.calls}")
+    added = sorted((ours.calls - theirs.calls).items())
     return {
         "model": {"params": sum(p.numel() for p in model.parameters()), "tensors": len(list(model.parameters()))},
-        "collectives_per_update": [[name, size, count / COUNTED] for (name, size), count in counted],
+        "collectives_per_update": [
+            [name, (ours.bytes[name] - theirs.bytes[name]) / calls, calls / COUNTED] for name, calls in added
+        ],
         "seconds": {name: float(by_update.median()) for name, by_update in seconds.items()},
     }
 
 
-def _counted(engine: Any, batch: Tensor) -> Counter[tuple[str, int]]:
+def _counted(engine: Any, batch: Tensor) -> Collectives:
     with Collectives() as collectives:
         _train((engine,), batch, COUNTED)
-    return collectives.calls
+    return collectives
 
 
 def _train(engines: tuple[Any, ...], batch: Tensor, updates: int) -> None:
@@ -183,12 +170,12 @@ class _timed_hooks_and_all_reduce:
         self._clock = clock
 
     def __enter__(self) -> None:
-        self._see, self._sum_over = Probe._see, ds_lena.optimizer.sum_over
+        self._see, self._sum_over = Probe._see, ds_lena.measure.sum_over
         Probe._see = self._clock.timed("hooks", self._see)  # type: ignore[method-assign]
-        ds_lena.optimizer.sum_over = self._clock.timed("all_reduce", self._sum_over)
+        ds_lena.measure.sum_over = self._clock.timed("all_reduce", self._sum_over)
 
     def __exit__(self, *_: object) -> None:
-        Probe._see, ds_lena.optimizer.sum_over = self._see, self._sum_over  # type: ignore[method-assign]
+        Probe._see, ds_lena.measure.sum_over = self._see, self._sum_over  # type: ignore[method-assign]
 
 
 def _of_all_ranks(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ds_lena
-from ds_lena.norms import add_squared_norm
+from ds_lena.norms import SquaredNorms
 from ds_lena.rules import RULES
 from ds_lena.shards import Segment, plan_flat
 from ds_lena.stepper import Stepper
@@ -45,15 +45,15 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
 
 
 def _norms() -> dict[str, float]:
-    total = torch.zeros((), dtype=torch.float64)
+    written = SquaredNorms(FEW, torch.float32, torch.device("cpu"))
     large, pieces = torch.randn(LARGE), torch.randn(FEW, SMALL).unbind()
 
     def norms() -> None:
-        for piece in pieces:
-            add_squared_norm(total, piece)
+        for index, piece in enumerate(pieces):
+            written.write(index, piece)
 
     return {
-        "memory_bandwidth": 4 * LARGE / median_seconds(lambda: add_squared_norm(total, large), 15),
+        "memory_bandwidth": 4 * LARGE / median_seconds(lambda: written.write(0, large), 15),
         "norm_s": median_seconds(norms, 30) / FEW,
     }
 

@@ -129,7 +129,7 @@ def compare(one: dict[str, Any], args: argparse.Namespace, machine: Machine) -> 
     """Predicted and measured update: collectives and their bytes, which must agree, and seconds by part."""
     job = Job(ranks=one["ranks"], stage=args.stage, tokens=args.tokens, precision="fp32", **one["model"])
     cost = estimate(job, machine)
-    expected = [["allreduce_", size, 1] for size in collective_bytes(job)]
+    expected = [["allreduce", size, 1] for size in collective_bytes(job)]
     if one["collectives_per_update"] != expected:
         raise SystemExit(f"scaling: expected the collectives {expected}, counted {one['collectives_per_update']}")
     seconds = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-import ds_lena.optimizer
+import ds_lena.measure
 from ds_lena import LENA, ConfigError
 from ds_lena.config import BASES
 from ds_lena.cost import MACHINES, Job, Machine, estimate
@@ -24,7 +24,7 @@ from ds_lena.cost.job import blocks_of, tensors_of
 from ds_lena.cost.machines import CONSTANTS
 from ds_lena.cost.model import DEVICE_BYTES_PER_LAYER, all_reduce_seconds, collective_bytes
 from ds_lena.cost.report import seconds, size
-from ds_lena.optimizer import sum_over
+from ds_lena.measure import sum_over
 from tests.integrations._memory import live_bytes
 
 ROUND = Machine(
@@ -229,7 +229,7 @@ def test_the_bytes_are_those_of_the_buffer_that_lena_reduces(monkeypatch, tensor
         reduced.append(buffer.numel() * buffer.element_size())
         return sum_over(buffer, group)
 
-    monkeypatch.setattr(ds_lena.optimizer, "sum_over", watched)
+    monkeypatch.setattr(ds_lena.measure, "sum_over", watched)
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(tensors)]
     train(parameters, LENA(parameters, layer=layer, total_steps=9), updates=2)
     layers = 1 if layer == "model" else tensors
