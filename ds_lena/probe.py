@@ -69,10 +69,11 @@ class Probe:
 
     def _see(self, index: int, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if task not in (self._pass_task, self._nested_task, self._ignored_task):
-            self._enter(task, index)
-        if task == self._ignored_task:
-            return
+        if task != self._pass_task:  # hardly ever: this runs once for every parameter in every pass
+            if task not in (self._nested_task, self._ignored_task):
+                self._enter(task, index)
+            if task == self._ignored_task:
+                return
         wanted = self._wanted[index]
         if wanted and self.last_pass[index] == self.passes:
             raise UnsupportedError(
