@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 # The launcher and the ranks that it starts must find this environment first.
 RUN = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1
 
-.PHONY: demo demo-quick test test-all lint format bench bench-quick clean
+.PHONY: demo demo-quick test test-all lint format bench bench-quick bench-scaling clean
 .DEFAULT_GOAL := test
 
 # torch comes first: another package would pull its newest build, with gigabytes of CUDA libraries.
@@ -50,6 +50,9 @@ bench: $(VENV)/installed
 
 bench-quick: $(VENV)/installed
 	$(RUN) python -m benchmarks --quick --out outputs/benchmarks-quick
+
+bench-scaling: $(VENV)/installed
+	$(RUN) python -m benchmarks.scaling
 
 clean:
 	rm -rf $(VENV) outputs
