@@ -28,6 +28,7 @@ MODULES = {
     "tensors": "benchmarks.tensors",
     "memory": "benchmarks.memory",
     "traffic": "benchmarks.traffic",
+    "designs": "benchmarks.designs",
 }
 FULL = {"engines": ["--tokens", "512", "1024"]}
 """What a command line says beside --out, unless it says --quick."""

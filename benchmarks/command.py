@@ -91,11 +91,11 @@ def start_ranks(command: Sequence[str], ranks: int, threads: int) -> int:
         for process in running:
             process.terminate()
         codes = [abs(process.wait()) for process in running]
-        _remove_buffers(port)
+        remove_buffers(port)
     return max(codes)
 
 
-def _remove_buffers(port: int) -> None:
+def remove_buffers(port: int) -> None:
     """Of DeepSpeed's communication kernel, which leaves 66 MiB of main memory for each rank behind when it ends."""
     for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_127.0.0.1_{port}_*"):
         file.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import remove_buffers
 from tests.helpers.case import Case
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +97,8 @@ def _collect(folder: Path, number: int, world: int) -> Outcome:
 
 def _run_ranks(folder: Path, first: int, total: int, world: int) -> None:
     """Start the ranks at case `first`; return when they have ended, on their own or not."""
-    processes = [_start(folder, first, rank, world, port) for port in [_free_port()] for rank in range(world)]
+    port = _free_port()
+    processes = [_start(folder, first, rank, world, port) for rank in range(world)]
     awaited = [result_path(folder, number, rank) for number in range(first, total) for rank in range(world)]
     finished, since = 0, time.monotonic()
     try:
@@ -112,6 +114,7 @@ def _run_ranks(folder: Path, first: int, total: int, world: int) -> None:
     finally:
         for process in processes:
             _end(process)
+        remove_buffers(port)
 
 
 def _failed(folder: Path, number: int, world: int) -> bool:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.command import remove_buffers
 from tests.integrations._ranks import WORLD, free_port, rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +23,12 @@ def python(*arguments: str) -> str:
 def launch(*arguments: str) -> str:
     """What `deepspeed … …` printed, with two ranks on this machine."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    options = ["--num_gpus", str(WORLD), "--num_nodes", "1", "--master_port", str(free_port())]
-    return _finish([*launcher, *options, *arguments], {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    port = free_port()
+    options = ["--num_gpus", str(WORLD), "--num_nodes", "1", "--master_port", str(port)]
+    try:
+        return _finish([*launcher, *options, *arguments], {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    finally:
+        remove_buffers(port)
 
 
 def _finish(command: list[str], environment: dict[str, str]) -> str:

@@ -21,6 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import remove_buffers
+
 WORLD = 2
 START_PATIENCE = 600.0  # seconds; on its first start DeepSpeed compiles an extension
 PATIENCE = 90.0  # for one function
@@ -34,6 +36,7 @@ class Ranks:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: list[BaseProcess] = []
+        self._port = 0
         self._channels: list[Connection] = []
 
     def run(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> list[Any]:
@@ -56,10 +59,11 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        remove_buffers(self._port)
         self._processes, self._channels = [], []
 
     def _start(self) -> None:
-        port = free_port()
+        self._port = port = free_port()
         context = multiprocessing.get_context("spawn")
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
