@@ -65,21 +65,33 @@ class TrustRatios:
         totals = others.unbind()
         self._weights.clear()
         for index, gradient in self._host.gradients():
-            if not self._adapts[index]:
-                continue
-            flat, segment = self._where[index]
-            group = groups[self._groups_of[index]]
-            names = self._rule.buffers(group)
-            own = prepare(state[flat], flat, names)
-            weight = _cut(flat, segment)
-            self._weights.write(index, weight)
-            tensors = (weight, *([] if gradient is None else [gradient]), *(_cut(own[name], segment) for name in names))
-            count, decay = own["step"] + 1, self._decay(group, index)
-            for block in blocks(tensors):
-                weight, gradient_block, *buffers = _widened(block, gradient is None, clip)
-                self._trust.add_square(totals[index], weight, gradient_block, buffers, count, decay, group)
+            if self._adapts[index]:
+                self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals[index])
         norms = sum_over(torch.stack((self._weights.read(), others)), self._host.group).sqrt()
         return self._ratios(norms[0], norms[1], self._weight_decays(groups))
+
+    def _measure_piece(
+        self,
+        index: int,
+        gradient: Tensor | None,
+        clip: Tensor | None,
+        group: Mapping[str, Any],
+        state: Mapping[Tensor, dict[str, Any]],
+        total: Tensor,
+    ) -> None:
+        """Write the norm of one piece's weights, and add the other norm's square to `total` (modified in place)."""
+        flat, segment = self._where[index]
+        names = self._rule.buffers(group)
+        own = prepare(state[flat], flat, names)
+        count, decay = own["step"] + 1, self._decay(group, index)
+        weight = _cut(flat, segment)
+        self._weights.write(index, weight)
+        given = [] if gradient is None else [gradient]
+        for block in blocks([weight, *given, *(_cut(own[name], segment) for name in names)]):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            first, *rest = (tensor.to(wide) for tensor in block)
+            clipped = _clipped(rest.pop(0), clip) if given else torch.zeros_like(first)
+            self._trust.add_square(total, first, clipped, rest, count, decay, group)
 
     def _ratios(self, weight_norm: Tensor, other_norm: Tensor, weight_decay: Tensor) -> Tensor:
         """1 for tensors of fewer than two dimensions, and where either norm is 0."""
@@ -108,11 +120,5 @@ def _cut(flat: Tensor, segment: Segment) -> Tensor:
     return flat if whole else flat.narrow(0, segment.start, segment.length)
 
 
-def _widened(block: Sequence[Tensor], without_gradient: bool, clip: Tensor | None) -> list[Tensor]:
-    """Weight, gradient as it will be clipped, and buffers, in float32 or wider."""
-    wide = torch.promote_types(block[0].dtype, torch.float32)
-    weight, *rest = (tensor.to(wide) for tensor in block)
-    if without_gradient:
-        return [weight, torch.zeros_like(weight), *rest]
-    gradient, *buffers = rest
-    return [weight, gradient if clip is None else gradient * clip.to(wide), *buffers]
+def _clipped(gradient: Tensor, coefficient: Tensor | None) -> Tensor:
+    return gradient if coefficient is None else gradient * coefficient.to(gradient.dtype)
