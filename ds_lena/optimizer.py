@@ -164,7 +164,6 @@ class LENA(torch.optim.Optimizer):
                 self._host,
                 self._groups_of,
                 decays,
-                self._probe.new_norms(),
                 self._device,
             )
 

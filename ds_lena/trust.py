@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import LenaConfig
-from .norms import SquaredNorms
+from .norms import squared_norm
 from .reduce import sum_over
 from .rules import Rule, Trust
 from .rules.common import blocks
@@ -28,7 +28,6 @@ class TrustRatios:
     """The trust ratios of one base rule that has them.
 
     `groups_of[i]`, `decays[i]`: the parameter group of parameter i, and whether weight decay applies to it.
-    `norms`: room for one squared norm of each parameter.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class TrustRatios:
         host: Host,
         groups_of: Sequence[int],
         decays: Sequence[bool],
-        norms: SquaredNorms,
         device: torch.device,
     ) -> None:
         self._rule, self._trust = rule, trust
@@ -47,7 +45,7 @@ class TrustRatios:
         self._clip = config.trust_clip
         self._host = host
         self._groups_of, self._decays = groups_of, decays
-        self._weights, self._device = norms, device
+        self._device = device
         self._where = {cut.parameter: (flat, cut) for flat, segments in host.segments() for cut in segments}
         self._adapts = [len(host.shape(i)) > 1 for i in range(len(groups_of))]
         self._adapts_there = torch.tensor(self._adapts, dtype=torch.bool, device=device)
@@ -61,13 +59,13 @@ class TrustRatios:
         tensor does not have yet is made, as zeros.
         """
         clip = self._host.clip_coefficient(square_of_mean.sqrt())
-        others = torch.zeros(len(self._adapts), dtype=torch.float64, device=self._device)
-        totals = others.unbind()
-        self._weights.clear()
+        squares = torch.zeros(2, len(self._adapts), dtype=torch.float64, device=self._device)
+        of_weights, of_others = squares[0].unbind(), squares[1].unbind()
         for index, gradient in self._host.gradients():
             if self._adapts[index]:
-                self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals[index])
-        norms = sum_over(torch.stack((self._weights.read(), others)), self._host.group).sqrt()
+                totals = of_weights[index], of_others[index]
+                self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals)
+        norms = sum_over(squares, self._host.group).sqrt()
         return self._ratios(norms[0], norms[1], self._weight_decays(groups))
 
     def _measure_piece(
@@ -77,21 +75,20 @@ class TrustRatios:
         clip: Tensor | None,
         group: Mapping[str, Any],
         state: Mapping[Tensor, dict[str, Any]],
-        total: Tensor,
+        totals: tuple[Tensor, Tensor],
     ) -> None:
-        """Write the norm of one piece's weights, and add the other norm's square to `total` (modified in place)."""
+        """Add the squares of both norms of one piece to `totals` (modified in place)."""
         flat, segment = self._where[index]
         names = self._rule.buffers(group)
         own = prepare(state[flat], flat, names)
         count, decay = own["step"] + 1, self._decay(group, index)
-        weight = _cut(flat, segment)
-        self._weights.write(index, weight)
+        wide = torch.promote_types(flat.dtype, torch.float32)
         given = [] if gradient is None else [gradient]
-        for block in blocks([weight, *given, *(_cut(own[name], segment) for name in names)]):
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            first, *rest = (tensor.to(wide) for tensor in block)
-            clipped = _clipped(rest.pop(0), clip) if given else torch.zeros_like(first)
-            self._trust.add_square(total, first, clipped, rest, count, decay, group)
+        for block in blocks([_cut(flat, segment), *given, *(_cut(own[name], segment) for name in names)]):
+            weight, *rest = (tensor.to(wide) for tensor in block)
+            clipped = _clipped(rest.pop(0), clip) if given else torch.zeros_like(weight)
+            totals[0].add_(squared_norm(weight))
+            self._trust.add_square(totals[1], weight, clipped, rest, count, decay, group)
 
     def _ratios(self, weight_norm: Tensor, other_norm: Tensor, weight_decay: Tensor) -> Tensor:
         """1 for tensors of fewer than two dimensions, and where either norm is 0."""
