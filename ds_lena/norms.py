@@ -15,36 +15,40 @@ from .errors import UnsupportedError
 # torch's CPU kernel for norms adds all squares of a row in float32, one after the other: on 40 M normal elements it is
 # wrong by half a percent, in rows of 2,048 by 1e-8. A dot product adds in many lanes, exact enough for short tensors.
 # Half-precision input is widened in blocks, so that a block stays in the caches.
-_SHORT = 1 << 14
+_SHORT = 1 << 16
 _ROW = 2048
 _BLOCK = 1 << 18
+_DENSE = torch.strided
 
 
 class SquaredNorms:
     """Squared L2 norms of `count` tensors, written one at a time and read together.
 
-    Squares are added up in float32 or wider, in float64 above 16,384 elements. `dtype`: float64 where a tensor is.
+    Squares are added up in float32 or wider, in float64 above 65,536 elements. `dtype`: float64 where a tensor is.
     """
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._written = torch.zeros(count, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self._dtype = torch.promote_types(dtype, torch.float32)
+        self._written = torch.zeros(count, dtype=self._dtype, device=device)
         self._slots = self._written.unbind()
         self._on_cpu = device.type == "cpu"
 
     def write(self, index: int, gradient: Tensor) -> None:
         """Take the squared norm of `gradient` as number `index`."""
-        if gradient.layout is not torch.strided:
+        if gradient.layout is not _DENSE:
             raise UnsupportedError(
                 f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
                 "Build the embedding with sparse=False."
             )
         slot = self._slots[index]
         if not self._on_cpu:
-            torch.linalg.vector_norm(gradient, dtype=slot.dtype, out=slot)
+            torch.linalg.vector_norm(gradient, dtype=self._dtype, out=slot)
         elif gradient.numel() > _SHORT:
-            slot.copy_(_square_of_long(gradient, slot.dtype))
+            slot.copy_(_square_of_long(gradient, self._dtype))
         else:
-            flat = gradient.reshape(-1) if gradient.dtype == slot.dtype else gradient.reshape(-1).to(slot.dtype)
+            flat = gradient if gradient.dim() == 1 else gradient.reshape(-1)
+            if flat.dtype != self._dtype:
+                flat = flat.to(self._dtype)
             torch.dot(flat, flat, out=slot)
 
     def clear(self) -> None:

@@ -41,10 +41,16 @@ class Stepper:
         `factor`: what multiplies a group's lr, by what the plans say of each piece: its layer, or its parameter.
         """
         for group in groups:
+            names = self._rule.buffers(group)
+            rates = None
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    rates = self._rates(factor, group["lr"])
-                    self._move(parameter, parameter.grad, state[parameter], rates, group)
+                gradient = parameter.grad
+                if gradient is not None:
+                    if rates is None:
+                        rates = self._rates(factor, group["lr"])
+                    own = prepare(state[parameter], parameter, names)
+                    own["step"] += 1
+                    self._move([parameter, gradient, *(own[name] for name in names)], own["step"], rates, group)
 
     def _rates(self, factor: Tensor, lr: float | Tensor) -> Sequence[Any]:
         """Learning rates, kept for the update: ZeRO-3 calls `step()` once for every sub-group."""
@@ -55,27 +61,16 @@ class Stepper:
             self._rates_by_lr[key] = rates.tolist() if rates.device.type == "cpu" else rates.float().unbind()
         return self._rates_by_lr[key]
 
-    def _move(
-        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], rates: Sequence[Any], group: dict[str, Any]
-    ) -> None:
-        plan = self._plans.get(parameter)
+    def _move(self, tensors: list[Tensor], step: Tensor, rates: Sequence[Any], group: dict[str, Any]) -> None:
+        """Move one tensor: `tensors` are itself, its gradient and its buffers."""
+        plan = self._plans.get(tensors[0])
         if plan is None:
             raise StateError(
                 "LENA: step() was given a tensor that did not exist when the layout was read. The optimizer's "
                 "parameters were replaced after construction; construct LENA after that."
             )
-        names = self._rule.buffers(group)
-        prepare(state, parameter, names)
-        state["step"] += 1
-        parameters, gradients = plan.split(parameter), plan.split(gradient)
-        buffers = [plan.split(state[name]) for name in names]
+        split = [plan.split(tensor) for tensor in tensors]
         for batch in plan.batches:
-            self._rule.update(
-                [parameters[i] for i in batch.pieces],
-                [gradients[i] for i in batch.pieces],
-                [[buffer[i] for i in batch.pieces] for buffer in buffers],
-                state["step"],
-                rates[batch.rate],
-                group["weight_decay"] if batch.decays else 0.0,
-                group,
-            )
+            pieces, gradients, *buffers = [[parts[i] for i in batch.pieces] for parts in split]
+            decay = group["weight_decay"] if batch.decays else 0.0
+            self._rule.update(pieces, gradients, buffers, step, rates[batch.rate], decay, group)

@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-# torch's fused optimizer kernels exist for these devices; elsewhere torch.optim's single-tensor code is used.
-_FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
-
 # Elements that are computed at a time where temporaries are needed: on the CPU few enough to stay in its caches.
 _BLOCK = {"cpu": 1 << 16}
 _BLOCK_ELSEWHERE = 1 << 22
@@ -20,8 +17,8 @@ Group = Mapping[str, Any]
 
 
 def has_fused_kernel(parameter: Tensor) -> bool:
-    """Whether torch has fused optimizer kernels for this tensor's device and type."""
-    return parameter.device.type in _FUSED_DEVICES and parameter.is_floating_point()
+    """Whether torch has fused optimizer kernels for this tensor's device; torch.optim's plain code runs elsewhere."""
+    return parameter.is_cpu or parameter.is_cuda or parameter.is_xpu or parameter.is_mps
 
 
 def blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

@@ -28,22 +28,22 @@ def largest_allocation(action):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_large_tensor(normal_numbers, dtype):
     gradient = normal_numbers.to(dtype)
-    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=1e-6, abs=0)
+    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=2e-6, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "size", [1, 7, 2047, 2048, 2049, 1 << 14, (1 << 14) + 1, (1 << 18) - 1, (1 << 18) + 1, 3 * (1 << 18) + 2500]
+    "size", [1, 7, 2047, 2048, 2049, 1 << 16, (1 << 16) + 1, (1 << 18) - 1, (1 << 18) + 1, 3 * (1 << 18) + 2500]
 )
 def test_every_size_around_the_borders_of_rows_and_blocks(normal_numbers, size, dtype):
     gradient = normal_numbers[:size].to(dtype)
-    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=1e-6, abs=0)
+    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=2e-6, abs=0)
 
 
 def test_a_large_offset_does_not_drown_the_small_numbers(normal_numbers):
     gradient = 1e-3 * normal_numbers
     gradient[0] = 1.0
-    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=1e-6, abs=0)
+    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=2e-6, abs=0)
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2)], ids=str)
@@ -63,7 +63,7 @@ def test_a_tensor_of_no_dimensions():
 def test_a_tensor_that_is_not_contiguous(normal_numbers, view):
     gradient = view(normal_numbers[:90_000].view(300, 300))
     assert not gradient.is_contiguous()
-    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=1e-6, abs=0)
+    assert squared_norm(gradient).item() == pytest.approx(exact(gradient), rel=2e-6, abs=0)
 
 
 @pytest.mark.parametrize("size", [10, 5000])
@@ -103,13 +103,13 @@ def test_the_result_is_float64_whatever_the_gradient_is(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [1, 7, 1 << 14, (1 << 14) + 1, (1 << 18) + 2049])
+@pytest.mark.parametrize("size", [1, 7, 1 << 16, (1 << 16) + 1, (1 << 18) + 2049])
 def test_norms_that_are_written_one_by_one_and_read_together(normal_numbers, size, dtype):
     gradient = normal_numbers[:size].to(dtype)
     norms = SquaredNorms(3, dtype, torch.device("cpu"))
     norms.write(1, gradient)
     found = norms.read()
-    assert found.tolist() == [0, pytest.approx(exact(gradient), rel=1e-6, abs=0), 0]
+    assert found.tolist() == [0, pytest.approx(exact(gradient), rel=2e-6, abs=0), 0]
     assert found.dtype == torch.float64
     norms.clear()
     assert norms.read().tolist() == [0, 0, 0]
