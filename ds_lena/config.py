@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 from .errors import ConfigError
 
-GROUP_KEYS = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov")
-BASES = ("adamw", "sgd", "lars", "lamb")
 SCALINGS = ("gain", "linear", "sqrt", "none")
 WARMUPS = ("layer", "fixed", "none")
 LAYERS = ("tensor", "module", "block", "model")
@@ -24,17 +22,38 @@ VARIANTS = ("default", "authors-code")
 
 
 @dataclass(frozen=True)
+class Base:
+    """What a base rule adds to the keys: its own ones, those that parameter groups may not set, the default decay."""
+
+    group_keys: tuple[str, ...]
+    other_keys: tuple[str, ...] = ()
+    weight_decay: float = 0.0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.group_keys + self.other_keys
+
+
+_TRUST = ("trust_coefficient", "trust_clip")
+BASES = {
+    "adamw": Base(("betas", "eps"), weight_decay=0.01),
+    "sgd": Base(("momentum", "nesterov")),
+    "lars": Base(("momentum",), _TRUST),
+    "lamb": Base(("betas", "eps"), _TRUST, weight_decay=0.01),
+}
+"""The base rules. `rules/NAME.py` has what each does."""
+
+
+@dataclass(frozen=True)
 class Key:
     """One key: its default, a test of a value, and the same test in words.
 
-    `bases`: the base rules it belongs to, None for all. `None` is always understood as "not given" for the
-    keys that belong to some bases only.
+    `None` is always understood as "not given" for the keys that belong to some bases only.
     """
 
     default: Any
     allowed: str
     accepts: Callable[[Any], bool]
-    bases: tuple[str, ...] | None = None
 
 
 def _number(value: Any) -> bool:
@@ -57,7 +76,7 @@ def _null_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or test(value)
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[Any], bool]:
+def _one_of(choices: Collection[str]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in choices
 
 
@@ -74,7 +93,7 @@ def _clip_range(value: Any) -> bool:
     return pair and value[0] <= value[1]
 
 
-def _words(choices: tuple[str, ...]) -> str:
+def _words(choices: Iterable[str]) -> str:
     return "one of " + ", ".join(f'"{choice}"' for choice in choices)
 
 
@@ -82,12 +101,12 @@ KEYS: dict[str, Key] = {
     "lr": Key(1e-3, "a number > 0", _positive),
     "base": Key("adamw", _words(BASES), _one_of(BASES)),
     "weight_decay": Key(None, "null or a number >= 0", _null_or(_not_negative)),
-    "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas, ("adamw", "lamb")),
-    "eps": Key(1e-8, "a number >= 0", _not_negative, ("adamw", "lamb")),
-    "momentum": Key(0.9, "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1, ("sgd", "lars")),
-    "nesterov": Key(False, "true or false", lambda v: isinstance(v, bool), ("sgd",)),
-    "trust_coefficient": Key(None, "null or a number > 0", _null_or(_positive), ("lars", "lamb")),
-    "trust_clip": Key(None, "null or [min, max] with 0 <= min <= max", _null_or(_clip_range), ("lars", "lamb")),
+    "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas),
+    "eps": Key(1e-8, "a number >= 0", _not_negative),
+    "momentum": Key(0.9, "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1),
+    "nesterov": Key(False, "true or false", lambda v: isinstance(v, bool)),
+    "trust_coefficient": Key(None, "null or a number > 0", _null_or(_positive)),
+    "trust_clip": Key(None, "null or [min, max] with 0 <= min <= max", _null_or(_clip_range)),
     "layer": Key("tensor", _words(LAYERS), _one_of(LAYERS)),
     "scaling": Key("gain", _words(SCALINGS), _one_of(SCALINGS)),
     "gain_power": Key(1.0, "a number > 0", _positive),
@@ -150,7 +169,7 @@ class LenaConfig:
         _check_belongs(given, base)
         values = {name: keys[name] if name in given else key.default for name, key in KEYS.items()}
         if values["weight_decay"] is None:
-            values["weight_decay"] = 0.01 if base in ("adamw", "lamb") else 0.0
+            values["weight_decay"] = BASES[base].weight_decay
         if "warmup_cap" not in given:
             values["warmup_cap"] = max(values["warmup_cap"], values["warmup_fraction"])
         for name in ("betas", "trust_clip", "exclude", "no_decay"):
@@ -193,7 +212,7 @@ class LenaConfig:
 
 def _given(keys: Mapping[str, Any]) -> set[str]:
     """The keys that count as given: a null for a key of some bases only does not."""
-    return {name for name, value in keys.items() if not (value is None and KEYS[name].bases is not None)}
+    return {name for name, value in keys.items() if not (value is None and bases_of(name))}
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -202,7 +221,7 @@ def _check_value(name: str, value: Any) -> None:
         hint = f'Did you mean "{close[0]}"? ' if close else ""
         raise ConfigError(f'LENA: unknown key "{name}" (value {value!r}). {hint}Known keys: {", ".join(sorted(KEYS))}.')
     key = KEYS[name]
-    if key.accepts(value) or (value is None and key.bases is not None):
+    if key.accepts(value) or (value is None and bases_of(name)):
         return
     message = f'LENA: "{name}": {value!r} is not allowed; allowed is {key.allowed}.'
     if isinstance(value, str) and value == "auto":
@@ -222,13 +241,23 @@ def _is_number_text(value: str) -> bool:
 
 def _check_belongs(given: set[str], base: str) -> None:
     for name in sorted(given):
-        bases = KEYS[name].bases
-        if bases is not None and base not in bases:
-            known = [other for other, key in KEYS.items() if key.bases and base in key.bases]
+        bases = bases_of(name)
+        if bases and base not in bases:
+            known = BASES[base].keys
             raise ConfigError(
                 f'LENA: "{name}" belongs to "base" {" and ".join(bases)}, but "base" is "{base}". '
                 f'Keys of "{base}": {", ".join(known) or "none of its own"}. Remove "{name}" or change "base".'
             )
+
+
+def bases_of(key: str) -> tuple[str, ...]:
+    """The base rules that a key belongs to; none for a key of all."""
+    return tuple(name for name, base in BASES.items() if key in base.keys)
+
+
+def group_keys(base: str) -> tuple[str, ...]:
+    """The keys that a parameter group may set for itself."""
+    return ("lr", "weight_decay", *BASES[base].group_keys)
 
 
 def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
@@ -236,10 +265,9 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
 
     Other entries (a name, DeepSpeed's marks) are the user's and are left alone.
     """
+    mine = group_keys(config.base)
     for name in KEYS.keys() & group.keys():
-        bases = KEYS[name].bases
-        if name not in GROUP_KEYS or (bases is not None and config.base not in bases):
-            mine = [key for key in GROUP_KEYS if KEYS[key].bases is None or config.base in (KEYS[key].bases or ())]
+        if name not in mine:
             raise ConfigError(
                 f'LENA: a parameter group has "{name}": {group[name]!r}, which is not a key of a group with "base": '
                 f'"{config.base}". A group may have {", ".join(mine)} and "lena".'

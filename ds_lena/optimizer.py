@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import LenaConfig, check_group, unknown_total_steps
+from .config import LenaConfig, check_group, group_keys, unknown_total_steps
 from .errors import StateError, UnsupportedError
 from .layers import LayerTable, build_table, canonical_names, matches, unmatched_patterns
 from .measure import Meter
@@ -73,9 +73,7 @@ class LENA(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], *, process_group: Group | None = _UNSET, **keys: Any) -> None:
         self.config = LenaConfig.from_keys(keys)
         groups, names = split_names(params)
-        defaults = {
-            key: getattr(self.config, key) for key in ("lr", "weight_decay", *RULES[self.config.base].group_keys)
-        }
+        defaults = {key: getattr(self.config, key) for key in group_keys(self.config.base)}
         super().__init__(groups, defaults)
         for group in self.param_groups:
             check_group(group, self.config)

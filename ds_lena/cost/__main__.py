@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pipeline-parallel", type=_whole, help="pipeline stages; default: 1")
     add("--tokens", type=_number, help=f"per micro-batch and replica; default: {Job.tokens}")
     add("--accumulation", type=_whole, help="micro-batches per update and replica; default: 1")
-    add("--base", help=f"{_words(BASES)}; default: {Job.base}")
+    add("--base", help=f"{_words(tuple(BASES))}; default: {Job.base}")
     add("--precision", help=f"of weights and gradients, {_words(tuple(PRECISIONS))}; default: {Job.precision}")
     add("--tensors", type=_whole, help="parameter tensors; default: those of a GPT of this size")
     add("--layers", type=_whole, help="gains; default: one for each tensor")

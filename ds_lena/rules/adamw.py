@@ -65,4 +65,4 @@ def update(
     )
 
 
-RULE = Rule(group_keys=("betas", "eps"), buffers=buffers, update=update)
+RULE = Rule(buffers=buffers, update=update)

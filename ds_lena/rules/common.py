@@ -51,7 +51,6 @@ class Trust:
 class Rule:
     """A base update rule.
 
-    `group_keys`: keys of a parameter group that it reads besides `lr` and `weight_decay`.
     `buffers(group)`: names of its state tensors, each shaped like the parameter and zero at the start.
     `update(parameters, gradients, buffers, step, lr, weight_decay, group)`: moves `parameters` (modified in place, with
     `buffers`, one list per name in the order of `buffers(group)`). `step` is a 0-dim float32 tensor, the count of
@@ -60,7 +59,6 @@ class Rule:
     `trust`: set for a rule with trust ratios.
     """
 
-    group_keys: tuple[str, ...]
     buffers: Callable[[Group], tuple[str, ...]]
     update: Callable[
         [list[Tensor], list[Tensor], Sequence[list[Tensor]], Tensor, float | Tensor, float, Group],

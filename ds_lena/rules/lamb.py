@@ -42,7 +42,6 @@ def _ratio(weight_norm: Tensor, update_norm: Tensor, weight_decay: Tensor, coeff
 
 
 RULE = Rule(
-    group_keys=adamw.RULE.group_keys,
     buffers=adamw.buffers,
     update=adamw.update,
     trust=Trust(add_square=_add_square_of_update, ratio=_ratio, coefficient=1.0),

@@ -68,7 +68,6 @@ def _ratio(weight_norm: Tensor, gradient_norm: Tensor, weight_decay: Tensor, coe
 
 
 RULE = Rule(
-    group_keys=("momentum",),
     buffers=sgd.buffers,
     update=_update,
     trust=Trust(add_square=_add_square_of_gradient, ratio=_ratio, coefficient=1e-3),

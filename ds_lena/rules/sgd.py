@@ -64,4 +64,4 @@ def _kernel_is_wrong(parameter: Tensor) -> bool:
     return parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
 
 
-RULE = Rule(group_keys=("momentum", "nesterov"), buffers=buffers, update=_update)
+RULE = Rule(buffers=buffers, update=_update)

@@ -35,7 +35,7 @@ def test_moving():
     flat = torch.zeros(10, device=META)
     flat.grad = torch.zeros(10, device=META)
     rates = []
-    rule = Rule((), lambda group: ("buffer",), lambda p, g, buffers, step, lr, decay, group: rates.append(lr))
+    rule = Rule(lambda group: ("buffer",), lambda p, g, buffers, step, lr, decay, group: rates.append(lr))
     plan = plan_flat(10, [Segment(0, 0, 6, 0), Segment(1, 6, 4, 0)], rates=[0, 1], decays=[True, True])
     stepper = Stepper(rule, {flat: plan})
     groups = [{"params": [flat], "lr": 0.1, "weight_decay": 0.0}]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ds_lena import LENA
+from ds_lena.config import BASES
 from ds_lena.rules import RULES
 from tests.helpers import published
 
@@ -148,7 +149,7 @@ def test_a_learning_rate_of_zero_moves_nothing_but_the_buffers(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_reads_from_a_group_what_it_says(name):
-    assert set(RULES[name].group_keys) == set(OPTIMIZERS[name][1])
+    assert set(BASES[name].group_keys) == set(OPTIMIZERS[name][1])
 
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.trust])
