@@ -197,6 +197,7 @@ class LENA(torch.optim.Optimizer):
 
         One all-reduce, and a second one for a base rule with trust ratios.
         """
+        self._stepper.forget_rates()  # of an update that was interrupted
         self.look_at_scheduler()
         if not self._patterns_are_checked:
             self._warn_of_patterns(self._probe.names)

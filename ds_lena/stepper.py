@@ -14,13 +14,24 @@ from .shards import FlatPlan
 
 
 def prepare(state: dict[str, Any], parameter: Tensor, buffers: Sequence[str]) -> dict[str, Any]:
-    """The state of one tensor, with `step`, the count of its updates, and `buffers` made as zeros where not there."""
+    """The state of one tensor, with `step`, the count of its updates, and `buffers` made as zeros where not there.
+
+    The buffers lie in memory as the parameter does, whatever it was when they were made or saved.
+    """
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     for name in buffers:
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state[name] = lying_as(parameter, state[name])
     return state
+
+
+def lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it with the parameter's strides: torch's fused kernels go through memory as it comes."""
+    if tensor.dim() < 2 or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 class Stepper:
@@ -50,6 +61,7 @@ class Stepper:
                         rates = self._rates(factor, group["lr"])
                     own = prepare(state[parameter], parameter, names)
                     own["step"] += 1
+                    gradient = lying_as(parameter, gradient)
                     self._move([parameter, gradient, *(own[name] for name in names)], own["step"], rates, group)
 
     def _rates(self, factor: Tensor, lr: float | Tensor) -> Sequence[Any]:

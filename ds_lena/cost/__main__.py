@@ -73,7 +73,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed is a number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed is a number, such as 70e9") from None
 
 
 def _whole(text: str) -> int:

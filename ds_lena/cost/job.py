@@ -13,6 +13,9 @@ STAGES = (0, 1, 2, 3)
 PRECISIONS = {"fp32": 4, "bf16": 2}
 """Bytes of a weight and of its gradient, as the model holds them."""
 
+LARGEST = 1e15
+"""Of every count: beyond it no number that comes out means anything."""
+
 WIDTH_PER_BLOCK = 128  # GPT-3 175B: 12,288 / 96; Llama 3.1 405B: 16,384 / 126
 TENSORS_PER_BLOCK = 12  # GPT-2's: two norms and four linear layers, each with a bias
 OTHER_TENSORS = 4  # two embeddings, and the last norm
@@ -54,12 +57,12 @@ class Job:
     def _wrong(self) -> Iterator[tuple[str, object, str]]:
         """(name, value, what is allowed) of what is not."""
         for name in ("params", "tokens"):
-            if not 0 < getattr(self, name) < math.inf:
-                yield name, getattr(self, name), "a number > 0"
+            if not 1 <= getattr(self, name) <= LARGEST:
+                yield name, getattr(self, name), f"a number from 1 to {LARGEST:g}"
         for name in ("ranks", "tensor_parallel", "pipeline_parallel", "accumulation", "tensors", "layers"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and value == int(value)):
-                yield name, value, "a whole number > 0"
+            if value is not None and not (1 <= value <= LARGEST and value == int(value)):
+                yield name, value, f"a whole number from 1 to {LARGEST:g}"
         for name, known in (("stage", STAGES), ("base", BASES), ("precision", tuple(PRECISIONS))):
             if getattr(self, name) not in known:
                 yield name, getattr(self, name), "one of " + ", ".join(f"{value}" for value in known)
@@ -68,6 +71,8 @@ class Job:
             yield "ranks", self.ranks, f"a multiple of {product}"
         if self.pipeline_parallel > self.all_tensors:
             yield "pipeline_parallel", self.pipeline_parallel, f"at most the number of tensors, {self.all_tensors}"
+        if self.all_tensors > self.params:
+            yield "tensors", self.tensors, f"at most the number of parameters, {self.params:g}"
         if self.all_layers > self.all_tensors:
             yield "layers", self.layers, f"at most the number of tensors, {self.all_tensors}"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..config import KEYS
+from ..rules import RULES
 from .job import Job
 from .machines import Machine
 
@@ -19,16 +21,19 @@ NUMBERS_PER_LAYER = 2
 """A and B."""
 DEVICE_BYTES_PER_LAYER = 200
 """Upper bound of LENA's float64 vectors, one entry for each layer."""
-TRUST_FLOATS = {"lars": 2, "lamb": 5}
-"""fp32 numbers read for each parameter by the norms: weight and gradient; for lamb weight twice, gradient, moments."""
-BASES_WITH_NORMS = tuple(TRUST_FLOATS)
-"""They need the norms of whole tensors of weights and of updates: one more all-reduce, and two more passes."""
 
 FLOPS_PER_PARAM_AND_TOKEN = 6  # forward 2, backward 4
-OPTIMIZER_BYTES = {"adamw": 8, "lamb": 8, "sgd": 4, "lars": 4}
-"""Of the moments of a parameter."""
-OPTIMIZER_FLOATS = {"adamw": 7, "lamb": 7, "sgd": 5, "lars": 5}
-"""fp32 numbers that an update reads or writes for each parameter: gradient, and weight and moments twice."""
+
+
+def moments(base: str) -> int:
+    """fp32 numbers that a base rule keeps for each parameter."""
+    defaults = {name: key.default for name, key in KEYS.items()}
+    return len(RULES[base].buffers(defaults))
+
+
+def has_norms(base: str) -> bool:
+    """Whether a rule needs norms of whole tensors of weights and updates: one more all-reduce, two more passes."""
+    return RULES[base].trust is not None
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def collective_bytes(job: Job) -> list[int]:
     if job.ranks == 1:
         return []
     statistics = FLOAT64 * (OTHER_NUMBERS + NUMBERS_PER_LAYER * job.all_layers)
-    return [statistics, FLOAT64 * 2 * job.all_tensors] if job.base in BASES_WITH_NORMS else [statistics]
+    return [statistics, FLOAT64 * 2 * job.all_tensors] if has_norms(job.base) else [statistics]
 
 
 def all_reduce_seconds(size: float, ranks: int, machine: Machine) -> float:
@@ -151,10 +156,10 @@ def _collectives(job: Job, machine: Machine) -> Part:
 
 
 def _trust(job: Job, machine: Machine) -> Part:
-    """Norms of the weights and of the updates, in fp32."""
-    if job.base not in BASES_WITH_NORMS:
+    """Norms of the weights and of the updates, in fp32, at most from weights, gradient and moments."""
+    if not has_norms(job.base):
         return Part(0, 0, 0.0)
-    passes, size = 2 * job.measured_pieces, 4 * TRUST_FLOATS[job.base] * job.owned_params
+    passes, size = 2 * job.measured_pieces, 4 * (2 + moments(job.base)) * job.owned_params
     seconds = size / machine.memory_bandwidth + passes * machine.norm_s
     return Part(passes, size, seconds * machine.crowding(job.ranks))
 
@@ -165,7 +170,7 @@ def _stock(job: Job, machine: Machine) -> Stock:
     sent = _transfers(job) * job.local_params * job.number_bytes * (job.replicas - 1) / job.replicas
     moved = job.local_params if job.stage == 0 else job.owned_params
     copy_of_weights = job.number_bytes if job.number_bytes < 4 else 0
-    traffic = moved * (4 * OPTIMIZER_FLOATS[job.base] + copy_of_weights)
+    traffic = moved * (4 * (3 + 2 * moments(job.base)) + copy_of_weights)
     return Stock(
         forward_backward_s=operations / machine.flops * crowding,
         sent_bytes=sent,
@@ -188,7 +193,7 @@ def _transfers(job: Job) -> int:
 def _state_bytes(job: Job) -> float:
     """Each stage cuts one more of optimizer state, gradients and weights among the replicas."""
     master = 4 if job.number_bytes < 4 else 0
-    kept = (master + OPTIMIZER_BYTES[job.base], job.number_bytes, job.number_bytes)
+    kept = (master + 4 * moments(job.base), job.number_bytes, job.number_bytes)
     return sum(
         (job.owned_params if job.stage > cut else job.local_params) * size for cut, size in enumerate(kept)
     )  # fmt: skip

@@ -99,7 +99,7 @@ def _heading(job: Job, name: str, machine: Machine) -> list[str]:
         f"{job.ranks:,} ranks = {job.replicas} data x {job.tensor_parallel} tensor x {job.pipeline_parallel} pipeline, "
         f"ZeRO-{job.stage}",
         f"{job.tokens:,.0f} tokens per micro-batch and replica, {job.accumulation} micro-batches per update",
-        f"machine {name}: {machine.note}",
+        f"machine {name}: {machine.note}{'; but for what was given' if '=' in name else ''}",
     ]
 
 

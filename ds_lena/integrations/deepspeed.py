@@ -109,7 +109,8 @@ def _check_micro_batch_size(host: EngineHost, lena: LENA) -> None:
 
 def _require_known_norm(engine: Any, lena: LENA) -> None:
     """Trust ratios need the norm that DeepSpeed clips by; in fp32 at ZeRO 0 that is over all that the model trains."""
-    if not lena.has_trust_ratios or engine.zero_optimization_stage() > 0 or not engine.gradient_clipping():
+    is_wrapped = engine.optimizer is not lena  # the wrappers clip by the norm of what is in the optimizer
+    if not lena.has_trust_ratios or is_wrapped or not engine.gradient_clipping():
         return
     known = {id(parameter) for parameter in lena.parameters}
     foreign = [name for name, p in named_parameters(engine.module) if p.requires_grad and id(p) not in known]

@@ -167,11 +167,11 @@ def test_a_callable_that_makes_it_is_refused_too(ranks: Ranks) -> None:
         assert 'LENA does not support "elastic_checkpoint" yet' in message
 
 
-def refusal_of_a_part(stage: int, base: str, clipping: float, freeze: bool = False) -> str:
+def refusal_of_a_part(stage: int, base: str, clipping: float, freeze: bool = False, precision: str = "fp32") -> str:
     """Only one of the two towers is given to the optimizer."""
     model = Net()
     model.right.requires_grad_(not freeze)
-    entries = config(stage, lena={"base": base}, gradient_clipping=clipping)
+    entries = config(stage, precision, lena={"base": base}, gradient_clipping=clipping)
     return refusal(entries, model, model_parameters=list(model.left.parameters()))
 
 
@@ -181,13 +181,19 @@ def test_a_clipping_norm_that_trust_ratios_cannot_know_is_refused(ranks: Ranks) 
 
 
 @pytest.mark.parametrize(
-    ("stage", "base", "clipping", "freeze"),
-    [(0, "lamb", 0.0, False), (0, "adamw", 1.0, False), (0, "lars", 1.0, True), (1, "lars", 1.0, False)],
+    ("stage", "base", "clipping", "freeze", "precision"),
+    [
+        (0, "lamb", 0.0, False, "fp32"),
+        (0, "adamw", 1.0, False, "fp32"),
+        (0, "lars", 1.0, True, "fp32"),
+        (0, "lars", 1.0, False, "bf16"),
+        (1, "lars", 1.0, False, "fp32"),
+    ],
 )
 def test_where_the_norm_is_known_a_part_of_the_model_is_welcome(
-    ranks: Ranks, stage: int, base: str, clipping: float, freeze: bool
+    ranks: Ranks, stage: int, base: str, clipping: float, freeze: bool, precision: str
 ) -> None:
-    assert ranks.run(refusal_of_a_part, stage, base, clipping, freeze) == ["", ""]
+    assert ranks.run(refusal_of_a_part, stage, base, clipping, freeze, precision) == ["", ""]
 
 
 def another_optimizer_in(entries: dict[str, Any]) -> str:

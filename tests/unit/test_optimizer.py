@@ -9,6 +9,7 @@ from torch import nn
 
 import ds_lena
 from ds_lena import LENA, ConfigError, StateError
+from ds_lena.config import BASES
 from tests.unit.support import backward, random_gradients, train_window, vector, weights
 
 NO_WARMUP = {"warmup": "none", "max_relative_gain": None}
@@ -275,3 +276,52 @@ def test_a_gradient_that_is_not_finite_is_counted_and_its_layer_keeps_its_factor
     train_window(optimizer, parameters, [[vector(math.nan, 1), vector(1, 2)], [vector(1, 1), vector(2, 1)]])
     assert layer(optimizer) == before
     assert ds_lena.report(optimizer)["nonfinite"] == 1
+
+
+# -- memory formats and interruptions ---------------------------------------------------------------------------------
+
+
+def conv_weight(channels_last=False):
+    weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    return torch.nn.Parameter(weight.to(memory_format=torch.channels_last) if channels_last else weight)
+
+
+def conv_step(optimizer, weight, seed, contiguous_gradient=False):
+    gradient = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    backward([weight], [gradient])
+    if contiguous_gradient:
+        weight.grad = weight.grad.contiguous()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("case", ["model changed", "state changed", "gradient differs"])
+def test_it_does_not_matter_how_a_tensor_lies_in_memory(base, case):
+    """torch's fused kernels on the CPU go through memory as it comes, whatever the strides are."""
+    keys = {"base": base, "warmup": "none", "lr": 0.01}
+    straight, turned = conv_weight(), conv_weight(channels_last=case == "gradient differs")
+    optimizers = [LENA([weight], **keys) for weight in (straight, turned)]
+    for seed in range(4):
+        conv_step(optimizers[0], straight, seed)
+        if seed == 2 and case == "model changed":
+            turned.data = turned.data.to(memory_format=torch.channels_last)
+        if seed == 2 and case == "state changed":
+            state = optimizers[1].state[turned]
+            for name in [name for name in state if name != "step"]:
+                state[name] = state[name].to(memory_format=torch.channels_last)
+        conv_step(optimizers[1], turned, seed, contiguous_gradient=case == "gradient differs")
+    torch.testing.assert_close(turned.detach(), straight.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_rates_of_an_interrupted_update_are_forgotten():
+    parameters = weights(3)
+    optimizer = LENA(parameters, lr=0.1, warmup="none", max_relative_gain=None, smoothing=0.0, base="sgd", momentum=0)
+    noisy, calm = [[vector(3, 0, 0)], [vector(-1, 0, 0)]], [[vector(1, 0, 0)], [vector(1, 0, 0)]]
+    move = optimizer._stepper._move
+    optimizer._stepper._move = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_window(optimizer, parameters, noisy)
+    optimizer._stepper._move = move
+    (step,) = moved_by(parameters, lambda: train_window(optimizer, parameters, calm))
+    assert step.abs().max().item() == pytest.approx(0.1)
