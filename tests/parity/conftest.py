@@ -41,7 +41,8 @@ def one_thread() -> Iterator[None]:
 def run_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Outcome]:
     """Run one case; those of the same world size that this session selected run in the same ranks."""
     parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    cases = [found.params["case"] for found in parameters if found is not None and "case" in found.params]
+    found = [entry.params.get("case") for entry in parameters if entry is not None]
+    cases = [case for case in found if isinstance(case, Case)]
     unique = {case.name: case for case in cases}
     assert all(unique[case.name] == case for case in cases), "two different cases have the same name"
     return Runs(list(unique.values()), tmp_path_factory.mktemp("ranks")).outcome
