@@ -1,7 +1,9 @@
-"""`report`: what LENA measured and decided in the last applied update, as one plain dict."""
+"""What LENA measured and decided in the last applied update: `report`, one plain dict, and `events` for loggers."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import StateError
@@ -32,6 +34,23 @@ def report(source: Any) -> dict[str, Any]:
             'has begun) or a LENA; is "optimizer": {"type": "LENA"} in the DeepSpeed JSON?'
         )
     return lena.tracker.report()
+
+
+def events(report: Mapping[str, Any], layers: bool = False) -> dict[str, float]:
+    """A report as flat names and numbers: `lena/gain`, `lena/noise_scale` (left out where it is infinite) and
+    `lena/warmup`, the mean warm-up factor of the layers; with `layers`, `lena/layers/NAME/…` for each of them too.
+    """
+    parts = report["layers"]
+    warmup = sum(layer["warmup"] for layer in parts.values()) / max(len(parts), 1)
+    found = {
+        "lena/gain": report["gain"],
+        "lena/noise_scale": report["noise_scale"],
+        "lena/warmup": warmup,
+    }
+    if layers:
+        for name, layer in parts.items():
+            found |= {f"lena/layers/{name}/{key}": layer[key] for key in ("gain", "noise_scale", "warmup")}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def find_lena(source: Any) -> LENA | None:

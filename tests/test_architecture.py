@@ -23,7 +23,7 @@ FLOORS = (
     {"trust", "cost", "cost.report"},
     {"optimizer"},
     {"monitor", "integrations", "integrations._deepspeed_private", "integrations.transformers"},
-    {"integrations.deepspeed"},
+    {"integrations.deepspeed", "integrations.callback"},
     {"_registration"},
     {"__init__"},
     {"run", "cost.__main__"},

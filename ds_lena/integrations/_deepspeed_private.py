@@ -87,6 +87,14 @@ def wrap_destroy(engine: Any, before: Callable[[], None]) -> None:
     engine.destroy = destroy
 
 
+def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None:
+    """Give `values()` to the engine's monitors, as DeepSpeed writes its own. Only rank 0 writes, and asks for them."""
+    if engine.monitor.enabled and engine.global_rank == 0:
+        engine.monitor.write_events(
+            [(f"Train/{name}", value, engine.global_samples) for name, value in values().items()]
+        )
+
+
 def basic_optimizer(engine: Any) -> Any:
     """The optimizer inside of ZeRO's or the precision wrappers."""
     return engine.basic_optimizer

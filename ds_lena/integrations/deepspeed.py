@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..config import unknown_total_steps
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..layers import named_parameters
+from ..monitor import events, report
 from ..norms import squared_norms
 from ..optimizer import LENA, dormant
 from ..probe import Probe
@@ -86,9 +87,23 @@ def attach(engine: Any, lena: LENA) -> None:
     _require_free(engine, lena.parameters)
     _owner.update({parameter: weakref.ref(engine) for parameter in lena.parameters})
     lena.adopt(host, names, order)
-    private.wrap_model_step(engine, before=lena.begin_update, after=lena.end_update)
+
+    def after(applied: bool) -> None:
+        lena.end_update(applied)
+        if applied:
+            private.write_events(engine, lambda: events(lena.tracker.report()))
+
+    private.wrap_model_step(engine, before=lena.begin_update, after=after)
     private.wrap_destroy(engine, before=lambda: _release(engine, lena))
     private.after_scheduler(engine, lambda: _check_schedule(engine, host, lena))
+
+
+def write_layers(engine: Any) -> None:
+    """Write gain, noise scale and warm-up of every layer to the engine's monitors, now. Every rank may call it.
+
+    DeepSpeed's `tensorboard`, `wandb`, `csv_monitor` and `comet` entries get those of the model after every update.
+    """
+    private.write_events(engine, lambda: events(report(engine), layers=True))
 
 
 def _check_schedule(engine: Any, host: EngineHost, lena: LENA) -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import ds_lena
+from ds_lena.integrations.callback import LenaCallback
 
 SAMPLES, BATCH, ACCUMULATION, EPOCHS = 28, 2, 2, 2  # on 2 ranks: 7 micro-batches an epoch, the last window has 1
 SAVED_AFTER = 3
@@ -44,6 +45,16 @@ class Remember(TrainerCallback):
         self.n.append(ds_lena.report(self.trainer)["n"])
 
 
+class Reporter(TrainerCallback):
+    """As TensorBoard's and the like: what it is given in each log."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
 def model(seed):
     torch.manual_seed(seed)
     size = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 8, "vocab_size": 32}
@@ -60,7 +71,7 @@ def config(**more):
     }
 
 
-def train(folder, seed=0, resume=None, **more):
+def train(folder, seed=0, resume=None, layers=None, **more):
     """Run a Trainer to its end and tell of it."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -76,15 +87,20 @@ def train(folder, seed=0, resume=None, **more):
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
+        logging_steps=1,
     )
-    remember = Remember()
-    trainer = Trainer(model=model(seed), args=arguments, train_dataset=Tokens(), callbacks=[remember])
+    remember, reporter = Remember(), Reporter()
+    trainer = Trainer(model=model(seed), args=arguments, train_dataset=Tokens(), callbacks=[remember, reporter])
+    if layers is not None:
+        LenaCallback.add_to(trainer, layers)
     remember.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
     lena = ds_lena.monitor.find_lena(trainer)
     return {
         "updates": trainer.state.global_step,
         "n": remember.n,
+        "logs": reporter.logs,
+        "history": trainer.state.log_history,
         "report": ds_lena.report(trainer),
         "report of engine": ds_lena.report(trainer.deepspeed),
         "total_steps": lena.state_dict()["lena"]["total_steps"],
@@ -124,7 +140,8 @@ def main(folder):
     runs = {
         "no scheduler": lambda: train(folder / "run"),
         "resumed": lambda: train(folder / "resumed", seed=1, resume=str(folder / "run" / f"checkpoint-{SAVED_AFTER}")),
-        "scheduler": lambda: train(folder / "scheduler", scheduler=DECAY),
+        "scheduler": lambda: train(folder / "scheduler", scheduler=DECAY, layers=False),
+        "logged": lambda: train(folder / "logged", layers=True),
         "accelerate": train_with_accelerate,
     }
     for name, run in runs.items():

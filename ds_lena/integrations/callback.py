@@ -1,0 +1,41 @@
+"""HF Trainer's logs with LENA's gain, noise scale and warm-up in them, for whatever `report_to` names.
+
+from ds_lena.integrations.callback import LenaCallback
+LenaCallback.add_to(trainer)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from ..monitor import events, find_lena
+
+
+class LenaCallback(TrainerCallback):
+    """Adds `lena/gain`, `lena/noise_scale` and `lena/warmup` to every log of training; nothing where there is no LENA.
+
+    Args:
+        layers: also `lena/layers/NAME/…` for every layer.
+    """
+
+    def __init__(self, layers: bool = False) -> None:
+        self.layers = layers
+
+    @classmethod
+    def add_to(cls, trainer: Trainer, layers: bool = False) -> LenaCallback:
+        """Put a new callback before all others of the Trainer, so that TensorBoard's and the like see what it adds."""
+        callback = cls(layers)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Called by the Trainer on every rank. The numbers come from the device here, and only here."""
+        lena = find_lena(kwargs.get("optimizer"))
+        if lena is None or logs is None or "loss" not in logs:
+            return
+        measured = events(lena.tracker.report(), self.layers)
+        logs |= measured
+        if state.log_history:
+            state.log_history[-1] |= measured  # the Trainer has made its copy already
