@@ -70,11 +70,12 @@ def squared_norm(tensor: Tensor) -> Tensor:
     return torch.dot(flat, flat).double()
 
 
-def squared_norms(pieces: Iterable[tuple[int, Tensor]], into: SquaredNorms) -> Tensor:
-    """(count,) float64: squared norms of (number, tensor) pairs, 0 for numbers that do not occur."""
+def squared_norms(pieces: Iterable[tuple[int, Tensor | None]], into: SquaredNorms) -> Tensor:
+    """(count,) float64: squared norms of (number, tensor) pairs, 0 for None and for numbers that do not occur."""
     into.clear()
     for index, piece in pieces:
-        into.write(index, piece)
+        if piece is not None:
+            into.write(index, piece)
     return into.read()
 
 

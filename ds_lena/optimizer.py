@@ -197,7 +197,7 @@ class LENA(torch.optim.Optimizer):
 
         One all-reduce, and a second one for a base rule with trust ratios.
         """
-        self._stepper.forget_rates()  # of an update that was interrupted
+        self._stepper.forget_rates()
         self.look_at_scheduler()
         if not self._patterns_are_checked:
             self._warn_of_patterns(self._probe.names)
@@ -212,7 +212,6 @@ class LENA(torch.optim.Optimizer):
     def end_update(self, applied: bool) -> None:
         """The update was applied, or thrown away (then nothing of it stays)."""
         proposal, self._proposal = self._proposal, None
-        self._stepper.forget_rates()
         self._probe.clear()
         if proposal is None:
             return

@@ -43,7 +43,7 @@ class Stepper:
         self._rates_by_lr: dict[float, Sequence[Any]] = {}
 
     def forget_rates(self) -> None:
-        """To be called between updates: the factors change."""
+        """To be called when an update begins: its factors are others."""
         self._rates_by_lr.clear()
 
     def step(self, groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], factor: Tensor) -> None:

@@ -212,8 +212,7 @@ class EngineHost:
         return self._layout.segments()
 
     def squares_of_mean(self) -> Tensor:
-        there = ((index, piece) for index, piece in self._layout.gradients() if piece is not None)
-        return squared_norms(there, self._norms)
+        return squared_norms(self._layout.gradients(), self._norms)
 
     def gradients(self) -> Iterator[tuple[int, Tensor | None]]:
         return self._layout.gradients()
