@@ -11,21 +11,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Collectives(TorchDispatchMode):
-    """All c10d operations that this thread starts meanwhile, by name: how many, and bytes that this rank puts in.
+    """All c10d operations that this thread starts meanwhile: `names`, and `sizes`, the bytes that this rank puts in.
 
     Below torch.distributed's functions and those that deepspeed.comm took from it: both end in the dispatcher.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self.names: list[str] = []
+        self.sizes: list[int] = []
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How many, by name."""
+        return Counter(name.strip("_") for name in self.names)
+
+    @property
+    def bytes(self) -> Counter[str]:
+        """Bytes of all of them, by name."""
+        total: Counter[str] = Counter()
+        for name, size in zip(self.names, self.sizes, strict=True):
+            total[name.strip("_")] += size
+        return total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::").strip("_")
-            self.calls[name] += 1
-            self.bytes[name] += sum(tensor.nbytes for tensor in tensors_in(_input(func._schema, args)))
+            self.names.append(func._schema.name.removeprefix("c10d::"))
+            self.sizes.append(sum(tensor.nbytes for tensor in tensors_in(_input(func._schema, args))))
         return func(*args, **(kwargs or {}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -72,20 +73,32 @@ def stopwatch_for(device: torch.device, clock: str) -> Stopwatch:
     return Stopwatch(clock, _no_wait if device.type == "cpu" else torch.accelerator.synchronize)
 
 
-def start_ranks(command: Sequence[str], ranks: int, threads: int) -> int:
-    """Run a command once for each rank; when one fails, end the others. Returns the highest exit code."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(
+    command: Sequence[str], ranks: int, threads: int, quiet: bool = False, patience: float = math.inf
+) -> int:
+    """Run a command once for each rank; when one fails, end the others. Returns the highest exit code.
+
+    `quiet`: without what they print; `patience`: seconds after which all are ended.
+    """
+    port = free_port()
     common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks: terminated"))  # not without ending the ranks
     running = []
     for rank in range(ranks):
         own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_SIZE": ranks, **common}
         environment = os.environ | {name: str(value) for name, value in own.items()}
-        running.append(subprocess.Popen(command, env=environment))
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL if quiet else None))
+    deadline = time.monotonic() + patience
     try:
-        while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+        while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+            if any(process.poll() for process in running):
+                break
             time.sleep(0.1)
     finally:
         for process in running:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import command
 from benchmarks.roster import NotAvailable
-from benchmarks.timing import Update
+from benchmarks.timing import Update, warm_up
 from benchmarks.training import LAYOUTS, add_training, observe
 
 PROFILED = 3
@@ -31,8 +31,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def look(update: Update, parameters: int) -> dict[str, Any]:
-        for _ in range(args.updates):
-            update(_ignore)
+        warm_up({"": update}, args.updates)
         peak = peak_rss()  # before the profiler, which needs memory itself
         return {"parameters": parameters, "peak_rss": peak, "live": live_bytes(), **tracked_peaks(update)}
 
@@ -104,7 +103,7 @@ def _memory_events(update: Update) -> list[tuple[str, int]]:
             pass
 
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        update(_ignore)  # frees what was allocated before, of which the profiler knows nothing
+        warm_up({"": update}, 1)  # frees what was allocated before, of which the profiler knows nothing
         mark("")
         update(mark)
     events = sorted(profile.kineto_results.events(), key=lambda event: event.start_ns())
@@ -114,10 +113,6 @@ def _memory_events(update: Update) -> list[tuple[str, int]]:
         for event in events[begin + 1 :]
         if event.name() == "[memory]" or event.name().startswith(_MARK)
     ]
-
-
-def _ignore(phase: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

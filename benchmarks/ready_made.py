@@ -7,7 +7,7 @@ pass is the last, it takes those norms at the end of every backward pass instead
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,45 +16,22 @@ import ds_lena
 from benchmarks.roster import make
 from benchmarks.timing import Lap, Samples, Update
 from ds_lena.norms import squared_norms
+from ds_lena.plain import PlainHost
 from ds_lena.probe import Probe
-from ds_lena.shards import Segment
 
 PLAIN = ", plain PyTorch"
 """Behind the name of a LENA that is to run as in plain PyTorch."""
 
 
-class LikeAnEngine:
-    """Asks of LENA what a DeepSpeed engine asks, on one rank and on whole tensors (see `ds_lena.shards.Host`)."""
-
-    group = None
+class LikeAnEngine(PlainHost):
+    """Asks of LENA what a DeepSpeed engine asks, on one rank and on whole tensors: norms of the average at its step."""
 
     def __init__(self, lena: ds_lena.LENA) -> None:
-        self._lena = lena
+        super().__init__(lena._probe, before_window=lambda: None, group=None, given=True)
         lena.adopt(self, lena.parameter_names, range(len(lena.parameters)))
 
-    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
-        return [(p, [Segment(i, 0, p.numel(), 0)]) for i, p in enumerate(self._lena.parameters)]
-
     def squares_of_mean(self) -> Tensor:
-        return squared_norms(((i, gradient) for i, gradient in self.gradients() if gradient is not None), self._norms)
-
-    def gradients(self) -> Iterator[tuple[int, Tensor | None]]:
-        return ((i, p.grad) for i, p in enumerate(self._lena.parameters))
-
-    def clip_coefficient(self, norm: Tensor) -> None:
-        return None
-
-    def shape(self, parameter: int) -> torch.Size:
-        return self._lena.parameters[parameter].shape
-
-    def micro_batch_size(self) -> int | None:
-        return None
-
-    def planned_n(self) -> int | None:
-        return None
-
-    def total_steps(self) -> int | None:
-        return None
+        return squared_norms(self.gradients(), self._norms)
 
     def watch_passes(self, probe: Probe) -> None:
         self._norms = probe.new_norms()

@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import own_command, start_ranks
 from benchmarks.machine import describe
+from benchmarks.tables import table
 from ds_lena.cost import MACHINES, Job, Machine, estimate
 from ds_lena.cost.model import FLOAT64, NUMBERS_PER_LAYER, OTHER_NUMBERS, all_reduce_seconds, collective_bytes
 
@@ -39,7 +37,6 @@ def main() -> int:
         if os.environ["RANK"] == "0":
             args.rank_result.write_text(json.dumps(result))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("scaling: terminated"))  # not without ending the ranks
     about = describe()
     from benchmarks.constants import measure_host
 
@@ -173,10 +170,10 @@ def markdown(results: dict[str, Any]) -> str:
     times = ["predicted ms", "measured ms", "predicted / measured"]
     return "\n\n".join([
         head,
-        _table(["constant", "value"], values),
-        _table(["ranks", "predicted all-reduces per update", "counted"], counts),
-        _table(["ranks", "layers", *times], reduces),
-        _table(["ranks", "ranks per core", "part", *times], parts),
+        table(["constant", "value"], values),
+        table(["ranks", "predicted all-reduces per update", "counted"], counts),
+        table(["ranks", "layers", *times], reduces),
+        table(["ranks", "ranks per core", "part", *times], parts),
     ])  # fmt: skip
 
 
@@ -185,38 +182,16 @@ def _times(row: dict[str, float]) -> list[str]:
     return [f"{1000 * row['predicted']:.3f}", f"{1000 * row['measured']:.3f}", ratio]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---:"] * len(head), *rows])
-
-
 def _buffer(layers: int) -> int:
     return FLOAT64 * (OTHER_NUMBERS + NUMBERS_PER_LAYER * layers)
 
 
 def _run_ranks(ranks: int) -> dict[str, Any]:
     """Run this very command once for each rank; all are ended when one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    os.environ["DS_ACCELERATOR"] = "cpu"  # the ranks', gloo is what is measured
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        common = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running = []
-        for rank in range(ranks):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu", **common}
-            environment = os.environ | {name: str(value) for name, value in own.items()}
-            command = [sys.executable, *sys.orig_argv[1:], "--rank-result", str(path)]
-            running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        deadline = time.monotonic() + PATIENCE
-        try:
-            while any(process.poll() is None for process in running) and time.monotonic() < deadline:
-                if any(process.poll() for process in running):
-                    break
-                time.sleep(0.1)
-        finally:
-            for process in running:
-                process.terminate()
-                process.wait()
+        start_ranks([*own_command(), "--rank-result", str(path)], ranks, threads=1, quiet=True, patience=PATIENCE)
         if not path.exists():
             raise SystemExit(f"scaling: {ranks} ranks ended without a result")
         return json.loads(path.read_text())

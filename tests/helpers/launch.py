@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import remove_buffers
+from benchmarks.command import free_port, remove_buffers
 from tests.helpers.case import Case
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +96,7 @@ def _collect(folder: Path, number: int, world: int) -> Outcome:
 
 def _run_ranks(folder: Path, first: int, total: int, world: int) -> None:
     """Start the ranks at case `first`; return when they have ended, on their own or not."""
-    port = _free_port()
+    port = free_port()
     processes = [_start(folder, first, rank, world, port) for rank in range(world)]
     awaited = [result_path(folder, number, rank) for number in range(first, total) for rank in range(world)]
     finished, since = 0, time.monotonic()
@@ -148,9 +147,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.3)
         process.kill()
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

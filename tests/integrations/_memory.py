@@ -1,8 +1,7 @@
-"""Counting what is allocated, and what stays."""
+"""Counting what is allocated."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -14,12 +13,3 @@ def allocations(action: Callable[[], None], at_least: int) -> list[int]:
         action()
     events = profile.kineto_results.events()
     return sorted(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() >= at_least)
-
-
-def live_bytes() -> int:
-    """Bytes of all tensors of this process, each storage once."""
-    while gc.collect():  # once is not enough for engines, which have finalizers
-        pass
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())

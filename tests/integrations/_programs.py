@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.command import remove_buffers
-from tests.integrations._ranks import WORLD, free_port, rank_environment
+from benchmarks.command import free_port, remove_buffers
+from tests.integrations._ranks import WORLD, rank_environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"

@@ -10,7 +10,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -21,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import remove_buffers
+from benchmarks.command import free_port, remove_buffers
 
 WORLD = 2
 START_PATIENCE = 600.0  # seconds; on its first start DeepSpeed compiles an extension
@@ -124,12 +123,6 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(channel: Connection, rank: int, port: int, log: str) -> None:

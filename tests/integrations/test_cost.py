@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import ds_lena
-from tests.integrations._collectives import Collectives
+from benchmarks.collectives import Collectives
+from benchmarks.memory_worker import live_bytes
 from tests.integrations._engines import LENA, Net, config, engine, stock_engine, train, without_optimizer
-from tests.integrations._memory import allocations, live_bytes
+from tests.integrations._memory import allocations
 from tests.integrations._ranks import Ranks
 
 UPDATES = range(3, 6)  # counted after the first ones, in which DeepSpeed still gets to know the model

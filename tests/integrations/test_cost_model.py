@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 
 import ds_lena
+from benchmarks.collectives import Collectives
 from ds_lena.cost import Job
 from ds_lena.cost.model import collective_bytes
-from tests.integrations._collectives import Collectives
 from tests.integrations._engines import LENA, Net, config, engine, train, without_optimizer
 from tests.integrations._ranks import WORLD, Ranks
 
 UPDATES = range(3, 5)  # counted after the first ones, in which DeepSpeed still gets to know the model
-
-
-class Sizes(Collectives):
-    """Also the bytes of the tensors that each all-reduce is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: Counter[int] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name == "c10d::allreduce_":
-            self.sizes[sum(tensor.numel() * tensor.element_size() for tensor in args[0])] += 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def sizes(stage: int, layer: str | None) -> Counter[int]:
@@ -39,9 +25,10 @@ def sizes(stage: int, layer: str | None) -> Counter[int]:
     optimizer = ds_lena.LENA(parameters, **keys) if layer else torch.optim.AdamW(parameters, lr=LENA["lr"])
     with engine(without_optimizer(config(stage)), model, optimizer=optimizer) as made:
         train(made, range(UPDATES.start))
-        with Sizes() as collectives:
+        with Collectives() as seen:
             train(made, UPDATES)
-        return collectives.sizes
+        started = zip(seen.names, seen.sizes, strict=True)
+        return Counter(size for name, size in started if name == "allreduce_")
 
 
 @pytest.mark.parametrize("stage", range(4))

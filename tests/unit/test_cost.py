@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import ds_lena.measure
+from benchmarks.memory_worker import live_bytes
 from ds_lena import LENA, ConfigError
 from ds_lena.config import BASES
 from ds_lena.cost import MACHINES, Job, Machine, estimate
@@ -25,7 +26,6 @@ from ds_lena.cost.machines import CONSTANTS
 from ds_lena.cost.model import DEVICE_BYTES_PER_LAYER, all_reduce_seconds, collective_bytes
 from ds_lena.cost.report import seconds, size
 from ds_lena.measure import sum_over
-from tests.integrations._memory import live_bytes
 
 ROUND = Machine(
     hook_s=1.0, norm_s=2.0, call_s=3.0, update_s=5.0, layer_s=0.5, memory_bandwidth=100.0, flops=1000.0,
