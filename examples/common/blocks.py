@@ -22,7 +22,7 @@ from .errors import InputError
 from .texts import load_texts, local_files
 
 END_OF_TEXT = "<|endoftext|>"
-_SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of a text
+MASK = "<|mask|>"
 _TOKENIZER_TEXTS = 200_000  # more texts than this no longer change the merges
 
 
@@ -97,32 +97,37 @@ def _make(args: DataArguments, blocks_per_update: int) -> Corpus:
     if args.sequence_length < 2:
         raise InputError(f"sequence_length is {args.sequence_length}; a block needs at least 2 tokens")
     texts = load_texts(args.dataset, args.dataset_config, args.text_column, args.held_out_fraction)
-    tokenizer = _load_tokenizer(args.tokenizer) if args.tokenizer else _train_tokenizer(texts.train, args)
-    train = _pack(texts.train, tokenizer, args.sequence_length)
-    held_out = _pack(texts.held_out, tokenizer, args.sequence_length)
+    tokenizer = _load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts.train, args.vocab_size)
+    train = pack(texts.train, tokenizer, args.sequence_length)
+    held_out = pack(texts.held_out, tokenizer, args.sequence_length)
     _refuse_too_few(Corpus(tokenizer, train, held_out, 0.0), blocks_per_update)
     if args.max_held_out_blocks and args.max_held_out_blocks < len(held_out):
         held_out = held_out.select(np.linspace(0, len(held_out) - 1, args.max_held_out_blocks, dtype=int))
     return Corpus(tokenizer, train, held_out, unigram_loss(train, held_out, len(tokenizer)))
 
 
-def _train_tokenizer(texts: Dataset, args: DataArguments) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``vocab_size`` tokens, or fewer where the texts run out of pairs."""
-    if args.vocab_size < _SMALLEST_VOCABULARY:
-        raise InputError(f"vocab_size is {args.vocab_size}; byte-level BPE needs at least {_SMALLEST_VOCABULARY}")
+def train_tokenizer(texts: Dataset, vocab_size: int, with_mask: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``vocab_size`` tokens, or fewer where the texts run out of pairs.
+
+    Every byte and the end of a text are tokens; ``with_mask`` adds the mask of a masked language model.
+    """
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | ({"mask_token": MASK} if with_mask else {})
+    smallest = 256 + len(set(special.values()))
+    if vocab_size < smallest:
+        raise InputError(f"vocab_size is {vocab_size}; byte-level BPE needs at least {smallest}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=args.vocab_size,
-        special_tokens=[END_OF_TEXT],
+        vocab_size=vocab_size,
+        special_tokens=sorted(set(special.values())),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     sample = texts.select(range(0, len(texts), max(1, len(texts) // _TOKENIZER_TEXTS)))
     bpe.train_from_iterator((batch["text"] for batch in sample.iter(1000)), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    assert _SMALLEST_VOCABULARY <= len(tokenizer) <= args.vocab_size, f"{len(tokenizer)} tokens"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    assert smallest <= len(tokenizer) <= vocab_size, f"{len(tokenizer)} tokens"
     return tokenizer
 
 
@@ -136,7 +141,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _pack(texts: Dataset, tokenizer: PreTrainedTokenizerFast, length: int) -> Dataset:
+def pack(texts: Dataset, tokenizer: PreTrainedTokenizerFast, length: int) -> Dataset:
     """Join the texts, each closed by the end-of-text token, and cut blocks of ``length`` tokens.
 
     Texts are joined a thousand at a time; what does not fill a block at the end is dropped.

