@@ -1,0 +1,36 @@
+"""`python -m examples.compare run [STUDY …]` and `python -m examples.compare report`; see the package."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ..common.errors import InputError
+from .plan import STUDIES, read
+from .records import RESULTS, Records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.compare", description=__doc__)
+    parser.add_argument("--studies", type=Path, default=STUDIES, help="the YAML that says what is compared")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="go on with the studies; interrupt it whenever you like")
+    running.add_argument("study", nargs="*", help="studies to run, with what they depend on; all if none is named")
+    running.add_argument("--workers", type=int, help="runs at a time, one core each")
+    args = parser.parse_args()
+    try:
+        studies = read(args.studies)
+        records = Records(args.results, studies)
+        if unknown := set(args.study) - studies.keys():
+            raise InputError(f"no study is called {', '.join(sorted(unknown))}; there are {', '.join(studies)}")
+    except InputError as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from . import queue  # after the arguments, since it loads torch
+
+    queue.run(studies, records, set(args.study or studies), args.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The runs that the studies ask for, in order, and which of them can start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import search
+from .plan import Method, Study
+from .records import Record, Records
+
+_AT_ONCE = 2
+"""Trials of one method that run at the same time: a trial knows all earlier ones but the last."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. A trial has seed 0 and a number; other runs measure the chosen settings."""
+
+    study: Study
+    method: Method
+    seed: int
+    trial: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`METHOD/trial-I` or `METHOD/seed-I`: what finds the record within its study."""
+        return f"{self.method.name}/" + (f"seed-{self.seed}" if self.trial is None else f"trial-{self.trial}")
+
+    @property
+    def split(self) -> str:
+        return self.study.split if self.trial is None else "validation"
+
+
+def all_jobs(studies: Mapping[str, Study]) -> Iterator[Job]:
+    """All runs, in order: trials first, then seeds, study by study."""
+    for study in studies.values():
+        for method in study.methods:
+            for trial in range(_trials(study, method)):
+                yield Job(study, method, 0, trial)
+        for seed in study.seeds:
+            for method in study.methods:
+                yield Job(study, method, seed)
+
+
+def settings(job: Job, studies: Mapping[str, Study], records: Records) -> dict[str, Any] | None:
+    """What the run is to use: the task's settings, the single worker's lr and beta2, the method's, then the trials'.
+
+    None while it depends on runs that have not ended.
+    """
+    study, method = job.study, job.method
+    found = dict(study.task.settings)
+    if study.base is not None:
+        base = studies[study.base]
+        tuned = choice(base, base.methods[0], records)
+        if tuned is None:
+            return None
+        found |= {key: tuned[key] for key in ("lr", "beta2") if key in tuned}
+    found |= method.settings
+    searched = _suggestion(job, records) if job.trial is not None else choice(_chooser(study, studies), method, records)
+    return None if searched is None else found | searched
+
+
+def choice(study: Study, method: Method, records: Records) -> dict[str, Any] | None:
+    """What the trials of a method have chosen; None while some are missing, nothing where there are none."""
+    trials = _trial_records(study, method, _trials(study, method), records)
+    if trials is None:
+        return None
+    return min(trials, key=_loss)["tried"] if trials else {}
+
+
+def _suggestion(job: Job, records: Records) -> dict[str, Any] | None:
+    assert job.trial is not None
+    earlier = _trial_records(job.study, job.method, job.trial - _AT_ONCE + 1, records)
+    if earlier is None:
+        return None
+    return search.suggest(job.method.search, job.trial, [(trial["tried"], trial["loss"]) for trial in earlier])
+
+
+def _trial_records(study: Study, method: Method, count: int, records: Records) -> list[Record] | None:
+    found = [records.of(study.name).get(Job(study, method, 0, trial).name) for trial in range(count)]
+    complete = [record for record in found if record is not None]
+    return complete if len(complete) == len(found) else None
+
+
+def _chooser(study: Study, studies: Mapping[str, Study]) -> Study:
+    return study if study.settings_of is None else studies[study.settings_of]
+
+
+def _loss(record: Record) -> float:
+    return math.inf if record["loss"] is None else record["loss"]
+
+
+def _trials(study: Study, method: Method) -> int:
+    return study.trials if method.search and study.settings_of is None else 0

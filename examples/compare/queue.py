@@ -1,0 +1,81 @@
+"""Runs the jobs of all studies, one on each core, in their order; what has a record is not run again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from importlib.metadata import version
+from multiprocessing import get_context
+from typing import Any
+
+from .jobs import Job, all_jobs, settings
+from .plan import Study
+from .records import Record, Records
+from .training import train
+
+_VERSIONED = ("torch", "transformers", "datasets", "optuna", "schedulefree")
+
+
+def run(studies: Mapping[str, Study], records: Records, wanted: set[str], workers: int | None = None) -> None:
+    """Run what the studies named in `wanted` ask for and what they depend on. Interrupted, it goes on where it was."""
+    waiting = [job for job in all_jobs(studies) if job.name not in records.of(job.study.name)]
+    waiting = [job for job in waiting if job.study.name in _with_needs(wanted, studies)]
+    running: dict[Future[dict[str, Any]], tuple[Job, dict[str, Any]]] = {}
+    workers = workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        while waiting or running:
+            for job in list(waiting):
+                if len(running) == workers:
+                    break
+                chosen = settings(job, studies, records)
+                if chosen is not None:
+                    running[pool.submit(_train, job, chosen)] = job, chosen
+                    waiting.remove(job)
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                job, chosen = running.pop(future)
+                record = _record(job, chosen, future.result())
+                records.add(job.study.name, record)
+                print(_line(job, record), f"{len(waiting) + len(running)} to go", flush=True)
+
+
+def _with_needs(names: set[str], studies: Mapping[str, Study]) -> set[str]:
+    needs = {need for name in names for need in (studies[name].base, studies[name].settings_of) if need}
+    return names if needs <= names else _with_needs(names | needs, studies)
+
+
+def _train(job: Job, chosen: dict[str, Any]) -> dict[str, Any]:
+    study = job.study
+    reports = job.trial is None and job.seed == study.seeds[0]
+    return train(study.task, job.method.optimizer, chosen, study.n, job.seed, job.split, reports)
+
+
+def _record(job: Job, chosen: dict[str, Any], found: dict[str, Any]) -> Record:
+    return {
+        "job": job.name,
+        "method": job.method.name,
+        "trial": job.trial,
+        "seed": job.seed,
+        "split": job.split,
+        "settings": chosen,
+        "tried": {key: chosen[key] for key in job.method.search} if job.trial is not None else {},
+        **found,
+        "digest": job.study.digest(job.method),
+        "command": f"python -m examples.compare run {job.study.name}",
+        "commit": _commit(),
+        "versions": {package: version(package) for package in _VERSIONED},
+    }
+
+
+def _commit() -> str:
+    """The commit of the code, with a `+` where files differ from it."""
+    asked = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+def _line(job: Job, record: Record) -> str:
+    loss = "diverged" if record["loss"] is None else f"{record['loss']:.4f}"
+    tried = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in record["tried"].items())
+    return f"{job.study.name} {job.name}: {loss} in {record['seconds']} s  {tried} "
