@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 from ..common.errors import InputError
+from ..common.history import write_whole
 from .plan import STUDIES, read
 from .records import RESULTS, Records
+from .tables import tables
 
 
 def main() -> None:
@@ -18,10 +20,14 @@ def main() -> None:
     running = commands.add_parser("run", help="go on with the studies; interrupt it whenever you like")
     running.add_argument("study", nargs="*", help="studies to run, with what they depend on; all if none is named")
     running.add_argument("--workers", type=int, help="runs at a time, one core each")
+    commands.add_parser("report", help="write tables.md from the records")
     args = parser.parse_args()
     try:
         studies = read(args.studies)
         records = Records(args.results, studies)
+        if args.command == "report":
+            write_whole(args.results / "tables.md", tables(studies, records))
+            return
         if unknown := set(args.study) - studies.keys():
             raise InputError(f"no study is called {', '.join(sorted(unknown))}; there are {', '.join(studies)}")
     except InputError as error:

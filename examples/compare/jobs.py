@@ -35,14 +35,12 @@ class Job:
 
 
 def all_jobs(studies: Mapping[str, Study]) -> Iterator[Job]:
-    """All runs, in order: trials first, then seeds, study by study."""
-    for study in studies.values():
-        for method in study.methods:
-            for trial in range(_trials(study, method)):
-                yield Job(study, method, 0, trial)
-        for seed in study.seeds:
-            for method in study.methods:
-                yield Job(study, method, seed)
+    """All runs, in order: the first method of every study with its trials and seeds, then the second, and so on."""
+    for place in range(max(len(study.methods) for study in studies.values())):
+        for study in studies.values():
+            for method in study.methods[place : place + 1]:
+                yield from (Job(study, method, 0, trial) for trial in range(_trials(study, method)))
+                yield from (Job(study, method, seed) for seed in study.seeds)
 
 
 def settings(job: Job, studies: Mapping[str, Study], records: Records) -> dict[str, Any] | None:

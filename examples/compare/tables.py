@@ -1,0 +1,67 @@
+"""The tables of all studies, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .plan import Study
+from .records import Records
+from .summary import TARGETS, Outcome, Spread, outcomes, targets
+
+_HIDDEN = ("weight_decay", "clip")
+"""Settings that all methods of a task share."""
+
+
+def tables(studies: Mapping[str, Study], records: Records) -> str:
+    """All studies of which a method has been run with all its seeds."""
+    parts = [part for study in studies.values() if (part := table(study, studies, records))]
+    return "\n\n".join(["# Results", _HOW, *parts]) + "\n"
+
+
+def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
+    """One study, a row for each method."""
+    goals = targets(studies[study.base or study.name], records)
+    found = outcomes(study, goals, records)
+    if not found:
+        return ""
+    updates = max(run["curve"][-1][0] for run in records.of(study.name).values() if run["trial"] is None)
+    lines = [
+        f"## {study.name}: {study.task.name}, n = {study.n}",
+        f"Loss on the {study.split} split, {len(study.seeds)} seeds; {study.task.micro_batches:,} micro-batches"
+        + (f" in {updates:,} updates at most." if study.n > 1 else "."),
+        "",
+        _row("method", "loss", *(f"updates to {goal:.3f}" for goal in goals), "trials", "settings"),
+        _row(*["---"] * (4 + len(goals))),
+    ]
+    lines += [_line(outcome, study) for outcome in found]
+    return "\n".join(lines)
+
+
+def _line(outcome: Outcome, study: Study) -> str:
+    settings = {key: value for key, value in outcome.settings.items() if key not in _HIDDEN}
+    loss = f"{outcome.diverged} of {len(study.seeds)} diverged" if outcome.diverged else _spread(outcome.loss, 3)
+    reached = [_spread(spread, 0) for spread in outcome.updates]
+    return _row(outcome.method.name, loss, *reached, str(outcome.trials), _words(settings))
+
+
+def _spread(spread: Spread, digits: int) -> str:
+    return f"{spread.mean:.{digits}f} ± {spread.half_range:.{digits}f}" if spread.values else "not reached"
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in sorted(settings.items()))
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+_HOW = f"""Made by `python -m examples.compare report` from the records here; `studies.yaml` says what is run.
+
+- Every method has the same number of trials, with seed 0, chosen by the last loss on the validation split. The seeds of
+  the tables are others, and their split has been seen by no choice, unless the split is called validation.
+- "±" is half the range over the seeds. "updates to X": X is the mean loss of the single worker after
+  {", ".join(f"{share:.3g}" for share in TARGETS)} of its run; between two evaluations a straight line is taken.
+- `lr` is the single worker's, or the method's own; `lr_power` p multiplies it by n^p. `beta2` that is not searched is
+  the single worker's, too."""
