@@ -17,21 +17,21 @@ Reports = list[tuple[int, dict[str, Any]]]  # (update, ds_lena.report)
 # Kind of layer: patterns of its names, and a colour that colour-blind readers can tell from the
 # others. The first kind that matches is taken; the legend reads from the last, drawn on top.
 KINDS = {
-    "layer norm": (("*ln_*", "*LayerNorm*", "*layer_norm*"), "#B05FA0"),
+    "layer norm": (("*ln_*", "*norm*", "*LayerNorm*"), "#B05FA0"),
     "bias": (("*.bias",), "#9A9A9A"),
     "attention weight": (("*attn*", "*attention*"), "#0072B2"),
     "MLP weight": (("*mlp*", "*intermediate*", "*output*"), "#009E73"),
     "embedding": (("*wte*", "*wpe*", "*embed*"), "#D55E00"),
     "other": (("*",), "#6B5B95"),
 }
-_INK, _FAINT = "#222222", "#6F6F6F"
+INK, FAINT = "#222222", "#6F6F6F"
 
 
 def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
     """Draw the records of ``history.History``; without reports of LENA, the losses only."""
     reports = [(record["update"], record["lena"]) for record in history if "lena" in record]
     figure = Figure(figsize=(12, 5.6) if reports else (7, 4.6), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.suptitle(title, fontsize=13, color=INK)
     if not reports:
         _losses(figure.subplots(), history, unigram_loss)
     else:
@@ -70,27 +70,27 @@ def _losses(axes: Axes, history: History, unigram_loss: float) -> None:
     )
     axes.annotate(f"{loss:.2f}", (end, loss), (0, -14), ha="right", color="#0B3C5D", weight="bold", **note)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
-    _dress(axes, "loss, nats per token")
+    dress(axes, "loss, nats per token")
     axes.set_xlabel("update", fontsize=9.5)
 
 
 def _gains(axes: Axes, reports: Reports) -> None:
     _layer_lines(axes, reports, "gain")
     updates, last = [update for update, _ in reports], reports[-1][1]
-    axes.plot(updates, [report["gain"] for _, report in reports], color=_INK, linewidth=3, zorder=4)
+    axes.plot(updates, [report["gain"] for _, report in reports], color=INK, linewidth=3, zorder=4)
     largest = max(last["n"] / last["base"], 1)
     for gain, rule in ((largest, "linear"), (largest**0.5, "sqrt")):
-        axes.axhline(gain, color=_FAINT, linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
-        axes.annotate(rule, (1.01, gain), xycoords=("axes fraction", "data"), va="center", color=_FAINT)
+        axes.axhline(gain, color=FAINT, linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
+        axes.annotate(rule, (1.01, gain), xycoords=("axes fraction", "data"), va="center", color=FAINT)
     axes.set_xlim(0, 1.01 * updates[-1])
     axes.set_yscale("log", base=2)
     axes.set_ylim(0.93, largest * 1.3)
     axes.yaxis.set_major_locator(FixedLocator([2.0**i for i in range(int(largest).bit_length())]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    _dress(axes, f"gain of each layer, n = {last['n']} micro-batches averaged")
+    dress(axes, f"gain of each layer, n = {last['n']} micro-batches averaged")
     axes.tick_params(labelbottom=False)
-    shown = {_kind(name) for name in last["layers"]}
-    handles = [Line2D([], [], color=_INK, linewidth=3, label="whole model")]
+    shown = {kind_of(name) for name in last["layers"]}
+    handles = [Line2D([], [], color=INK, linewidth=3, label="whole model")]
     for kind, (_, colour) in reversed(KINDS.items()):
         if kind in shown:
             handles.append(Line2D([], [], color=colour, linewidth=2, label=kind))
@@ -102,7 +102,7 @@ def _warmups(axes: Axes, reports: Reports) -> None:
     axes.set_ylim(-0.03, 1.06)
     axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _dress(axes, "warm-up of each layer")
+    dress(axes, "warm-up of each layer")
     axes.set_xlabel("update", fontsize=9.5)
 
 
@@ -111,18 +111,18 @@ def _layer_lines(axes: Axes, reports: Reports, key: str) -> None:
     updates, names = [update for update, _ in reports], list(reports[-1][1]["layers"])
     deepest = max(_depth(name, 0) for name in names)
     for name in names:
-        colour = to_rgb(KINDS[_kind(name)][1])
+        colour = to_rgb(KINDS[kind_of(name)][1])
         white = 0.5 * (1 - _depth(name, deepest) / max(deepest, 1))
         axes.plot(
             updates,
             [report["layers"][name][key] for _, report in reports],
             color=[channel + (1 - channel) * white for channel in colour],
             linewidth=1.1,
-            zorder=2 + 0.1 * list(KINDS).index(_kind(name)),
+            zorder=2 + 0.1 * list(KINDS).index(kind_of(name)),
         )
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The kind of the layer ``name``: a parameter, a module or a block."""
     matches = (kind for kind, (patterns, _) in KINDS.items() if any(fnmatch(name, p) for p in patterns))
     return next(matches)
@@ -134,11 +134,11 @@ def _depth(name: str, outside: int) -> int:
     return int(number[1]) if number else outside
 
 
-def _dress(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+def dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
     axes.grid(color="#E6E6E6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#BBBBBB")
-    axes.tick_params(labelsize=9, color="#BBBBBB", labelcolor=_INK)
+    axes.tick_params(labelsize=9, color="#BBBBBB", labelcolor=INK)
     axes.margins(x=0.01)

@@ -7,12 +7,15 @@
 |-----------------|-----------------------------------------------------------------------------------------|
 | `studies.yaml`  | what is compared: tasks, methods with their search spaces, studies                      |
 | `plan.py`       | reads it, checked                                                                       |
-| `language.py`   | the tasks: data in three splits, model, loss                                            |
+| `language.py`   | a task: data in three splits, model, loss                                               |
+| `images.py`     | another: Fashion-MNIST                                                                  |
 | `optimizers.py` | a method's settings -> optimizers, schedule, batches                                    |
 | `training.py`   | one run -> one record                                                                   |
 | `search.py`     | which settings to try next (optuna)                                                     |
 | `jobs.py`       | the runs that the studies ask for, and which of them can start                          |
 | `queue.py`      | runs them on all cores, and keeps their records                                         |
 | `records.py`    | records as JSON lines, one file per study                                               |
-| `report.py`     | tables and pictures                                                                     |
+| `summary.py`    | from records to numbers: spread over seeds, updates to a target                         |
+| `tables.py`     | `results/tables.md`                                                                     |
+| `pictures.py`   | `results/*.png`                                                                         |
 """

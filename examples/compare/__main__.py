@@ -20,13 +20,16 @@ def main() -> None:
     running = commands.add_parser("run", help="go on with the studies; interrupt it whenever you like")
     running.add_argument("study", nargs="*", help="studies to run, with what they depend on; all if none is named")
     running.add_argument("--workers", type=int, help="runs at a time, one core each")
-    commands.add_parser("report", help="write tables.md from the records")
+    commands.add_parser("report", help="write tables.md and pictures from the records")
     args = parser.parse_args()
     try:
         studies = read(args.studies)
         records = Records(args.results, studies)
         if args.command == "report":
             write_whole(args.results / "tables.md", tables(studies, records))
+            from .pictures import draw  # matplotlib
+
+            draw(studies, records, args.results)
             return
         if unknown := set(args.study) - studies.keys():
             raise InputError(f"no study is called {', '.join(sorted(unknown))}; there are {', '.join(studies)}")

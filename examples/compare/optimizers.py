@@ -92,6 +92,11 @@ def _adamw(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     return Contestant([adamw], settings.get("warmup_fraction", 0.0))
 
 
+def _sgd(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    sgd = torch.optim.SGD(_groups(model.named_parameters(), settings), settings["lr"], momentum=0.9)
+    return Contestant([sgd], settings.get("warmup_fraction", 0.0))
+
+
 def _lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     keys = {key: value for key, value in settings.items() if key in KEYS}
     if settings.get("base", "adamw") in ("adamw", "lamb"):
@@ -140,6 +145,7 @@ def _groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> li
 
 OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, int], Contestant]] = {
     "adamw": _adamw,
+    "sgd": _sgd,
     "lena": _lena,
     "schedule-free": _schedule_free,
     "muon": _muon,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import version
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from .jobs import Job, all_jobs, settings
@@ -15,6 +16,7 @@ from .plan import Study
 from .records import Record, Records
 from .training import train
 
+_ROOT = Path(__file__).parents[2]
 _VERSIONED = ("torch", "transformers", "datasets", "optuna", "schedulefree")
 
 
@@ -70,9 +72,15 @@ def _record(job: Job, chosen: dict[str, Any], found: dict[str, Any]) -> Record:
 
 
 def _commit() -> str:
-    """The commit of the code, with a `+` where files differ from it."""
-    asked = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"
+    """The commit of the code that was run, with a `+` where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=_ROOT
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "ds_lena", "examples/common", "examples/compare/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def _line(job: Job, record: Record) -> str:

@@ -55,7 +55,7 @@ def outcomes(study: Study, targets: Sequence[float], records: Records) -> list[O
 
 def targets(single_worker: Study, records: Records) -> list[float]:
     """Mean losses of the single worker after the shares `TARGETS` of its run; none while a seed is missing."""
-    runs = _seeds(single_worker, single_worker.methods[0], records)
+    runs = seed_runs(single_worker, single_worker.methods[0], records)
     if not runs:
         return []
     total = single_worker.task.micro_batches
@@ -76,7 +76,7 @@ def updates_to(curve: Sequence[Sequence[float]], target: float, column: int = 0)
 
 
 def _outcome(study: Study, method: Method, targets: Sequence[float], records: Records) -> Outcome | None:
-    runs = _seeds(study, method, records)
+    runs = seed_runs(study, method, records)
     if not runs:
         return None
     reached = [run for run in runs if run["loss"] is not None]
@@ -92,7 +92,8 @@ def _outcome(study: Study, method: Method, targets: Sequence[float], records: Re
     )
 
 
-def _seeds(study: Study, method: Method, records: Records) -> list[Record]:
+def seed_runs(study: Study, method: Method, records: Records) -> list[Record]:
+    """The runs that measure a method; none while one is missing."""
     runs = [records.of(study.name).get(Job(study, method, seed).name) for seed in study.seeds]
     return [] if None in runs else runs
 

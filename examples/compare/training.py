@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ds_lena
 
+from .images import ImageTask
 from .language import LanguageTask
 from .optimizers import Contestant, build, windows
 from .plan import Task
@@ -20,17 +21,18 @@ from .plan import Task
 DATA = Path("outputs/compare")
 """Where tokens are kept."""
 
-KINDS = {"language": LanguageTask}
-
 
 class Problem(Protocol):
-    """A model with its data, at one seed."""
+    """A model with its data, at one seed. `evaluate` gives what is to be small: a loss, or a share of errors."""
 
     model: nn.Module
 
     def loss(self, index: int) -> Tensor: ...
 
     def evaluate(self, split: str) -> float: ...
+
+
+KINDS: dict[str, Callable[..., Problem]] = {"language": LanguageTask, "images": ImageTask}
 
 
 def train(

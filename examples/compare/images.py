@@ -1,0 +1,90 @@
+"""A small ResNet on Fashion-MNIST, the setting of the LENA paper as near as it can be had without its data.
+
+50,000 images are trained on, the last 10,000 of the training file are the validation split, the 10,000 of the test file
+the test split. The files come with Debian's package `dataset-fashion-mnist`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from ..common.errors import InputError
+
+FOLDER = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+_TRAINED_ON = 50_000
+_EVALUATION_ROWS = 1000
+
+
+class ImageTask:
+    """A model with its data.
+
+    Args:
+        model: `width` of the first stage, `depths` of all stages; each stage has twice the width of the one before.
+        data: `rows_per_micro_batch`.
+        folder: not used; nothing needs to be kept.
+        seed: of the weights and of the order of the images.
+    """
+
+    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], folder: Path, seed: int) -> None:
+        images, labels = _read("train")
+        self._train = images[:_TRAINED_ON], labels[:_TRAINED_ON]
+        self._held_out = {"validation": (images[_TRAINED_ON:], labels[_TRAINED_ON:]), "test": _read("t10k")}
+        self._rows = data["rows_per_micro_batch"]
+        self._seed = seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        torch.manual_seed(seed)
+        config = ResNetConfig(
+            num_channels=1,
+            num_labels=10,
+            embedding_size=model["width"],
+            hidden_sizes=[model["width"] * 2**stage for stage in range(len(model["depths"]))],
+            depths=model["depths"],
+            layer_type="basic",
+        )
+        self.model: nn.Module = ResNetForImageClassification(config)
+        self._compiled = torch.compile(self.model)
+
+    def loss(self, index: int) -> Tensor:
+        """Mean cross entropy of micro-batch number `index`, (); without an end, epoch after epoch."""
+        images, labels = self._train
+        epoch, place = divmod(index, len(images) // self._rows)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
+            self._order = epoch, torch.randperm(len(images), generator=generator)
+        rows = self._order[1][place * self._rows : (place + 1) * self._rows]
+        self.model.train()
+        return nn.functional.cross_entropy(self._compiled(images[rows]).logits, labels[rows])
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> float:
+        """Share of the images of a split that are taken for something else."""
+        self.model.eval()
+        wrong = 0
+        for images, labels in zip(*(part.split(_EVALUATION_ROWS) for part in self._held_out[split]), strict=True):
+            wrong += int((self.model(images).logits.argmax(1) != labels).sum())
+        return wrong / len(self._held_out[split][1])
+
+
+def _read(name: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28), about normal, and labels (N,), from the IDX files of a split."""
+    images = _idx(FOLDER / f"{name}-images-idx3-ubyte.gz", header=16).reshape(-1, 1, 28, 28)
+    labels = _idx(FOLDER / f"{name}-labels-idx1-ubyte.gz", header=8)
+    return (images.float() / 255 - 0.286) / 0.353, labels.long()
+
+
+def _idx(path: Path, header: int) -> Tensor:
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file. Install Debian's dataset-fashion-mnist, or set FASHION_MNIST to the folder of "
+            "its four *-ubyte.gz files (https://github.com/zalandoresearch/fashion-mnist)"
+        )
+    return torch.from_numpy(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).copy())
