@@ -96,6 +96,8 @@ def finite(value: Any) -> Any:
     """``value`` with None for every number that is not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from ..common.history import finite
+from ..common.history import finite, write_whole
 from ..common.history import read as read_lines
 from .plan import Study
 
@@ -35,11 +35,12 @@ class Records:
         return self._by_study[study]
 
     def add(self, study: str, record: Record) -> None:
+        """Keep a record. The file is written as a whole: a torn last line of a killed run goes."""
         record = finite(record)
         self._by_study[study][record["job"]] = record
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._path(study).open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        lines = (json.dumps(record) + "\n" for record in self._by_study[study].values())
+        write_whole(self._path(study), "".join(lines))
 
     def _path(self, study: str) -> Path:
         return self._folder / f"{study}.jsonl"

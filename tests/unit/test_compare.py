@@ -1,4 +1,4 @@
-"""The comparison harness without training: plans, searches, the order of runs, schedules, and what is made of records."""
+"""The comparison harness without training: plans, searches, the order of runs, schedules, tables."""
 
 import json
 import math
