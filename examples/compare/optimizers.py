@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 import ds_lena
 from ds_lena.config import KEYS
 
+from .preconditioned import precondition
+
 Settings = Mapping[str, Any]
 _FINAL_LR = 0.1
 """The cosine ends at this share of the peak."""
@@ -105,6 +107,12 @@ def _lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     return Contestant([ds_lena.LENA(model.named_parameters(), **keys, no_decay=plain, total_steps=updates)])
 
 
+def _preconditioned_lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    contestant = _lena(settings, model, updates)
+    precondition(contestant.optimizers[0], settings["beta2"])
+    return contestant
+
+
 def _schedule_free(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     optimizer = schedulefree.AdamWScheduleFree(
         _groups(model.named_parameters(), settings),
@@ -147,6 +155,7 @@ OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, int], Contestant]] = {
     "adamw": _adamw,
     "sgd": _sgd,
     "lena": _lena,
+    "preconditioned-lena": _preconditioned_lena,
     "schedule-free": _schedule_free,
     "muon": _muon,
 }
