@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 # The launcher and the ranks that it starts must find this environment first.
 RUN = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1
 
-.PHONY: demo demo-quick test test-all lint format bench bench-quick bench-scaling clean
+.PHONY: demo demo-quick test test-all lint format bench bench-quick bench-scaling compare compare-report clean
 .DEFAULT_GOAL := test
 
 # torch comes first: another package would pull its newest build, with gigabytes of CUDA libraries.
@@ -19,7 +19,7 @@ $(VENV)/installed: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "setuptools<81" wheel
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet $(TESTED) -e ".[hf,examples,test,lint]"
+	$(BIN)/pip install --quiet $(TESTED) -e ".[hf,examples,compare,test,lint]"
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps $(ADASCALE)
 	$(BIN)/pip install --quiet --no-deps $(TIMM)
 	touch $@
@@ -53,6 +53,13 @@ bench-quick: $(VENV)/installed
 
 bench-scaling: $(VENV)/installed
 	$(RUN) python -m benchmarks.scaling
+
+# Hours on two cores; it can be interrupted, and goes on where it was.
+compare: $(VENV)/installed
+	$(RUN) python -m examples.compare run
+
+compare-report: $(VENV)/installed
+	$(RUN) python -m examples.compare report
 
 clean:
 	rm -rf $(VENV) outputs
