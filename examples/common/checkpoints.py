@@ -1,6 +1,7 @@
 """Which checkpoint to resume from."""
 
 import re
+import zipfile
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -8,11 +9,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .errors import InputError
 
 
-def find_checkpoint(asked: str | None, output_dir: Path) -> str | None:
+def find_checkpoint(asked: str | None, output_dir: Path, ranks: int) -> str | None:
     """The checkpoint to resume from: ``asked`` is a path, ``latest`` in ``output_dir``, or None.
-
-    The Trainer writes its state last: a folder without it was left by an interrupted run and does
-    not count.
 
     Raises:
         InputError: no complete checkpoint there.
@@ -20,11 +18,23 @@ def find_checkpoint(asked: str | None, output_dir: Path) -> str | None:
     if asked is None:
         return None
     if asked != "latest":
-        if not (Path(asked) / TRAINER_STATE_NAME).is_file():
-            raise InputError(f"{asked}: no complete checkpoint here")
+        if not is_complete(Path(asked), ranks):
+            raise InputError(f"{asked}: no complete checkpoint of {ranks} ranks here")
         return asked
-    complete = [state.parent for state in output_dir.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    numbered = [folder for folder in complete if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    if not numbered:
-        raise InputError(f"{output_dir}: no complete checkpoint to resume from")
-    return str(max(numbered, key=lambda folder: int(folder.name.split("-")[1])))
+    numbered = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    complete = [folder for folder in numbered if is_complete(folder, ranks)]
+    if not complete:
+        raise InputError(f"{output_dir}: no complete checkpoint of {ranks} ranks to resume from")
+    return str(max(complete, key=lambda folder: int(folder.name.split("-")[1])))
+
+
+def is_complete(folder: Path, ranks: int) -> bool:
+    """Whether a run was not interrupted while it wrote this checkpoint.
+
+    The first rank writes the Trainer's state last, but does not wait for the others' random states. What torch writes
+    is a zip file, whose table of contents comes at its end.
+    """
+    random_states = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
+    if not all((folder / name).is_file() for name in (TRAINER_STATE_NAME, *random_states)):
+        return False
+    return all(zipfile.is_zipfile(file) for file in folder.rglob("*.pt*") if file.suffix in (".pt", ".pth"))
