@@ -70,8 +70,8 @@ def _refuse_ignored(optimizer: dict[str, Any], args: TrainingArguments, typed: I
     for argument, key in _OPTIMIZER_KEYS.items():
         if argument in typed and key not in params:
             raise InputError(
-                f'--{argument} {getattr(args, argument)} would be ignored: the optimizer {name} of the run has no "{key}" '
-                f'in its entry. Write "{key}": "auto" there if it takes one, or leave --{argument} out.'
+                f"--{argument} {getattr(args, argument)} would be ignored: the entry of the optimizer {name} has no "
+                f'"{key}". Write "{key}": "auto" there if it takes one, or leave --{argument} out.'
             )
 
 
