@@ -47,7 +47,7 @@ def refuse_contradictions(args: TrainingArguments, typed: set[str]) -> None:
     if optimizer is not None:
         _refuse_ignored(optimizer, args, typed)
         if optimizer.get("type") == "LENA":
-            _check_lena(optimizer.get("params", {}), args)
+            _check_lena(optimizer.get("params") or {}, args)
 
 
 def tell_mismatches(text: str) -> str | None:
@@ -60,7 +60,7 @@ def tell_mismatches(text: str) -> str | None:
 
 
 def _refuse_ignored(optimizer: dict[str, Any], args: TrainingArguments, typed: Iterable[str]) -> None:
-    name, params = optimizer.get("type"), optimizer.get("params", {})
+    name, params = optimizer.get("type"), optimizer.get("params") or {}
     (standard,) = (field.default for field in fields(TrainingArguments) if field.name == "optim")
     if args.optim != standard:
         raise InputError(

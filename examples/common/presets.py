@@ -33,7 +33,7 @@ def entry(preset: str, replaced: dict[str, Any], no_decay: list[str]) -> dict[st
     params = _params(preset)
     params.pop("total_steps", None)  # HF's count
     params |= dict.fromkeys(_auto(params.get("base", "adamw")), "auto")
-    kept = replaced.get("params", {}) if replaced.get("type") == "LENA" else {}
+    kept = (replaced.get("params") or {}) if replaced.get("type") == "LENA" else {}
     params |= {"no_decay": no_decay} | {key: kept[key] for key in _KEPT if key in kept}
     return {"type": "LENA", "params": params}
 

@@ -92,6 +92,7 @@ def _run(
         blocks = "streamed" if data_args.streaming else f"{len(corpus.train):,}"
         sizes = f"{blocks} training and {len(corpus.held_out):,} held-out blocks"
         print(f"{data_args.dataset}: {sizes} of {data_args.sequence_length} tokens", flush=True)
+        print(f"{args.world_size} rank(s), {optimizer_name(args)}", flush=True)
 
     args.eval_on_start = checkpoint is None
     set_seed(args.seed)
