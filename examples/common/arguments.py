@@ -71,15 +71,14 @@ def read_config(source: str | None) -> dict[str, Any] | None:
     if source is None:
         return None
     is_text = source.lstrip().startswith("{")
-    path = Path(source).expanduser()
     try:
-        config = json.loads(source if is_text else path.read_text())
+        config = json.loads(source if is_text else Path(source).expanduser().read_text())
     except OSError as error:
-        raise InputError(f"DeepSpeed config {path}: {error.strerror}") from error
+        raise InputError(f"DeepSpeed config {source}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"DeepSpeed config {'' if is_text else path}: not JSON: {error}") from error
+        raise InputError(f"DeepSpeed config {source}: not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise InputError(f"DeepSpeed config {path}: a JSON object is needed, this is a {type(config).__name__}")
+        raise InputError(f"DeepSpeed config {source}: a JSON object is needed, this is a {type(config).__name__}")
     return config
 
 

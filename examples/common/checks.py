@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ds_lena.config import LenaConfig
 from ds_lena.errors import ConfigError
@@ -64,7 +65,7 @@ def _refuse_ignored(optimizer: dict[str, Any], args: TrainingArguments, typed: I
     (standard,) = (field.default for field in fields(TrainingArguments) if field.name == "optim")
     if args.optim != standard:
         raise InputError(
-            f'--optim {args.optim} would be ignored: the DeepSpeed config has "optimizer": {{"type": "{name}"}}. '
+            f"--optim {OptimizerNames(args.optim).value} would be ignored, as the DeepSpeed config names {name}. "
             "Leave --optim out, or take the optimizer out of the config."
         )
     for argument, key in _OPTIMIZER_KEYS.items():

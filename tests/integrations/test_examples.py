@@ -1,70 +1,21 @@
-"""The examples train, stop where they should, and go on after an interruption as if there had been none."""
+"""The examples train, under either launcher, and go on after an interruption as if there had been none."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.integrations._programs import EXAMPLES, accelerate, launch, python, started
+from tests.integrations._examples import PROGRAMS, SAVED_EVERY, STREAM, UPDATES, command, history, load, options
+from tests.integrations._programs import EXAMPLES, accelerate, launch, started
 from tests.integrations._ranks import WORLD
 
-UPDATES, SAVED_EVERY = 12, 2
 PATIENCE = 300.0  # seconds until a run has written its first checkpoint
-
-SCRIPTS = {"gpt": "pretrain_gpt.py", "bert": "pretrain_bert.py"}
-CONFIGS = {"gpt": "ds_lena_zero2.json", "bert": "ds_lena_bert_zero2.json"}
-STREAM = ("--streaming", "--held_out_texts", "20", "--sample_texts", "60", "--shuffle_texts", "30")
-
-
-def write_texts(path: Path, paragraphs: int = 120) -> Path:
-    """Paragraphs of words that repeat, so that there is something to learn."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
-    lines = (" ".join(draw.choices(words, k=draw.randint(20, 60))) for _ in range(paragraphs))
-    path.write_text("\n\n".join(lines) + "\n")
-    return path
-
-
-def options(texts: Path, folder: Path, *more: str) -> list[str]:
-    small = ["--model_size", "tiny", "--vocab_size", "300", "--sequence_length", "32"]
-    batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    times = ["--max_steps", str(UPDATES), "--logging_steps", "1", "--eval_steps", "6", "--save_steps", str(SAVED_EVERY)]
-    return [*small, *batch, *times, "--use_cpu", "--dataset", str(texts), "--output_dir", str(folder), *more]
-
-
-def command(model: str, texts: Path, folder: Path, *more: str) -> list[str]:
-    config = ["--deepspeed", str(EXAMPLES / CONFIGS[model])]
-    return [str(EXAMPLES / SCRIPTS[model]), *config, *options(texts, folder, *more)]
-
-
-def load(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with texts; what the data libraries keep of them goes there too."""
-    folder = tmp_path_factory.mktemp("examples")
-    write_texts(folder / "texts.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-        yield folder
-
-
-# -- what a run leaves, and how it goes on -----------------------------------------------------------------------------
 
 
 def press_ctrl_c(launcher: psutil.Process) -> None:
@@ -104,7 +55,7 @@ def unbroken(workshop: Path) -> Callable[[str], Path]:
             made[model] = workshop / f"{model}-unbroken"
             arguments = options(workshop / "texts.txt", made[model], *RUNS[model][1])
             if model == "gpt":
-                accelerate(EXAMPLES / "accelerate_zero2.yaml", str(EXAMPLES / SCRIPTS[model]), *arguments)
+                accelerate(EXAMPLES / "accelerate_zero2.yaml", str(EXAMPLES / PROGRAMS[model]), *arguments)
             else:
                 launch(*command(model, workshop / "texts.txt", made[model], *RUNS[model][1]))
         return made[model]
@@ -144,19 +95,3 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert load(folder / "results.json") == load(wanted / "results.json")
     assert history(folder) == history(wanted)
     assert (folder / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
-
-
-# -- targets and presets -----------------------------------------------------------------------------------------------
-
-
-def test_a_target_ends_the_run_at_the_first_evaluation_that_reaches_it(workshop: Path) -> None:
-    """With the options spelled with dashes, in one process, with a rival of LENA."""
-    folder = workshop / "target"
-    arguments = command("gpt", workshop / "texts.txt", folder, "--target-loss", "5.5", "--optimizer-preset", "adamw")
-    python(*arguments, "--eval_steps", "1")
-    results, records = load(folder / "results.json"), history(folder)
-    reached = results["target"]["reached_at"]
-    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
-    assert 1 <= reached == results["updates"] < UPDATES
-    assert held_out[-1] <= 5.5 < min(held_out[:-1])
-    assert (results["optimizer"], results["preset"]) == ("AdamW", "adamw") and "lena" not in results

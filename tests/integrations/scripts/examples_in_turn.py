@@ -1,6 +1,6 @@
-"""What the examples say to arguments that cannot be: `examples_refuse.py CASES ANSWERS`, files of JSON.
+"""Runs of the examples, one after the other in this one process: `examples_in_turn.py CASES ANSWERS`, files of JSON.
 
-CASES is a list of [script, arguments]; ANSWERS gets for each the exit code and what was said, all in this one process.
+CASES is a list of [script, arguments]; ANSWERS gets the exit code of each, and what was said.
 """
 
 import contextlib
