@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from .corpus import Corpus, DataArguments, prepare
 from .errors import InputError, give_up
 from .history import History, finite, optimizer_name, write_whole
 from .plot import draw
+from .stopping import Finished, Stopping, reached_at
 from .summary import layer_table, loss_lines, losses
-from .target import StopAtTarget, reached_at
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[Rows], Batch]
@@ -110,10 +111,10 @@ def _run(
     trainer.add_callback(history)  # it prints a line per log, so the Trainer's own printing goes
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    if run_args.target_loss is not None:
-        trainer.add_callback(StopAtTarget(run_args.target_loss))
+    trainer.add_callback(Stopping(run_args.target_loss))  # last: the others begin before it may end
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with suppress(Finished):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if args.eval_strategy == "no":
         trainer.evaluate()
     trainer.save_model()

@@ -100,18 +100,21 @@ BAD: dict[str, Case] = {
 
 @pytest.fixture(scope="module")
 def answers(workshop: Path) -> dict[str, dict[str, Any]]:
-    """What came of every bad command line, and of the good one with a target: all in one process, in turn."""
+    """What came of every bad command line, and before them of some good ones with a target: all in one process."""
     (workshop / "empty.txt").write_text("\n")
     (workshop / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     (workshop / "zeros.txt").write_bytes(b"text\0more")
-    good = command("gpt", workshop / "texts.txt", workshop / "target", "--target-loss", "5.1", "--eval_steps", "1")
-    cases = [(PROGRAMS["gpt"], [*good[1:], "--optimizer-preset", "adamw"])]
+    goal = ["--target-loss", "5.1", "--eval_steps", "1", "--save_steps", "1"]
+    plain = options(workshop / "texts.txt", workshop / "plain", *goal)
+    _, *rival = command("gpt", workshop / "texts.txt", workshop / "rival", *goal, "--optimizer-preset", "adascale")
+    good = {"plain": plain, "again": [*plain, "--resume_from_checkpoint", "latest"], "rival": rival}
+    cases = [(PROGRAMS["gpt"], arguments) for arguments in good.values()]
     for name, (model, arguments, _) in BAD.items():
         placed = [argument.replace("PLACE", str(workshop)) for argument in arguments]
         own = options(workshop / "texts.txt", workshop / name.replace(" ", "-"))
         cases.append((PROGRAMS[model], [*own, *placed]))
     save_tokenizer(workshop / "tokenizer")
-    return dict(zip(["target", *BAD], in_turn(cases, workshop), strict=True))
+    return dict(zip([*good, *BAD], in_turn(cases, workshop), strict=True))
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -148,14 +151,23 @@ def test_what_only_the_trainer_knows_is_said_once_by_two_ranks(workshop: Path) -
     assert not any(file.suffix == ".draft" for file in (folder / "data").iterdir())
 
 
+@pytest.mark.parametrize("name", ["plain", "rival"])
 def test_a_target_ends_the_run_at_the_first_evaluation_that_reaches_it(
-    answers: dict[str, dict[str, Any]], workshop: Path
+    answers: dict[str, dict[str, Any]], workshop: Path, name: str
 ) -> None:
-    """With the options spelled with dashes, in one process, with a rival of LENA."""
-    assert answers["target"]["code"] == 0, answers["target"]["said"]
-    results, records = load(workshop / "target" / "results.json"), history(workshop / "target")
+    """Without DeepSpeed, and with a rival of LENA."""
+    assert answers[name]["code"] == 0, answers[name]["said"]
+    results, records = load(workshop / name / "results.json"), history(workshop / name)
     reached = results["target"]["reached_at"]
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert 1 <= reached == results["updates"] < UPDATES
     assert held_out[-1] <= 5.1 < min(held_out[:-1])
-    assert (results["optimizer"], results["preset"]) == ("AdamW", "adamw") and "lena" not in results
+    assert results["preset"] == (None if name == "plain" else "adascale")
+    assert ("lena" in results) == (name == "rival")
+
+
+def test_a_run_that_goes_on_from_its_end_trains_no_more(answers: dict[str, dict[str, Any]]) -> None:
+    """It was killed between its last checkpoint and its results, say."""
+    begun, finished = (answers[name]["said"].partition("\nheld-out loss before") for name in ("plain", "again"))
+    assert finished[1:] == begun[1:] and finished[1]
+    assert "  lr " in begun[0] and "  lr " not in finished[0]
