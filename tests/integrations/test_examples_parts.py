@@ -53,6 +53,38 @@ def test_rivals_whose_learning_rate_is_for_the_batch_bring_their_own() -> None:
     assert presets.defaults("adamw") == {}
 
 
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    ("gpt", "base"): (50257, 1024, 124_439_808),
+    ("bert", "tiny"): (30522, 512, 4_416_698),
+    ("bert", "base"): (30522, 512, 109_514_298),
+    ("bert", "large"): (30522, 512, 335_174_458),
+}
+"""(vocabulary, positions, parameters), the masked language model's head included."""
+
+
+@pytest.mark.parametrize(("model", "size"), PUBLISHED)
+def test_the_sizes_are_the_published_ones(model: str, size: str) -> None:
+    from common import models
+
+    vocabulary, positions, parameters = PUBLISHED[model, size]
+
+    class Tokenizer:
+        bos_token_id = eos_token_id = pad_token_id = 0
+
+        def __len__(self) -> int:
+            return vocabulary
+
+    build, arguments = {
+        "gpt": (models.build_gpt2, models.GPT2Arguments),
+        "bert": (models.build_bert, models.BertArguments),
+    }[model]
+    with torch.device("meta"):
+        made = build(arguments(model_size=size), Tokenizer(), positions)
+    assert sum(parameter.numel() for parameter in made.parameters()) == parameters
+
+
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 BLOCKS, LENGTH = 6, 8  # of each rank
