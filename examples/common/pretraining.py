@@ -19,7 +19,7 @@ from ds_lena.integrations.callback import LenaCallback
 
 from .arguments import RunArguments, parse
 from .blocks import Rows
-from .checkpoints import find_checkpoint
+from .checkpoints import choose_checkpoint
 from .checks import tell_mismatches
 from .corpus import Corpus, DataArguments, prepare
 from .errors import InputError, give_up
@@ -86,7 +86,7 @@ def _run(
     task: Task, model_args: Any, data_args: DataArguments, run_args: RunArguments, args: TrainingArguments
 ) -> None:
     output_dir = Path(str(args.output_dir))
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir, args.world_size)
+    checkpoint = choose_checkpoint(args)
     with args.main_process_first(local=args.save_on_each_node, desc="data"):
         corpus = prepare(data_args, output_dir, blocks_per_update(args), args.seed, task.needs_mask)
     if args.process_index == 0:

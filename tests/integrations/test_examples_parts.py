@@ -163,7 +163,6 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
     torn = tmp_path / "checkpoint-12" / "global_step12" / "zero_optim_states.pt"
     torn.write_bytes(torn.read_bytes()[:-30])
     assert find_checkpoint("latest", tmp_path, WORLD) == str(tmp_path / "checkpoint-10")
-    assert find_checkpoint(None, tmp_path, WORLD) is None
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused_by_name(tmp_path: Path) -> None:
@@ -172,6 +171,9 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(tmp_path: Path) -> No
 
     made = checkpoint(tmp_path, 2)
     assert find_checkpoint(str(made), tmp_path, WORLD) == str(made)
+    for ranks in (WORLD - 1, WORLD + 1):
+        with pytest.raises(InputError, match=rf"no complete checkpoint of {ranks} rank\(s\) here"):
+            find_checkpoint(str(made), tmp_path, ranks)
     (made / "trainer_state.json").unlink()
-    with pytest.raises(InputError, match="no complete checkpoint of 2 ranks here"):
-        find_checkpoint(str(made), tmp_path, WORLD)
+    with pytest.raises(InputError, match="no complete checkpoint to resume from"):
+        find_checkpoint("latest", tmp_path, None)
