@@ -21,6 +21,7 @@ _OPTIMIZER_KEYS = {
     "adam_beta2": "betas",
     "adam_epsilon": "eps",
 }
+_CONFIG_KEYS = {"gradient_accumulation_steps": "gradient_accumulation_steps", "max_grad_norm": "gradient_clipping"}
 _MISMATCH = re.compile(r"- ds (\S+)=(.*) vs hf (.*)=(.*)")
 
 
@@ -44,6 +45,12 @@ def refuse_contradictions(args: TrainingArguments, typed: set[str]) -> None:
         hf_config.fill_match("scheduler.params.warmup_num_steps", warmup, "warmup_steps (1 stands for none)")
     if told := tell_mismatches("\n".join(hf_config.mismatches)):
         raise InputError(told)
+    for argument, key in _CONFIG_KEYS.items():
+        if argument in typed and isinstance(args.deepspeed, dict) and key not in args.deepspeed:
+            raise InputError(
+                f'--{argument} {getattr(args, argument)} would be ignored: the DeepSpeed config has no "{key}". '
+                f'Write "{key}": "auto" there.'
+            )
     optimizer = hf_config.config.get("optimizer")
     if optimizer is not None:
         _refuse_ignored(optimizer, args, typed)

@@ -59,6 +59,16 @@ BAD: dict[str, Case] = {
         [*config(), "--adam_beta1", "0.8", "--optimizer-preset", "lars"],
         ("--adam_beta1 0.8", "ignored", '"betas"'),
     ),
+    "a clipping that nobody would use": (
+        "gpt",
+        [*config(), "--max_grad_norm", "0.5"],
+        ("--max_grad_norm 0.5", "ignored", '"gradient_clipping": "auto"'),
+    ),
+    "an accumulation that nobody would use": (
+        "gpt",
+        ["--deepspeed", '{"zero_optimization": {"stage": 2}}'],
+        ("--gradient_accumulation_steps 2", "ignored", '"gradient_accumulation_steps": "auto"'),
+    ),
     "an unknown key of LENA": ("gpt", config({"gain_powr": 1}), ('unknown key "gain_powr"', "gain_power")),
     "no DeepSpeed config there": ("gpt", ["--deepspeed", "PLACE/none.json"], ("none.json", "No such file")),
     "a DeepSpeed config that is no JSON": ("gpt", ["--deepspeed", "PLACE/texts.txt"], ("texts.txt", "not JSON")),
