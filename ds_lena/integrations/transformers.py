@@ -7,8 +7,8 @@ import weakref
 from types import ModuleType
 from typing import Any
 
-from ..errors import UnsupportedError
-from ..optimizer import train_in_plain_pytorch
+from ..errors import ConfigError, UnsupportedError
+from ..optimizer import LENA, train_in_plain_pytorch
 
 _planned: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """HF's DeepSpeed configuration object -> updates that its Trainer plans."""
@@ -26,11 +26,24 @@ def install(module: ModuleType) -> None:
                 "LENA: under DeepSpeed, HF Trainer throws away an optimizer that was handed to it, and trains with "
                 'AdamW. Choose LENA in the DeepSpeed configuration: "optimizer": {"type": "LENA", "params": {…}}.'
             )
+        _refuse_another_length(self.config.get("optimizer", {}), int(num_training_steps))
         result = original(self, args, model, num_training_steps)
         _planned[self] = int(num_training_steps)
         return result
 
     config_class.trainer_config_finalize = finalize
+
+
+def _refuse_another_length(optimizer: dict[str, Any], planned: int) -> None:
+    """`planned` is 0 where nothing is trained."""
+    params = optimizer.get("params") if optimizer.get("type") == LENA.__name__ else None
+    given = (params or {}).get("total_steps")
+    if planned > 0 and isinstance(given, (int, float)) and given != planned:
+        raise ConfigError(
+            f'LENA: "total_steps": {given} in the DeepSpeed configuration, but HF Trainer plans {planned} updates '
+            "(max_steps, or those of num_train_epochs). Leave total_steps out, so that the Trainer's number is taken, "
+            "or give the same number."
+        )
 
 
 def planned_updates(deepspeed_config: Any) -> int | None:

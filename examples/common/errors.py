@@ -1,5 +1,15 @@
 """The one error of the examples that is the user's to mend."""
 
+import os
+import sys
+from typing import NoReturn
+
 
 class InputError(ValueError):
     """What was asked for cannot be done; the message is one line that says why."""
+
+
+def give_up(program: str, error: object) -> NoReturn:
+    """End this rank with exit code 1; the first rank says why."""
+    first = os.environ.get("RANK", "0") == "0"
+    sys.exit(f"{program}: error: {error}" if first else 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import ds_lena
 
@@ -78,7 +79,7 @@ def optimizer_name(args: TrainingArguments) -> str:
     """The optimizer that the DeepSpeed config asks for, the Trainer's where it asks for none."""
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     asked = deepspeed.get_value("optimizer.type") if deepspeed else None
-    return asked or str(args.optim)
+    return asked or OptimizerNames(args.optim).value
 
 
 def read(path: Path) -> list[dict[str, Any]]:

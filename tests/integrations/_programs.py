@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.command import free_port, remove_buffers
@@ -12,34 +15,86 @@ from tests.integrations._ranks import WORLD, rank_environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
+EXAMPLES = ROOT / "examples"
 PATIENCE = 600.0  # seconds; on its first start DeepSpeed compiles an extension
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def python(*arguments: str) -> str:
     """What `python …` printed, as the only rank of its world."""
-    return _finish([sys.executable, *arguments], rank_environment(0, 1, free_port()))
+    return _succeeded(_finish([sys.executable, *arguments], rank_environment(0, 1, free_port())))
 
 
 def launch(*arguments: str) -> str:
     """What `deepspeed … …` printed, with two ranks on this machine."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return _succeeded(attempt(*arguments))
+
+
+def attempt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`deepspeed … …`, however it ends."""
     port = free_port()
-    options = ["--num_gpus", str(WORLD), "--num_nodes", "1", "--master_port", str(port)]
     try:
-        return _finish([*launcher, *options, *arguments], {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+        return _finish(_deepspeed(port, arguments), ON_CPU)
     finally:
         remove_buffers(port)
 
 
-def _finish(command: list[str], environment: dict[str, str]) -> str:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
+def accelerate(config: Path, *arguments: str) -> str:
+    """What `accelerate launch … …` printed, with two ranks on this machine.
+
+    The command's module is run by its own name: `accelerate` itself imports timm, which may lack torchvision.
+    """
+    port = free_port()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    options = ["--num_processes", str(WORLD), "--main_process_port", str(port)]
+    try:
+        return _succeeded(_finish([*launcher, *options, *arguments], ON_CPU))
+    finally:
+        remove_buffers(port)
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`deepspeed … …`, in a process group of its own as a terminal would start it; killed at the end."""
+    port = free_port()
+    process = subprocess.Popen(
+        _deepspeed(port, arguments),
+        cwd=ROOT,
+        env=_environment(ON_CPU),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        remove_buffers(port)
+
+
+def _deepspeed(port: int, arguments: Sequence[str]) -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*launcher, "--num_gpus", str(WORLD), "--num_nodes", "1", "--master_port", str(port), *arguments]
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    return os.environ | more | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def _finish(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         command,
-        env=os.environ | environment | {"PYTHONPATH": path},
+        cwd=ROOT,
+        env=_environment(environment),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def _succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,3 +95,29 @@ def refusal_of_client(keys: dict[str, Any]) -> str:
 def test_a_client_optimizer_is_asked_for_the_length_by_the_engine(ranks: Ranks) -> None:
     for message in ranks.run(refusal_of_client, {"total_steps": None}):
         assert '"total_steps" is not known' in message
+
+
+def refusal_by_hf_trainer(given: int | None, planned: int) -> str:
+    """Of a Trainer that plans so many updates."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    entries = HfTrainerDeepSpeedConfig(config(2, lena={"total_steps": given}))
+    try:
+        entries.trainer_config_finalize(SimpleNamespace(get_warmup_steps=lambda updates: 0), Net(), planned)
+    except ds_lena.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_another_length_than_the_trainers_is_refused_before_there_is_an_engine(ranks: Ranks) -> None:
+    for message in ranks.run(refusal_by_hf_trainer, 20, 12):
+        assert '"total_steps": 20' in message and "HF Trainer plans 12 updates" in message and "Leave" in message
+
+
+@pytest.mark.parametrize("given", [None, 12])
+def test_the_trainers_length_or_none_is_welcome(ranks: Ranks, given: int | None) -> None:
+    assert ranks.run(refusal_by_hf_trainer, given, 12) == ["", ""]
+
+
+def test_an_evaluation_without_training_has_no_length_to_contradict(ranks: Ranks) -> None:
+    assert ranks.run(refusal_by_hf_trainer, 20, 0) == ["", ""]
