@@ -29,6 +29,7 @@ MODULES = {
     "memory": "benchmarks.memory",
     "traffic": "benchmarks.traffic",
     "designs": "benchmarks.designs",
+    "example": "benchmarks.example",
 }
 FULL = {"engines": ["--tokens", "512", "1024"]}
 """What a command line says beside --out, unless it says --quick."""

@@ -31,6 +31,8 @@ class History(TrainerCallback):
         self._trainer = trainer
         self._path = path
         self._start = (0.0, 0)  # (seconds, update) when this run began or resumed
+        self._update_began = 0.0
+        self.seconds: list[float] = []  # of every update of this run
         self.records: list[dict[str, Any]] = []
 
     def on_train_begin(
@@ -42,6 +44,12 @@ class History(TrainerCallback):
         if state.global_step:
             self.records = [r for r in read(self._path) if r["update"] <= state.global_step]
         write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._update_began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.monotonic() - self._update_began)
 
     def on_log(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def _run(
     trainer.save_model()
     if trainer.is_world_process_zero():
         unigram = unigram_loss(task, corpus, collate, args.eval_batch_size)
-        results = _results(trainer, run_args, data_args.sequence_length, unigram)
+        results = _results(trainer, run_args, data_args.sequence_length, unigram, history.seconds)
         _conclude(task, results, history.records, output_dir)
     trainer.accelerator.end_training()
 
@@ -141,8 +142,11 @@ def unigram_loss(task: Task, corpus: Corpus, collate: Collate, batch_size: int) 
     return float(corpus.nats[np.concatenate(asked)].mean())
 
 
-def _results(trainer: Trainer, run_args: RunArguments, sequence_length: int, unigram: float) -> dict[str, Any]:
+def _results(
+    trainer: Trainer, run_args: RunArguments, sequence_length: int, unigram: float, seconds: list[float]
+) -> dict[str, Any]:
     args, logs = trainer.args, trainer.state.log_history
+    tokens_per_update = blocks_per_update(args) * sequence_length
     results = {
         "optimizer": optimizer_name(args),
         "preset": run_args.optimizer_preset,
@@ -150,7 +154,8 @@ def _results(trainer: Trainer, run_args: RunArguments, sequence_length: int, uni
         "parameters": get_model_param_count(trainer.model),
         "ranks": args.world_size,
         "updates": trainer.state.global_step,
-        "tokens_per_update": blocks_per_update(args) * sequence_length,
+        "tokens_per_update": tokens_per_update,
+        "tokens_per_second": tokens_per_update / median(seconds) if seconds else None,
         "losses": losses(logs, unigram),
     }
     if (target := run_args.target_loss) is not None:

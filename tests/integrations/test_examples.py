@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -81,6 +82,11 @@ def test_the_trainers_logs_have_the_gains(unbroken: Callable[[str], Path]) -> No
     assert len(logged) == UPDATES and all(log["lena/gain"] >= 1 for log in logged)
 
 
+def without_speed(results: dict[str, Any]) -> dict[str, Any]:
+    assert results["tokens_per_second"] > 0
+    return {key: value for key, value in results.items() if key != "tokens_per_second"}
+
+
 @pytest.mark.parametrize("model", RUNS)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     unbroken: Callable[[str], Path], workshop: Path, model: str
@@ -92,6 +98,6 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     interrupt(how, arguments, folder)
     assert not (folder / "results.json").exists(), "it was over before it was interrupted"
     launch(*arguments, "--resume_from_checkpoint", "latest")
-    assert load(folder / "results.json") == load(wanted / "results.json")
+    assert without_speed(load(folder / "results.json")) == without_speed(load(wanted / "results.json"))
     assert history(folder) == history(wanted)
     assert (folder / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()

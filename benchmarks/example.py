@@ -1,0 +1,87 @@
+"""The speed of examples/pretrain_gpt.py with LENA and with stock AdamW, launched in turns.
+
+    python -m benchmarks.example --rounds 6
+
+Each launch trains for some updates and gives its tokens per second: tokens of an update over the median of their
+seconds. What is compared is the same script under the same launcher, which includes the Trainer and its callbacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import Found, add_ranks, count_ranks, free_port, parse, parser, present, remove_buffers
+from benchmarks.machine import describe
+from benchmarks.tables import table
+
+PRESETS = ("adamw", "lena")
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    made = parser(__doc__)
+    add_ranks(made)
+    made.add_argument("--rounds", type=int, default=6, help="launches of each; default: 6")
+    made.add_argument("--updates", type=int, default=20, help="of one launch; default: 20")
+    made.add_argument("--model", default="mini", help="--model_size of the script; default: mini")
+    made.add_argument("--tokens", type=int, default=512, help="of a micro-batch of one sequence; default: 512")
+    made.add_argument("--accumulation", type=int, default=4, help="micro-batches of a rank in an update; default: 4")
+    args = parse(made, quick={"rounds": 1, "updates": 3, "model": "tiny", "tokens": 64})
+    args.ranks = count_ranks(args.ranks)
+    present(args, describe(), run(args), as_tables)
+    return 0
+
+
+def run(args: Any) -> Found:
+    """Tokens per second of every launch, by preset; every other round in the other order."""
+    speeds: dict[str, list[float]] = {preset: [] for preset in PRESETS}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.rounds):
+            for preset in PRESETS[:: -1 if number % 2 else 1]:
+                speeds[preset].append(launch(preset, args, Path(folder)))
+                print(f"round {number + 1} {preset}: {speeds[preset][-1]:.0f} tokens/s", file=sys.stderr)
+    return {"cases": [speeds], "left_out": {}}
+
+
+def launch(preset: str, args: Any, folder: Path) -> float:
+    """Tokens per second of one run of the script; its data is made once and kept in `folder`."""
+    port = free_port()
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command += ["--num_gpus", str(args.ranks), "--num_nodes", "1", "--master_port", str(port)]
+    command += ["examples/pretrain_gpt.py", "--deepspeed", "examples/ds_lena_zero2.json"]
+    command += ["--optimizer-preset", preset, "--output_dir", str(folder), "--save_strategy", "no"]
+    command += ["--model_size", args.model, "--sequence_length", str(args.tokens), "--max_held_out_blocks", "2"]
+    command += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", str(args.accumulation)]
+    command += ["--max_steps", str(args.updates), "--eval_steps", str(args.updates)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+    try:
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+    finally:
+        remove_buffers(port)
+    return float(json.loads((folder / "results.json").read_text())["tokens_per_second"])
+
+
+def as_tables(results: Mapping[str, Any]) -> str:
+    (speeds,) = results["cases"]
+    stock = speeds["adamw"]
+    rows = []
+    for preset, own in speeds.items():
+        paired = [mine / theirs for mine, theirs in zip(own, stock, strict=True)]
+        ratios = [statistics.median(own) / statistics.median(stock), max(own) / max(stock), min(paired), max(paired)]
+        rows.append([preset, str(len(own)), f"{statistics.median(own):.0f}", *(f"{ratio:.3f}" for ratio in ratios)])
+    head = ["optimizer", "launches", "tokens/s", "ratio of medians", "of the best", "within rounds, from", "to"]
+    return "Tokens per second of examples/pretrain_gpt.py, above AdamW's where a ratio is above 1.\n\n" + table(
+        head, rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
