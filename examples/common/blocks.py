@@ -105,12 +105,6 @@ def unigram_nats(train: Dataset, vocab_size: int) -> np.ndarray:
     return -np.log(counts / counts.sum())
 
 
-def unigram_loss(train: Dataset, held_out: Dataset, vocab_size: int) -> float:
-    """Loss of a unigram model in nats per token, over all held-out tokens but the first of each block."""
-    nats = unigram_nats(train, vocab_size)
-    return float(np.concatenate([nats[tokens[:, 1:]] for tokens in _token_arrays(held_out)]).mean())
-
-
 def _token_arrays(blocks: Dataset) -> Iterator[np.ndarray]:
     """Yield (at most 1000, sequence_length) token ids."""
     for batch in blocks.with_format("numpy").iter(1000):

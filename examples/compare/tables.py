@@ -9,6 +9,8 @@ from .plan import Study
 from .records import Records
 from .summary import TARGETS, Outcome, Spread, outcomes, targets
 
+_MIDDLE = 1
+"""The target of the overviews: what the single worker has after a quarter of its run."""
 _HIDDEN = ("weight_decay", "clip")
 """Settings that all methods of a task share."""
 
@@ -16,7 +18,37 @@ _HIDDEN = ("weight_decay", "clip")
 def tables(studies: Mapping[str, Study], records: Records) -> str:
     """All studies of which a method has been run with all its seeds."""
     parts = [part for study in studies.values() if (part := table(study, studies, records))]
-    return "\n\n".join(["# Results", _HOW, *parts]) + "\n"
+    overviews = [part for s in studies.values() if s.base is None and (part := overview(s, studies, records))]
+    return "\n\n".join(["# Results", _HOW, *overviews, *parts]) + "\n"
+
+
+def overview(single: Study, studies: Mapping[str, Study], records: Records) -> str:
+    """All batches of a task beside each other, a row for each method; the layout of the LENA paper's tables."""
+    larger = sorted((s for s in studies.values() if s.base == single.name and s.split == "test"), key=lambda s: s.n)
+    goals = targets(single, records)
+    cells: dict[str, dict[int, str]] = {}
+    for study in larger:
+        for outcome in outcomes(study, goals, records):
+            cells.setdefault(outcome.method.name, {})[study.n] = _cell(outcome, single.task.kind)
+    if not cells or not goals:
+        return ""
+    ns = [study.n for study in larger if any(study.n in row for row in cells.values())]
+    measure = "accuracy" if single.task.kind == "images" else "loss"
+    lines = [
+        f"## {single.task.name}: last {measure}, updates to {_target(goals[_MIDDLE])}",
+        "",
+        _row("method", *(f"n = {n}" for n in ns)),
+        _row(*["---"] * (1 + len(ns))),
+        *(_row(name, *(row.get(n, "") for n in ns)) for name, row in cells.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _cell(outcome: Outcome, kind: str) -> str:
+    if not outcome.loss.values:
+        return "diverged"
+    value = f"{100 * (1 - outcome.loss.mean):.2f}%" if kind == "images" else f"{outcome.loss.mean:.3f}"
+    return f"{value}, {_spread(outcome.updates[_MIDDLE], 0)}"
 
 
 def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
@@ -31,7 +63,7 @@ def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
         f"Loss on the {study.split} split, {len(study.seeds)} seeds; {study.task.micro_batches:,} micro-batches"
         + (f" in {updates:,} updates at most." if study.n > 1 else "."),
         "",
-        _row("method", "loss", *(f"updates to {goal:.3f}" for goal in goals), "trials", "settings"),
+        _row("method", "loss", *(f"updates to {_target(goal)}" for goal in goals), "trials", "settings"),
         _row(*["---"] * (4 + len(goals))),
     ]
     lines += [_line(outcome, study) for outcome in found]
@@ -43,6 +75,10 @@ def _line(outcome: Outcome, study: Study) -> str:
     loss = f"{outcome.diverged} of {len(study.seeds)} diverged" if outcome.diverged else _spread(outcome.loss, 3)
     reached = [_spread(spread, 0) for spread in outcome.updates]
     return _row(outcome.method.name, loss, *reached, str(outcome.trials), _words(settings))
+
+
+def _target(goal: float) -> str:
+    return f"{goal:.3f}"
 
 
 def _spread(spread: Spread, digits: int) -> str:
