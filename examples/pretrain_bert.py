@@ -39,7 +39,7 @@ TASK = Task(
     build=build_bert,
     collate=collate_for,
     predicted=predicted,
-    no_decay=("*.bias", "*LayerNorm*"),
+    no_decay=("*bias", "*[Nn]orm*"),
     needs_mask=True,
     defaults={"output_dir": "outputs/bert"},
 )

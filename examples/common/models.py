@@ -1,4 +1,4 @@
-"""Sizes of GPT-2 and BERT, by name."""
+"""Sizes of GPT-2, BERT and ModernBERT, by name."""
 
 from dataclasses import dataclass, field
 
@@ -10,9 +10,13 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    ModernBertConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .blocks import end_of_text
 
 # name: (layers, width, heads). "base" and up are the published GPT-2 models.
 GPT2_SIZES = {
@@ -33,6 +37,16 @@ BERT_SIZES = {
     "base": (12, 768, 12),
     "large": (24, 1024, 16),
 }
+
+# "base" and "large" are the published ones, https://arxiv.org/abs/2412.13663.
+MODERNBERT_SIZES = {
+    "tiny": (4, 128, 4),
+    "mini": (6, 256, 4),
+    "small": (10, 512, 8),
+    "base": (22, 768, 12),
+    "large": (28, 1024, 16),
+}
+_MODERNBERT_MLP = {"large": 2624}  # the others have 3/2 of the width, as "base" does
 
 
 def _layers_by_width(sizes: dict[str, tuple[int, int, int]]) -> str:
@@ -57,11 +71,19 @@ class GPT2Arguments:
 class BertArguments:
     """Which BERT."""
 
+    architecture: str = field(
+        default="bert",
+        metadata={
+            "choices": ["bert", "modernbert"],
+            "help": "BERT as published in 2018, or ModernBERT, which has rotary positions and norms before each layer.",
+        },
+    )
     model_size: str = field(
         default="small",
         metadata={
             "choices": list(BERT_SIZES),
-            "help": f"{_layers_by_width(BERT_SIZES)}. 'base' and 'large' are the published BERT.",
+            "help": f"{_layers_by_width(BERT_SIZES)}; of ModernBERT {_layers_by_width(MODERNBERT_SIZES)}. "
+            "'base' and 'large' are the published ones.",
         },
     )
     dropout: float = field(default=0.0, metadata={"help": "Probability of dropout, everywhere; BERT's own is 0.1."})
@@ -90,8 +112,14 @@ def build_gpt2(args: GPT2Arguments, tokenizer: PreTrainedTokenizerFast, sequence
     return model
 
 
-def build_bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> BertForMaskedLM:
-    """A BERT with the head that predicts masked tokens; otherwise as ``build_gpt2``."""
+def build_bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> PreTrainedModel:
+    """A BERT or ModernBERT with the head that predicts masked tokens; otherwise as ``build_gpt2``."""
+    build = {"bert": _bert, "modernbert": _modernbert}[args.architecture]
+    _prepare_partitioning()
+    return build(args, tokenizer, sequence_length)
+
+
+def _bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> BertForMaskedLM:
     layers, width, heads = BERT_SIZES[args.model_size]
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -104,12 +132,33 @@ def build_bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence
         attention_probs_dropout_prob=args.dropout,
         pad_token_id=tokenizer.pad_token_id,
     )
-    _prepare_partitioning()
     model = AutoModelForMaskedLM.from_config(config)
     # In transformers 5.23 its forward takes the Trainer's count of predicted tokens, and leaves it unused. The Trainer
     # would believe that it averages over the update, and sum the losses of the micro-batches instead.
     model.accepts_loss_kwargs = False
     return model
+
+
+def _modernbert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> PreTrainedModel:
+    layers, width, heads = MODERNBERT_SIZES[args.model_size]
+    end = end_of_text(tokenizer)
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=sequence_length,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=_MODERNBERT_MLP.get(args.model_size, 3 * width // 2),
+        embedding_dropout=args.dropout,
+        attention_dropout=args.dropout,
+        mlp_dropout=args.dropout,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=end,
+        eos_token_id=end,
+        cls_token_id=end,
+        sep_token_id=end,
+    )
+    return AutoModelForMaskedLM.from_config(config)
 
 
 def _prepare_partitioning() -> None:

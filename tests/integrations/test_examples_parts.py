@@ -60,6 +60,8 @@ PUBLISHED = {
     ("bert", "tiny"): (30522, 512, 4_416_698),
     ("bert", "base"): (30522, 512, 109_514_298),
     ("bert", "large"): (30522, 512, 335_174_458),
+    ("modernbert", "base"): (50368, 8192, 149_655_232),
+    ("modernbert", "large"): (50368, 8192, 395_881_664),
 }
 """(vocabulary, positions, parameters), the masked language model's head included."""
 
@@ -71,17 +73,16 @@ def test_the_sizes_are_the_published_ones(model: str, size: str) -> None:
     vocabulary, positions, parameters = PUBLISHED[model, size]
 
     class Tokenizer:
-        bos_token_id = eos_token_id = pad_token_id = 0
+        bos_token_id = eos_token_id = sep_token_id = pad_token_id = 0
 
         def __len__(self) -> int:
             return vocabulary
 
-    build, arguments = {
-        "gpt": (models.build_gpt2, models.GPT2Arguments),
-        "bert": (models.build_bert, models.BertArguments),
-    }[model]
     with torch.device("meta"):
-        made = build(arguments(model_size=size), Tokenizer(), positions)
+        if model == "gpt":
+            made = models.build_gpt2(models.GPT2Arguments(model_size=size), Tokenizer(), positions)
+        else:
+            made = models.build_bert(models.BertArguments(model, size), Tokenizer(), positions)
     assert sum(parameter.numel() for parameter in made.parameters()) == parameters
 
 
