@@ -38,7 +38,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from . import queue  # after the arguments, since it loads torch
 
-    queue.run(studies, records, set(args.study or studies), args.workers)
+    try:
+        queue.run(studies, records, set(args.study or studies), args.workers)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the runs that have ended")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def run(studies: Mapping[str, Study], records: Records, wanted: set[str], worker
                 if chosen is not None:
                     running[pool.submit(_train, job, chosen)] = job, chosen
                     waiting.remove(job)
+            assert running, f"nothing that {waiting[0].name} waits for is going to be run"
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 job, chosen = running.pop(future)
