@@ -1,15 +1,19 @@
 """`python -m examples.compare run [STUDY …]` and `python -m examples.compare report`; see the package."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..common.errors import InputError
 from ..common.history import write_whole
-from .plan import STUDIES, read
+from .plan import STUDIES, Study, read
 from .records import RESULTS, Records
-from .tables import tables
 
 
 def main() -> None:
@@ -19,29 +23,38 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="go on with the studies; interrupt it whenever you like")
     running.add_argument("study", nargs="*", help="studies to run, with what they depend on; all if none is named")
-    running.add_argument("--workers", type=int, help="runs at a time, one core each")
+    running.add_argument("--workers", type=int, help="runs at a time, one core each; default: all cores")
     commands.add_parser("report", help="write tables.md and pictures from the records")
     args = parser.parse_args()
     try:
         studies = read(args.studies)
-        records = Records(args.results, studies)
-        if args.command == "report":
-            write_whole(args.results / "tables.md", tables(studies, records))
-            from .pictures import draw  # matplotlib
-
-            draw(studies, records, args.results)
-            return
-        if unknown := set(args.study) - studies.keys():
-            raise InputError(f"no study is called {', '.join(sorted(unknown))}; there are {', '.join(studies)}")
+        {"run": _run, "report": _report}[args.command](args, studies, Records(args.results, studies))
     except InputError as error:
         sys.exit(f"{parser.prog}: error: {error}")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from . import queue  # after the arguments, since it loads torch
-
-    try:
-        queue.run(studies, records, set(args.study or studies), args.workers)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the runs that have ended")
+
+
+def _run(args: argparse.Namespace, studies: Mapping[str, Study], records: Records) -> None:
+    if unknown := set(args.study) - studies.keys():
+        raise InputError(f"no study is called {', '.join(sorted(unknown))}; there are {', '.join(studies)}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
+    from .queue import run
+
+    args.results.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(args.results / ".lock", timeout=0):
+            run(studies, records, set(args.study or studies), args.workers)
+    except Timeout as error:
+        raise InputError(f"another process is running studies into {args.results}") from error
+
+
+def _report(args: argparse.Namespace, studies: Mapping[str, Study], records: Records) -> None:
+    from .pictures import draw
+    from .tables import tables
+
+    write_whole(args.results / "tables.md", tables(studies, records))
+    draw(studies, records, args.results)
 
 
 if __name__ == "__main__":

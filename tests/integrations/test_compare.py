@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 STUDIES = """
@@ -118,6 +119,12 @@ def test_a_command_makes_tables_and_pictures(finished):
     assert "## words-4: words, n = 4" in text and "| lena |" in text and "| lena-sgd |" in text
     for name in ("words-4.png", "words-4-gains.png", "pictures-4.png"):
         assert (finished / "results" / name).stat().st_size > 10_000
+
+
+def test_two_queues_do_not_write_the_same_records(finished):
+    with FileLock(finished / "results" / ".lock"):
+        done = compare(finished, "run")
+    assert done.returncode == 1 and "another process is running studies" in done.stderr
 
 
 def test_an_unknown_study_is_refused(tmp_path):
