@@ -114,6 +114,12 @@ def remove_buffers(port: int) -> None:
         file.unlink(missing_ok=True)
 
 
+def launcher(ranks: int, port: int) -> list[str]:
+    """The `deepspeed` command for ranks on this machine, of this very environment; a script and its options follow."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*command, "--num_gpus", str(ranks), "--num_nodes", "1", "--master_port", str(port)]
+
+
 def own_command() -> list[str]:
     """The command line of this process, to run it once more."""
     return [sys.executable, *sys.orig_argv[1:]]

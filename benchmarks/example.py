@@ -18,7 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import Found, add_ranks, count_ranks, free_port, parse, parser, present, remove_buffers
+from benchmarks.command import (
+    Found,
+    add_ranks,
+    count_ranks,
+    free_port,
+    launcher,
+    parse,
+    parser,
+    present,
+    remove_buffers,
+)
 from benchmarks.machine import describe
 from benchmarks.tables import table
 
@@ -54,8 +64,7 @@ def run(args: Any) -> Found:
 def launch(preset: str, args: Any, folder: Path) -> float:
     """Tokens per second of one run of the script; its data is made once and kept in `folder`."""
     port = free_port()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += ["--num_gpus", str(args.ranks), "--num_nodes", "1", "--master_port", str(port)]
+    command = launcher(args.ranks, port)
     command += ["examples/pretrain_gpt.py", "--deepspeed", "examples/ds_lena_zero2.json"]
     command += ["--optimizer-preset", preset, "--output_dir", str(folder), "--save_strategy", "no"]
     command += ["--model_size", args.model, "--sequence_length", str(args.tokens), "--max_held_out_blocks", "2"]

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class History(TrainerCallback):
             return
         if state.global_step:
             self.records = [r for r in read(self._path) if r["update"] <= state.global_step]
-        write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+        write(self._path, self.records)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update_began = time.monotonic()
@@ -99,6 +100,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """The records as a file that ``read`` reads, whole or not at all."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def finite(value: Any) -> Any:

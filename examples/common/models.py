@@ -1,8 +1,9 @@
 """Sizes of GPT-2, BERT and ModernBERT, by name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-import deepspeed
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -18,7 +19,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .blocks import end_of_text
 
-# name: (layers, width, heads). "base" and up are the published GPT-2 models.
+Shape = tuple[int, int, int]
+"""Layers, width, heads."""
+
+# "base" and up are the published GPT-2 models.
 GPT2_SIZES = {
     "tiny": (4, 128, 4),
     "mini": (4, 256, 4),
@@ -49,7 +53,7 @@ MODERNBERT_SIZES = {
 _MODERNBERT_MLP = {"large": 2624}  # the others have 3/2 of the width, as "base" does
 
 
-def _layers_by_width(sizes: dict[str, tuple[int, int, int]]) -> str:
+def _layers_by_width(sizes: dict[str, Shape]) -> str:
     return "Layers x width: " + ", ".join(f"{name} {layers}x{width}" for name, (layers, width, _) in sizes.items())
 
 
@@ -91,20 +95,37 @@ class BertArguments:
 
 def build_gpt2(args: GPT2Arguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> GPT2LMHeadModel:
     """A GPT-2 with weights from torch's global generator, partitioned at birth under ZeRO-3."""
-    layers, width, heads = GPT2_SIZES[args.model_size]
+    _prepare_partitioning()
+    return gpt2(GPT2_SIZES[args.model_size], tokenizer, sequence_length, args.dropout)
+
+
+def build_bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> PreTrainedModel:
+    """A BERT or ModernBERT with the head that predicts masked tokens; otherwise as ``build_gpt2``."""
+    _prepare_partitioning()
+    if args.architecture == "bert":
+        return bert(BERT_SIZES[args.model_size], tokenizer, sequence_length, args.dropout)
+    more = {"intermediate_size": _MODERNBERT_MLP[args.model_size]} if args.model_size in _MODERNBERT_MLP else {}
+    return modernbert(MODERNBERT_SIZES[args.model_size], tokenizer, sequence_length, args.dropout, **more)
+
+
+def gpt2(
+    shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any
+) -> GPT2LMHeadModel:
+    """A GPT-2 for blocks of ``length`` tokens; ``more`` goes to its config."""
+    layers, width, heads = shape
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=sequence_length,
+        n_positions=length,
         n_layer=layers,
         n_embd=width,
         n_head=heads,
-        resid_pdrop=args.dropout,
-        embd_pdrop=args.dropout,
-        attn_pdrop=args.dropout,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **more,
     )
-    _prepare_partitioning()
     model = AutoModelForCausalLM.from_config(config)
     # transformers 5.23 infers the kind of loss from the class name, which GPT-2's does not tell.
     # The Trainer would then divide the loss of a block of T tokens by T, where T - 1 are predicted.
@@ -112,25 +133,22 @@ def build_gpt2(args: GPT2Arguments, tokenizer: PreTrainedTokenizerFast, sequence
     return model
 
 
-def build_bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> PreTrainedModel:
-    """A BERT or ModernBERT with the head that predicts masked tokens; otherwise as ``build_gpt2``."""
-    build = {"bert": _bert, "modernbert": _modernbert}[args.architecture]
-    _prepare_partitioning()
-    return build(args, tokenizer, sequence_length)
-
-
-def _bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> BertForMaskedLM:
-    layers, width, heads = BERT_SIZES[args.model_size]
+def bert(
+    shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any
+) -> BertForMaskedLM:
+    """A BERT for blocks of ``length`` tokens; ``more`` goes to its config."""
+    layers, width, heads = shape
     config = BertConfig(
         vocab_size=len(tokenizer),
-        max_position_embeddings=sequence_length,
+        max_position_embeddings=length,
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
         intermediate_size=4 * width,
-        hidden_dropout_prob=args.dropout,
-        attention_probs_dropout_prob=args.dropout,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         pad_token_id=tokenizer.pad_token_id,
+        **more,
     )
     model = AutoModelForMaskedLM.from_config(config)
     # In transformers 5.23 its forward takes the Trainer's count of predicted tokens, and leaves it unused. The Trainer
@@ -139,28 +157,33 @@ def _bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_leng
     return model
 
 
-def _modernbert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> PreTrainedModel:
-    layers, width, heads = MODERNBERT_SIZES[args.model_size]
+def modernbert(
+    shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any
+) -> PreTrainedModel:
+    """A ModernBERT for blocks of ``length`` tokens; ``more`` goes to its config."""
+    layers, width, heads = shape
     end = end_of_text(tokenizer)
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=sequence_length,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=_MODERNBERT_MLP.get(args.model_size, 3 * width // 2),
-        embedding_dropout=args.dropout,
-        attention_dropout=args.dropout,
-        mlp_dropout=args.dropout,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=end,
-        eos_token_id=end,
-        cls_token_id=end,
-        sep_token_id=end,
-    )
-    return AutoModelForMaskedLM.from_config(config)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": length,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 3 * width // 2,
+        "embedding_dropout": dropout,
+        "attention_dropout": dropout,
+        "mlp_dropout": dropout,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), end)
+    return AutoModelForMaskedLM.from_config(ModernBertConfig(**(settings | ends | more)))
+
+
+ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {"gpt2": gpt2, "bert": bert, "modernbert": modernbert}
 
 
 def _prepare_partitioning() -> None:
     if is_deepspeed_zero3_enabled():
+        import deepspeed
+
         deepspeed.init_distributed()  # on CPU, accelerate leaves it for later than partitioning

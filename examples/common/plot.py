@@ -40,8 +40,13 @@ def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
         gains = figure.add_subplot(grid[0, 1])
         _gains(gains, reports)
         _warmups(figure.add_subplot(grid[1, 1], sharex=gains), reports)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture that other readers see whole or not at all; without matplotlib's version in it."""
     draft = path.with_name(path.name + ".draft")
-    figure.savefig(draft, format="png")
+    figure.savefig(draft, format="png", metadata={"Software": None})
     draft.replace(path)
 
 

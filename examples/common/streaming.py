@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .blocks import packer
 from .errors import InputError
-from .texts import hub_error, local_files, refuse_unless_text, sotu_split
+from .texts import hub_error, local_files, own_held_out, refuse_unless_text, require_column, sotu_split
 
 
 class Streams(NamedTuple):
@@ -85,9 +85,8 @@ def _from_hub(name: str, config: str | None, column: str, held_out_texts: int) -
         columns = train.column_names or list(next(iter(train)))
     except (OSError, ValueError) as error:
         raise hub_error(name, error) from error
-    if column not in columns:
-        raise InputError(f"{name}: no column {column!r}; it has {', '.join(columns)}")
-    held_out = (splits.get("validation") or splits.get("test")) if "train" in splits else None
+    require_column(name, column, columns)
+    held_out = own_held_out(splits)
     streams = Streams(train, held_out) if held_out else _split_head(train, held_out_texts)
     return Streams(*(stream.select_columns([column]).rename_column(column, "text") for stream in streams))
 

@@ -6,8 +6,9 @@ split, so that the held-out texts are other texts, not other paragraphs of the s
 
 import codecs
 import importlib.util
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -122,11 +123,20 @@ def _from_hub(name: str, config: str | None, column: str, held_out_fraction: flo
         raise hub_error(name, error) from error
     assert isinstance(splits, DatasetDict)
     train = splits["train"] if "train" in splits else concatenate_datasets(list(splits.values()))
-    if column not in train.column_names:
-        raise InputError(f"{name}: no column {column!r}; it has {', '.join(train.column_names)}")
-    held_out = splits.get("validation") or splits.get("test") if "train" in splits else None
+    require_column(name, column, train.column_names)
+    held_out = own_held_out(splits)
     texts = Texts(train, held_out) if held_out else _split_tail(train, held_out_fraction)
     return Texts(*(split.select_columns(column).rename_column(column, "text") for split in texts))
+
+
+def own_held_out(splits: Mapping[str, Any]) -> Any | None:
+    """The split that a hub data set holds out itself, beside one to train on."""
+    return (splits.get("validation") or splits.get("test")) if "train" in splits else None
+
+
+def require_column(name: str, column: str, columns: Collection[str]) -> None:
+    if column not in columns:
+        raise InputError(f"{name}: no column {column!r}; it has {', '.join(columns)}")
 
 
 def hub_error(name: str, error: Exception) -> InputError:

@@ -9,6 +9,7 @@
 | `plan.py`           | reads it, checked                                                                 |
 | `language.py`       | a task: data in three splits, model, loss                                         |
 | `images.py`         | another: Fashion-MNIST                                                            |
+| `order.py`          | which rows make up a micro-batch                                                  |
 | `optimizers.py`     | a method's settings -> optimizers, schedule, batches                              |
 | `preconditioned.py` | an experiment with LENA's statistics                                              |
 | `training.py`       | one run -> one record                                                             |

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..common.errors import InputError
+from .order import Order
 
 FOLDER = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 _TRAINED_ON = 50_000
@@ -38,9 +39,7 @@ class ImageTask:
         images, labels = _read("train")
         self._train = images[:_TRAINED_ON], labels[:_TRAINED_ON]
         self._held_out = {"validation": (images[_TRAINED_ON:], labels[_TRAINED_ON:]), "test": _read("t10k")}
-        self._rows = data["rows_per_micro_batch"]
-        self._seed = seed
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._order = Order(_TRAINED_ON, data["rows_per_micro_batch"], seed)
         torch.manual_seed(seed)
         config = ResNetConfig(
             num_channels=1,
@@ -56,11 +55,7 @@ class ImageTask:
     def loss(self, index: int) -> Tensor:
         """Mean cross entropy of micro-batch number `index`, (); without an end, epoch after epoch."""
         images, labels = self._train
-        epoch, place = divmod(index, len(images) // self._rows)
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
-            self._order = epoch, torch.randperm(len(images), generator=generator)
-        rows = self._order[1][place * self._rows : (place + 1) * self._rows]
+        rows = self._order(index)
         self.model.train()
         return nn.functional.cross_entropy(self._compiled(images[rows]).logits, labels[rows])
 

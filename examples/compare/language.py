@@ -6,7 +6,7 @@ The tokenizer, too, has seen none but the training split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,13 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    BertConfig,
-    GPT2Config,
-    ModernBertConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from ..common.blocks import pack, train_tokenizer
 from ..common.masking import Masking
+from ..common.models import ARCHITECTURES
 from ..common.texts import local_files, read_paragraphs, year
+from .order import Order
 
 _SPLITS = {"validation": 3, "test": 7}
 _EVALUATION_BLOCKS = 32
@@ -36,7 +31,7 @@ class LanguageTask:
     """A model with its data.
 
     Args:
-        model: `architecture` (a name of `MODELS`), `layers`, `width`, `heads`, `initializer_range`.
+        model: `architecture` (a name of `ARCHITECTURES`), `layers`, `width`, `heads`, `initializer_range`.
         data: `vocab_size`, `sequence_length`, `blocks_per_micro_batch`, `evaluation_blocks` (spread over a split).
         folder: where tokens are kept for the next run.
         seed: of the weights, of the order of the blocks, and of the masks that are trained on.
@@ -45,25 +40,16 @@ class LanguageTask:
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], folder: Path, seed: int) -> None:
         self._masked = model["architecture"] != "gpt2"
         self._splits, tokenizer = _load(dict(data), self._masked, folder)
-        self._rows = data["blocks_per_micro_batch"]
-        self._seed = seed
-        self._orders: dict[int, Tensor] = {}
+        self._order = Order(len(self._splits["train"]), data["blocks_per_micro_batch"], seed)
         if self._masked:
             self._masking, self._fixed_masking = Masking(tokenizer, seed), Masking(tokenizer, 0)
         torch.manual_seed(seed)
-        build = MODELS[model["architecture"]]
-        self.model: nn.Module = build(model, len(tokenizer), data["sequence_length"], tokenizer)
+        self.model: nn.Module = _build(model, tokenizer, data["sequence_length"])
         self._compiled = torch.compile(self.model)
 
     def loss(self, index: int) -> Tensor:
         """Mean loss over the predicted tokens of micro-batch number `index`, (); without an end, epoch after epoch."""
-        blocks = self._splits["train"]
-        in_epoch = len(blocks) // self._rows
-        epoch, place = divmod(index, in_epoch)
-        if epoch not in self._orders:
-            shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(1000 * self._seed + epoch))
-            self._orders = {epoch: shuffled}
-        rows = blocks[self._orders[epoch][place * self._rows : (place + 1) * self._rows]].long()
+        rows = self._splits["train"][self._order(index)].long()
         return self._compiled(**self._batch(rows, self._masking if self._masked else None)).loss
 
     @torch.no_grad()
@@ -81,68 +67,18 @@ class LanguageTask:
         return {"input_ids": rows, "labels": rows} if masking is None else masking(rows)
 
 
-def _gpt2(model: Mapping[str, Any], tokens: int, length: int, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    config = GPT2Config(
-        vocab_size=tokens,
-        n_positions=length,
-        n_layer=model["layers"],
-        n_embd=model["width"],
-        n_head=model["heads"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=model["initializer_range"],
-        use_cache=False,
-    )
-    gpt2 = AutoModelForCausalLM.from_config(config)
-    gpt2.loss_type = "ForCausalLM"  # the class name does not tell it, see common/models.py
-    return gpt2
-
-
-def _bert(model: Mapping[str, Any], tokens: int, length: int, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    config = BertConfig(
-        vocab_size=tokens,
-        max_position_embeddings=length,
-        num_hidden_layers=model["layers"],
-        hidden_size=model["width"],
-        num_attention_heads=model["heads"],
-        intermediate_size=4 * model["width"],
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=model["initializer_range"],
-        pad_token_id=None,  # nothing is padded, and no token is left without an embedding
-    )
-    return AutoModelForMaskedLM.from_config(config)
-
-
-def _modernbert(model: Mapping[str, Any], tokens: int, length: int, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    end = tokenizer.eos_token_id
-    config = ModernBertConfig(
-        vocab_size=tokens,
-        max_position_embeddings=length,
-        local_attention=length,
-        num_hidden_layers=model["layers"],
-        hidden_size=model["width"],
-        num_attention_heads=model["heads"],
-        intermediate_size=2 * model["width"],  # gated, so twice that is computed
-        initializer_range=model["initializer_range"],
-        attn_implementation="sdpa",
-        pad_token_id=None,
-        bos_token_id=end,
-        eos_token_id=end,
-        cls_token_id=end,
-        sep_token_id=end,
-    )
-    return AutoModelForMaskedLM.from_config(config)
-
-
-MODELS: dict[str, Callable[[Mapping[str, Any], int, int, PreTrainedTokenizerFast], nn.Module]] = {
-    "gpt2": _gpt2,
-    "bert": _bert,
-    "modernbert": _modernbert,
-}
+def _build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, length: int) -> nn.Module:
+    """With the settings in which this comparison differs from the examples."""
+    width = model["width"]
+    more = {
+        "gpt2": {"use_cache": False},
+        "bert": {},
+        # Gated, so twice the intermediate size is computed.
+        "modernbert": {"local_attention": length, "intermediate_size": 2 * width, "attn_implementation": "sdpa"},
+    }[model["architecture"]]
+    build = ARCHITECTURES[model["architecture"]]
+    shape = model["layers"], width, model["heads"]
+    return build(shape, tokenizer, length, initializer_range=model["initializer_range"], **more)
 
 
 def _load(data: dict[str, Any], masked: bool, folder: Path) -> tuple[dict[str, Tensor], PreTrainedTokenizerFast]:

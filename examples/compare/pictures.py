@@ -11,43 +11,43 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from ..common.plot import FAINT, INK, KINDS, dress, kind_of
+from ..common.plot import FAINT, INK, KINDS, dress, kind_of, save
 from .plan import Study
 from .records import Record, Records
-from .summary import outcomes, seed_runs, targets
+from .summary import Outcome, outcomes, seed_runs, targets
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B05FA0", "#E69F00", "#56B4E9", "#6B5B95", "#9A9A9A", "#8C564B")
 _SHOWN = len(_COLOURS)
 
 
-def draw(studies: Mapping[str, Study], records: Records, folder: Path) -> list[Path]:
+def draw(studies: Mapping[str, Study], records: Records, folder: Path) -> None:
     """`STUDY.png` for each study with results, and `STUDY-gains.png` where LENA's numbers were kept."""
-    written = []
     for study in studies.values():
-        if study.n > 1 and outcomes(study, [], records):
-            written.append(_save(_losses(study, studies, records), folder / f"{study.name}.png"))
-            for method in study.methods:
-                for run in seed_runs(study, method, records)[:1]:
-                    if method.name == "lena" and "lena" in run:
-                        written.append(_save(_gains(study, run), folder / f"{study.name}-gains.png"))
-    return written
+        found = outcomes(study, [], records) if study.n > 1 else []
+        if found:
+            goals = targets(studies[study.base or study.name], records)
+            save(_losses(study, found, goals, records), folder / f"{study.name}.png")
+        for outcome in found:
+            run = seed_runs(study, outcome.method, records)[0]
+            if outcome.method.name == "lena" and "lena" in run:
+                save(_gains(study, run), folder / f"{study.name}-gains.png")
 
 
-def _losses(study: Study, studies: Mapping[str, Study], records: Records) -> Figure:
+def _losses(study: Study, found: Sequence[Outcome], goals: Sequence[float], records: Records) -> Figure:
     """Mean loss over the seeds against updates, the best methods in colour; the last two thirds of the scale."""
     figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    found = [outcome for outcome in outcomes(study, [], records) if outcome.loss.values]
-    for place, outcome in enumerate(found):
-        curve = _mean_curve(seed_runs(study, outcome.method, records))
+    shown = [outcome for outcome in found if outcome.loss.values]
+    curves = [_mean_curve(seed_runs(study, outcome.method, records)) for outcome in shown]
+    for place, (outcome, curve) in enumerate(zip(shown, curves, strict=True)):
         colour = _COLOURS[place] if place < _SHOWN else FAINT
         label = f"{outcome.method.name}  {outcome.loss.mean:.3f}"
         axes.plot(*curve, color=colour, linewidth=1.8 if place < _SHOWN else 0.9, label=label)
-    for goal in targets(studies[study.base or study.name], records):
+    for goal in goals:
         axes.axhline(goal, color=FAINT, linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
         axes.annotate(f"{goal:.2f}", (1.005, goal), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    best = min(outcome.loss.mean for outcome in found)
-    highest = max(_mean_curve(seed_runs(study, outcome.method, records))[1][0] for outcome in found)
+    best = min(outcome.loss.mean for outcome in shown)
+    highest = max(losses[0] for _, losses in curves)
     axes.set_ylim(best - 0.03 * (highest - best), best + 0.66 * (highest - best))
     dress(axes, f"{study.name}: loss on the {study.split} split, mean of {len(study.seeds)} seeds, n = {study.n}")
     axes.set_xlabel("update; dashed: the single worker after 1/8, 1/4, 1/2 of its run", fontsize=9.5)
@@ -84,9 +84,3 @@ def _by_kind(axes: Axes, run: Record, index: int) -> None:
             axes.plot(updates, line, color=colour, linewidth=0.6, alpha=0.45)
         middle = [median(known) if (known := [v for v in at if v]) else None for at in zip(*of_kind, strict=True)]
         axes.plot(updates, middle, color=colour, linewidth=2.4, label=name)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    draft = path.with_name(path.name + ".draft")
-    figure.savefig(draft, format="png", metadata={"Software": None})
-    return draft.replace(path)

@@ -1,8 +1,8 @@
 """An experiment: LENA's statistics from gradients as Adam scales them, g / (sqrt(v) + eps).
 
-AdaptDL's `AdamGradientNoiseScale` (https://github.com/petuum/adaptdl) does so, after five updates. In
-one process only: under ZeRO no rank has v of a whole tensor. It reaches into LENA for the place where norms are taken,
-which nothing outside of an experiment should do.
+AdaptDL's `AdamGradientNoiseScale` (https://github.com/petuum/adaptdl) does so, after five updates. In one process only:
+under ZeRO no rank has v of a whole tensor. It reaches into LENA for the place where norms are taken, which nothing
+outside of an experiment should do.
 """
 
 from __future__ import annotations

@@ -22,8 +22,10 @@ _VERSIONED = ("torch", "transformers", "datasets", "optuna", "schedulefree")
 
 def run(studies: Mapping[str, Study], records: Records, wanted: set[str], workers: int | None = None) -> None:
     """Run what the studies named in `wanted` ask for and what they depend on. Interrupted, it goes on where it was."""
-    waiting = [job for job in all_jobs(studies) if job.name not in records.of(job.study.name)]
-    waiting = [job for job in waiting if job.study.name in _with_needs(wanted, studies)]
+    needed = _with_needs(wanted, studies)
+    asked = [job for job in all_jobs(studies) if job.study.name in needed]
+    waiting = [job for job in asked if job.name not in records.of(job.study.name)]
+    code = _code()  # now: files may change while the queue runs what it has loaded
     running: dict[Future[dict[str, Any]], tuple[Job, dict[str, Any]]] = {}
     workers = workers or os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -39,7 +41,7 @@ def run(studies: Mapping[str, Study], records: Records, wanted: set[str], worker
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 job, chosen = running.pop(future)
-                record = _record(job, chosen, future.result())
+                record = _record(job, chosen, future.result(), code)
                 records.add(job.study.name, record)
                 print(_line(job, record), f"{len(waiting) + len(running)} to go", flush=True)
 
@@ -55,7 +57,7 @@ def _train(job: Job, chosen: dict[str, Any]) -> dict[str, Any]:
     return train(study.task, job.method.optimizer, chosen, study.n, job.seed, job.split, reports)
 
 
-def _record(job: Job, chosen: dict[str, Any], found: dict[str, Any]) -> Record:
+def _record(job: Job, chosen: dict[str, Any], found: dict[str, Any], code: dict[str, Any]) -> Record:
     return {
         "job": job.name,
         "method": job.method.name,
@@ -67,9 +69,13 @@ def _record(job: Job, chosen: dict[str, Any], found: dict[str, Any]) -> Record:
         **found,
         "digest": job.study.digest(job.method),
         "command": f"python -m examples.compare run {job.study.name}",
-        "commit": _commit(),
-        "versions": {package: version(package) for package in _VERSIONED},
+        **code,
     }
+
+
+def _code() -> dict[str, Any]:
+    """What the runs are made with: this repository's commit, and versions of others."""
+    return {"commit": _commit(), "versions": {package: version(package) for package in _VERSIONED}}
 
 
 def _commit() -> str:

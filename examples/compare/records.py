@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from ..common.history import finite, write_whole
-from ..common.history import read as read_lines
+from ..common.history import finite, read, write
 from .plan import Study
 
 RESULTS = Path(__file__).with_name("results")
@@ -26,7 +24,7 @@ class Records:
         self._folder = folder
         self._by_study: dict[str, dict[str, Record]] = {}
         for study in studies.values():
-            records = read_lines(self._path(study.name))
+            records = read(self._path(study.name))
             self._by_study[study.name] = {record["job"]: record for record in records}
             self._refuse_stale(study, records)
 
@@ -39,8 +37,7 @@ class Records:
         record = finite(record)
         self._by_study[study][record["job"]] = record
         self._folder.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(record) + "\n" for record in self._by_study[study].values())
-        write_whole(self._path(study), "".join(lines))
+        write(self._path(study), self._by_study[study].values())
 
     def _path(self, study: str) -> Path:
         return self._folder / f"{study}.jsonl"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.command import free_port, remove_buffers
+from benchmarks.command import free_port, launcher, remove_buffers
 from tests.integrations._ranks import WORLD, rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +75,7 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _deepspeed(port: int, arguments: Sequence[str]) -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*launcher, "--num_gpus", str(WORLD), "--num_nodes", "1", "--master_port", str(port), *arguments]
+    return [*launcher(WORLD, port), *arguments]
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:
