@@ -52,9 +52,17 @@ def _with_needs(names: set[str], studies: Mapping[str, Study]) -> set[str]:
 
 
 def _train(job: Job, chosen: dict[str, Any]) -> dict[str, Any]:
-    study = job.study
-    reports = job.trial is None and job.seed == study.seeds[0]
-    return train(study.task, job.method.optimizer, chosen, study.n, job.seed, job.split, reports)
+    study, measured = job.study, job.trial is None
+    return train(
+        study.task,
+        job.method.optimizer,
+        chosen,
+        study.n,
+        job.seed,
+        job.split,
+        evaluations=study.task.evaluations if measured else 1,  # a trial is judged by its last loss
+        reports=measured and job.seed == study.seeds[0],
+    )
 
 
 def _record(job: Job, chosen: dict[str, Any], found: dict[str, Any], code: dict[str, Any]) -> Record:

@@ -54,9 +54,10 @@ def outcomes(study: Study, targets: Sequence[float], records: Records) -> list[O
 
 
 def targets(single_worker: Study, records: Records) -> list[float]:
-    """Mean losses of the single worker after the shares `TARGETS` of its run; none while a seed is missing."""
+    """Mean losses of the single worker after the shares `TARGETS` of its run; none while a seed is missing, or
+    where one diverged."""
     runs = seed_runs(single_worker, single_worker.methods[0], records)
-    if not runs:
+    if not runs or any(run["loss"] is None for run in runs):
         return []
     total = single_worker.task.micro_batches
     return [fmean(_loss_at(run["curve"], share * total) for run in runs) for share in TARGETS]

@@ -57,7 +57,8 @@ def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
     found = outcomes(study, goals, records)
     if not found:
         return ""
-    updates = max(run["curve"][-1][0] for run in records.of(study.name).values() if run["trial"] is None)
+    runs = records.of(study.name).values()
+    updates = max((run["curve"][-1][0] for run in runs if run["trial"] is None and run["curve"]), default=0)
     lines = [
         f"## {study.name}: {study.task.name}, n = {study.n}",
         f"Loss on the {study.split} split, {len(study.seeds)} seeds; {study.task.micro_batches:,} micro-batches"
@@ -73,8 +74,14 @@ def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
 def _line(outcome: Outcome, study: Study) -> str:
     settings = {key: value for key, value in outcome.settings.items() if key not in _HIDDEN}
     loss = f"{outcome.diverged} of {len(study.seeds)} diverged" if outcome.diverged else _spread(outcome.loss, 3)
-    reached = [_spread(spread, 0) for spread in outcome.updates]
+    reached = [_took(*both, study.n) for both in zip(outcome.updates, outcome.micro_batches, strict=True)]
     return _row(outcome.method.name, loss, *reached, str(outcome.trials), _words(settings))
+
+
+def _took(updates: Spread, micro_batches: Spread, n: int) -> str:
+    """Updates, and micro-batches where the batch was not n all the time."""
+    smaller = updates.values and micro_batches.mean < 0.99 * n * updates.mean
+    return _spread(updates, 0) + (f" ({micro_batches.mean:,.0f} micro-batches)" if smaller else "")
 
 
 def _target(goal: float) -> str:
@@ -99,5 +106,6 @@ _HOW = f"""Made by `python -m examples.compare report` from the records here; `s
   the tables are others, and their split has been seen by no choice, unless the split is called validation.
 - "±" is half the range over the seeds. "updates to X": X is the mean loss of the single worker after
   {", ".join(f"{share:.3g}" for share in TARGETS)} of its run; between two evaluations a straight line is taken.
+  Micro-batches stand beside them where the batch grows over the run: such a run has more and smaller updates.
 - `lr` is the single worker's, or the method's own; `lr_power` p multiplies it by n^p. `beta2` that is not searched is
   the single worker's, too."""

@@ -36,9 +36,17 @@ KINDS: dict[str, Callable[..., Problem]] = {"language": LanguageTask, "images": 
 
 
 def train(
-    task: Task, optimizer: str, settings: Mapping[str, Any], n: int, seed: int, split: str, reports: bool = False
+    task: Task,
+    optimizer: str,
+    settings: Mapping[str, Any],
+    n: int,
+    seed: int,
+    split: str,
+    *,
+    evaluations: int,
+    reports: bool = False,
 ) -> dict[str, Any]:
-    """Train once, on one core.
+    """Train once, on one core, with `evaluations` evaluations in even steps, the last one at the end.
 
     Returns:
         `loss`, the last one on `split`, None where the run diverged; `curve`, rows of (update, micro-batches seen,
@@ -51,7 +59,7 @@ def train(
     batches = windows(settings, n, task.micro_batches)
     contestant = build(optimizer, settings, problem.model, n, len(batches))
     contestant.mode(training=True)
-    ends = {round(task.micro_batches * (i + 1) / task.evaluations) for i in range(task.evaluations)}
+    ends = {round(task.micro_batches * (i + 1) / evaluations) for i in range(evaluations)}
     curve, lena, done = [], [], 0
     for update, batch in enumerate(batches, start=1):
         finite = _update(problem, contestant, settings, done, batch, task.micro_batches)

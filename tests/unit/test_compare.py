@@ -11,6 +11,7 @@ from examples.common.errors import InputError
 from examples.compare import jobs, search, summary
 from examples.compare.jobs import Job
 from examples.compare.optimizers import OPTIMIZERS, build, windows
+from examples.compare.pictures import draw
 from examples.compare.plan import read
 from examples.compare.records import RESULTS, Records
 from examples.compare.tables import tables
@@ -286,6 +287,30 @@ def test_a_table_has_methods_with_all_their_seeds_only(plan, records):
     assert "updates to 4.000 | updates to 4.000 | updates to 3.000" in text
     assert "| fixed | 1 of 2 diverged | 4 ± 0 | 4 ± 0 | 7 ± 0 | 0 |" in text
     assert "| rival |" not in text
+
+
+def test_a_table_counts_micro_batches_where_the_batch_grew_and_bears_a_seed_that_never_was_evaluated(plan, records):
+    small, large = plan["small"], plan["large"]
+    finish_base(records, plan)
+    for seed in (1, 2):
+        curve = [(16 * i, 16 * i, 5.0 - i) for i in range(1, 5)]
+        finish(records, Job(small, small.methods[0], seed), 1.0, curve=curve)
+        finish(records, Job(large, large.method("fixed"), seed), None)
+        finish(records, Job(large, large.method("rival"), seed), 2.0, curve=[(10, 32, 4.0), (14, 64, 2.0)])
+    text = tables(plan, records)
+    assert "| fixed | 2 of 2 diverged | not reached | not reached | not reached | 0 |" in text
+    assert "| rival | 2.000 ± 0.000 | 10 ± 0 (32 micro-batches) |" in text
+    draw(plan, records, records._folder)
+    assert (records._folder / "large.png").exists()
+
+
+def test_a_picture_needs_a_run_that_came_to_its_end(plan, records):
+    small, large = plan["small"], plan["large"]
+    for seed in (1, 2):
+        finish(records, Job(small, small.methods[0], seed), None)
+        finish(records, Job(large, large.method("fixed"), seed), None)
+    draw(plan, records, records._folder)
+    assert summary.targets(small, records) == [] and not list(records._folder.glob("*.png"))
 
 
 # -- the results in the repository -------------------------------------------------------------------------------------
