@@ -23,11 +23,16 @@ VARIANTS = ("default", "authors-code")
 
 @dataclass(frozen=True)
 class Base:
-    """What a base rule adds to the keys: its own ones, those that parameter groups may not set, the default decay."""
+    """What a base rule adds to the keys: its own ones, those that parameter groups may not set, two defaults.
+
+    The default gain power is 1 where a step is proportional to the gradient, as the gain's theory has it. Adam divides
+    by the gradient's size, which takes a part of the gain back; docs/comparison.md has the evidence.
+    """
 
     group_keys: tuple[str, ...]
     other_keys: tuple[str, ...] = ()
     weight_decay: float = 0.0
+    gain_power: float = 1.0
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -36,10 +41,10 @@ class Base:
 
 _TRUST = ("trust_coefficient", "trust_clip")
 BASES = {
-    "adamw": Base(("betas", "eps"), weight_decay=0.01),
+    "adamw": Base(("betas", "eps"), weight_decay=0.01, gain_power=0.85),
     "sgd": Base(("momentum", "nesterov")),
     "lars": Base(("momentum",), _TRUST),
-    "lamb": Base(("betas", "eps"), _TRUST, weight_decay=0.01),
+    "lamb": Base(("betas", "eps"), _TRUST, weight_decay=0.01, gain_power=0.85),
 }
 """The base rules. `rules/NAME.py` has what each does."""
 
@@ -109,8 +114,8 @@ KEYS: dict[str, Key] = {
     "trust_clip": Key(None, "null or [min, max] with 0 <= min <= max", _null_or(_clip_range)),
     "layer": Key("tensor", _words(LAYERS), _one_of(LAYERS)),
     "scaling": Key("gain", _words(SCALINGS), _one_of(SCALINGS)),
-    "gain_power": Key(1.0, "a number > 0", _positive),
-    "max_relative_gain": Key(2.0, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
+    "gain_power": Key(None, "null or a number > 0", _null_or(_positive)),
+    "max_relative_gain": Key(4.0, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
     "max_factor": Key(None, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
     "smoothing": Key(None, "null or a number in [0, 1)", _null_or(lambda v: _number(v) and 0 <= v < 1)),
     "base_batch_size": Key(None, "null or a number of samples > 0", _null_or(_positive)),
@@ -127,7 +132,8 @@ KEYS: dict[str, Key] = {
 
 @dataclass(frozen=True)
 class LenaConfig:
-    """The checked keys, with what a null stands for filled in where it needs nothing else (`weight_decay`).
+    """The checked keys, with what a null stands for filled in where it needs nothing else (`weight_decay`,
+    `gain_power`).
 
     Units: `lr` per update of the base batch; `base_batch_size`, `micro_batch_size` in samples; `total_steps` in
     updates; `warmup_fraction`, `warmup_cap` as shares of the run.
@@ -170,6 +176,8 @@ class LenaConfig:
         values = {name: keys[name] if name in given else key.default for name, key in KEYS.items()}
         if values["weight_decay"] is None:
             values["weight_decay"] = BASES[base].weight_decay
+        if values["gain_power"] is None:
+            values["gain_power"] = BASES[base].gain_power if keys.get("variant") != "authors-code" else 1.0
         if "warmup_cap" not in given:
             values["warmup_cap"] = max(values["warmup_cap"], values["warmup_fraction"])
         for name in ("betas", "trust_clip", "exclude", "no_decay"):

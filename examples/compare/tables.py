@@ -24,7 +24,8 @@ def tables(studies: Mapping[str, Study], records: Records) -> str:
 
 def overview(single: Study, studies: Mapping[str, Study], records: Records) -> str:
     """All batches of a task beside each other, a row for each method; the layout of the LENA paper's tables."""
-    larger = sorted((s for s in studies.values() if s.base == single.name and s.split == "test"), key=lambda s: s.n)
+    of_task = [s for s in studies.values() if s.base and s.task == single.task and s.split == "test"]
+    larger = sorted(of_task, key=lambda study: study.n)
     goals = targets(single, records)
     cells: dict[str, dict[int, str]] = {}
     for study in larger:

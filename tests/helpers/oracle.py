@@ -32,8 +32,8 @@ KEYS: dict[str, Any] = {
     "trust_clip": None,
     "layer": "tensor",
     "scaling": "gain",
-    "gain_power": 1.0,
-    "max_relative_gain": 2.0,
+    "gain_power": None,
+    "max_relative_gain": 4.0,
     "max_factor": None,
     "smoothing": None,
     "base_batch_size": None,
@@ -53,6 +53,8 @@ def complete(keys: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"the oracle knows no keys {sorted(unknown)}")
     full = KEYS | dict(keys)
+    if full["gain_power"] is None:
+        full["gain_power"] = 0.85 if full["base"] in ("adamw", "lamb") else 1.0
     if "warmup_cap" not in keys:
         full["warmup_cap"] = max(full["warmup_cap"], full["warmup_fraction"])
     return full

@@ -18,23 +18,26 @@ NOT_NUMBERS = [NAN, INF, -INF, True, "0.5", "auto", [0.5], {}]
 DEFAULTS = {
     "lr": 1e-3, "base": "adamw", "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8,
     "momentum": 0.9, "nesterov": False, "trust_coefficient": None, "trust_clip": None,
-    "layer": "tensor", "scaling": "gain", "gain_power": 1.0, "max_relative_gain": 2.0, "max_factor": None,
+    "layer": "tensor", "scaling": "gain", "gain_power": 0.85, "max_relative_gain": 4.0, "max_factor": None,
     "smoothing": None, "base_batch_size": None, "micro_batch_size": None,
     "warmup": "layer", "warmup_fraction": 0.05, "warmup_cap": 0.25, "total_steps": None,
     "exclude": (), "no_decay": (), "variant": "default",
 }  # fmt: skip
 
+OF_THE_BASE = ("weight_decay", "gain_power")
+"""Keys whose null is a number of the base rule's."""
+
 GOOD = {
     "lr": [1, 1e-9, 3e-4],
     "base": ["adamw", "sgd"],
-    "weight_decay": [0, 0.1, 1],
+    "weight_decay": [None, 0, 0.1, 1],
     "betas": [[0, 0], [0.9, 0.95], (0.8, 0.99)],
     "eps": [0, 1e-6],
     "momentum": [0, 0.9],
     "nesterov": [True, False],
     "layer": ["tensor", "module", "block", "model"],
     "scaling": ["gain", "linear", "sqrt", "none"],
-    "gain_power": [0.5, 1, 2],
+    "gain_power": [None, 0.5, 1, 2],
     "max_relative_gain": [None, 1, 3.5],
     "max_factor": [None, 1, 100],
     "smoothing": [None, 0, 0.99],
@@ -61,7 +64,7 @@ BAD = {
     "trust_clip": [1, [1], [2, 1], [-1, 1], [0, NAN], [0, INF], "auto", "01"],
     "layer": ["tensors", "auto", None, 1, True],
     "scaling": ["adascale", "auto", None, 1],
-    "gain_power": [*NOT_NUMBERS, None, 0, -1],
+    "gain_power": [*NOT_NUMBERS, 0, -1],
     "max_relative_gain": [*NOT_NUMBERS, 0.99, 0],
     "max_factor": [*NOT_NUMBERS, 0.99, -2],
     "smoothing": [*[x for x in NOT_NUMBERS if x != "0.5"], 1, -0.1, "0.9"],
@@ -104,7 +107,7 @@ def test_default(key, value):
 
 @pytest.mark.parametrize(("key", "value"), pairs(GOOD))
 def test_good_value(key, value):
-    expected = DEFAULTS["weight_decay"] if (key, value) == ("weight_decay", None) else as_stored(value)
+    expected = DEFAULTS[key] if key in OF_THE_BASE and value is None else as_stored(value)
     assert getattr(config(**with_base(key, value)), key) == expected
 
 
@@ -129,9 +132,13 @@ def test_whole_numbers_are_stored_as_integers(key):
     assert isinstance(getattr(config(**{key: 100.0}), key), int)
 
 
-@pytest.mark.parametrize(("base", "decay"), [("adamw", 0.01), ("sgd", 0.0)])
-def test_a_null_weight_decay_is_that_of_the_base_rule(base, decay):
-    assert config(base=base).weight_decay == config(base=base, weight_decay=None).weight_decay == decay
+@pytest.mark.parametrize(
+    ("base", "decay", "power"), [("adamw", 0.01, 0.85), ("sgd", 0.0, 1.0), ("lars", 0.0, 1.0), ("lamb", 0.01, 0.85)]
+)
+def test_a_null_weight_decay_or_gain_power_is_that_of_the_base_rule(base, decay, power):
+    nulls = config(base=base, weight_decay=None, gain_power=None)
+    assert config(base=base).weight_decay == nulls.weight_decay == decay
+    assert config(base=base).gain_power == nulls.gain_power == power
 
 
 @pytest.mark.parametrize(("value", "hint"), [("0.001", "without quotes"), ("auto", "HF Trainer"), ("fast", None)])
@@ -207,7 +214,7 @@ def test_the_authors_code_has_no_keys_of_ours(key, value):
         config(variant="authors-code", **{key: value})
 
 
-@pytest.mark.parametrize("key", ["max_relative_gain", "warmup_cap", "smoothing", "max_factor"])
+@pytest.mark.parametrize("key", ["max_relative_gain", "warmup_cap", "smoothing", "max_factor", "gain_power"])
 def test_a_null_is_what_the_authors_code_has(key):
     assert config(variant="authors-code", **{key: None}).variant == "authors-code"
 

@@ -100,7 +100,7 @@ def test_the_gain_of_the_layer_multiplies_it(base):
         return start - weight.detach(), optimizer
 
     plain, _ = moved()
-    scaled, optimizer = moved(scaling="gain")
+    scaled, optimizer = moved(scaling="gain", gain_power=1.0)
     gain = optimizer.tracker.state.gain.item()
     assert 1 < gain <= 2
     torch.testing.assert_close(scaled, plain * gain)
