@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from examples.compare.plan import read
 from examples.compare.records import RESULTS, Records
 from examples.compare.tables import tables
 
+ROOT = Path(__file__).parents[2]
 PLAN = """
 tasks:
   toy: {kind: language, model: {}, data: {}, micro_batches: 64, evaluations: 4, settings: {weight_decay: 0.1}}
@@ -323,3 +326,13 @@ def test_results_belong_to_the_studies_and_the_tables_to_the_results():
     for study in studies.values():
         for record in records.of(study.name).values():
             assert {"command", "commit", "versions", "settings", "curve"} <= record.keys(), json.dumps(record)[:80]
+
+
+def test_the_documents_cite_what_the_tables_say():
+    tables = (RESULTS / "tables.md").read_text()
+    comparison = (ROOT / "docs" / "comparison.md").read_text()
+    cited = re.findall(r"[\d.]+ ± [\d.]+", comparison)
+    readme = (ROOT / "README.md").read_text().split("## Does it help?")[1].split("\n## ")[0]
+    cited += re.findall(r"\d\.\d{3}", readme)
+    assert len(cited) > 20
+    assert [figure for figure in cited if figure not in tables] == []
