@@ -30,7 +30,7 @@ def overview(single: Study, studies: Mapping[str, Study], records: Records) -> s
     cells: dict[str, dict[int, str]] = {}
     for study in larger:
         for outcome in outcomes(study, goals, records):
-            cells.setdefault(outcome.method.name, {})[study.n] = _cell(outcome, single.task.kind)
+            cells.setdefault(outcome.method.name, {})[study.n] = _cell(outcome, single.task.kind, study.n)
     if not cells or not goals:
         return ""
     ns = [study.n for study in larger if any(study.n in row for row in cells.values())]
@@ -45,11 +45,11 @@ def overview(single: Study, studies: Mapping[str, Study], records: Records) -> s
     return "\n".join(lines)
 
 
-def _cell(outcome: Outcome, kind: str) -> str:
+def _cell(outcome: Outcome, kind: str, n: int) -> str:
     if not outcome.loss.values:
         return "diverged"
     value = f"{100 * (1 - outcome.loss.mean):.2f}%" if kind == "images" else f"{outcome.loss.mean:.3f}"
-    return f"{value}, {_spread(outcome.updates[_MIDDLE], 0)}"
+    return f"{value}, {_took(outcome.updates[_MIDDLE], outcome.micro_batches[_MIDDLE], n)}"
 
 
 def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
