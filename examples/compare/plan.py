@@ -32,6 +32,11 @@ class Task:
     evaluations: int
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def measure(self) -> str:
+        """What an evaluation gives, and what is to be small."""
+        return "share of errors" if self.kind == "images" else "loss"
+
 
 @dataclass(frozen=True)
 class Method:

@@ -62,10 +62,11 @@ def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
     updates = max((run["curve"][-1][0] for run in runs if run["trial"] is None and run["curve"]), default=0)
     lines = [
         f"## {study.name}: {study.task.name}, n = {study.n}",
-        f"Loss on the {study.split} split, {len(study.seeds)} seeds; {study.task.micro_batches:,} micro-batches"
+        f"{study.task.measure.capitalize()} on the {study.split} split, {len(study.seeds)} seeds; "
+        + f"{study.task.micro_batches:,} micro-batches"
         + (f" in {updates:,} updates at most." if study.n > 1 else "."),
         "",
-        _row("method", "loss", *(f"updates to {_target(goal)}" for goal in goals), "trials", "settings"),
+        _row("method", study.task.measure, *(f"updates to {_target(goal)}" for goal in goals), "trials", "settings"),
         _row(*["---"] * (4 + len(goals))),
     ]
     lines += [_line(outcome, study) for outcome in found]
