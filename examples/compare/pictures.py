@@ -50,10 +50,8 @@ def _losses(study: Study, found: Sequence[Outcome], goals: Sequence[float], reco
     highest = max(losses[0] for _, losses in curves)
     axes.set_xlim(0, 1.02 * study.task.micro_batches / study.n)  # a batch that grows takes more updates than are shown
     axes.set_ylim(best - 0.03 * (highest - best), best + 0.66 * (highest - best))
-    dress(
-        axes,
-        f"{study.name}: {study.task.measure} on the {study.split} split, mean of {len(study.seeds)} seeds, n = {study.n}",
-    )
+    what = f"{study.task.measure} on the {study.split} split, mean of {len(study.seeds)} seeds"
+    dress(axes, f"{study.name}: {what}, n = {study.n}")
     axes.set_xlabel("update; dashed: the single worker after 1/8, 1/4, 1/2 of its run", fontsize=9.5)
     axes.legend(frameon=False, fontsize=8.5, title="at the end", title_fontsize=8.5)
     return figure
