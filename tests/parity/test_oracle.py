@@ -11,7 +11,7 @@ from torch import nn
 from tests.helpers.oracle import Oracle, complete, layer_of
 from tests.helpers.reference import Settings, Window, train
 
-NO_WARMUP = {"warmup": "none", "max_relative_gain": None, "smoothing": 0.0}
+NO_WARMUP = {"warmup": "none", "gain_power": 1.0, "max_relative_gain": None, "smoothing": 0.0}
 
 
 def oracle(layers=("a",), **keys):
@@ -88,7 +88,7 @@ def test_noise_follows_the_micro_batch_size():
 
 def test_a_gain_is_bounded_by_a_multiple_of_the_models():
     """Layer a is all noise, b all signal, alike in size: the model has s2 = m2 = 1, a gain of 2 / (1/8 + 1)."""
-    two = oracle(("a", "b"), warmup="none", max_relative_gain=1.5)
+    two = oracle(("a", "b"), warmup="none", gain_power=1.0, max_relative_gain=1.5)
     factors = two.update({"a": 1.0, "b": 1.0}, {"a": 1 / 8, "b": 1.0}, 8, 1)
     assert two.report()["gain"] == pytest.approx(16 / 9)
     assert factors == {"a": pytest.approx(1.5 * 16 / 9), "b": pytest.approx(1)}
