@@ -331,7 +331,7 @@ def test_results_belong_to_the_studies_and_the_tables_to_the_results():
 def test_the_documents_cite_what_the_tables_say():
     tables = (RESULTS / "tables.md").read_text()
     comparison = (ROOT / "docs" / "comparison.md").read_text()
-    cited = re.findall(r"[\d.]+ ± [\d.]+", comparison)
+    cited = re.findall(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)?", comparison)
     readme = (ROOT / "README.md").read_text().split("## Does it help?")[1].split("\n## ")[0]
     cited += re.findall(r"\d\.\d{3}", readme)
     assert len(cited) > 20
