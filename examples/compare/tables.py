@@ -30,7 +30,7 @@ def overview(single: Study, studies: Mapping[str, Study], records: Records) -> s
     cells: dict[str, dict[int, str]] = {}
     for study in larger:
         for outcome in outcomes(study, goals, records):
-            cells.setdefault(outcome.method.name, {})[study.n] = _cell(outcome, single.task.kind, study.n)
+            cells.setdefault(outcome.method.name, {})[study.n] = _cell(outcome, study)
     if not cells or not goals:
         return ""
     ns = [study.n for study in larger if any(study.n in row for row in cells.values())]
@@ -45,11 +45,12 @@ def overview(single: Study, studies: Mapping[str, Study], records: Records) -> s
     return "\n".join(lines)
 
 
-def _cell(outcome: Outcome, kind: str, n: int) -> str:
+def _cell(outcome: Outcome, study: Study) -> str:
     if not outcome.loss.values:
         return "diverged"
-    value = f"{100 * (1 - outcome.loss.mean):.2f}%" if kind == "images" else f"{outcome.loss.mean:.3f}"
-    return f"{value}, {_took(outcome.updates[_MIDDLE], outcome.micro_batches[_MIDDLE], n)}"
+    loss = outcome.loss.mean
+    value = f"{100 * (1 - loss):.2f}%" if study.task.kind == "images" else f"{loss:.3f}"
+    return f"{value}, {_took(outcome.updates[_MIDDLE], outcome.micro_batches[_MIDDLE], study.n)}"
 
 
 def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
@@ -63,8 +64,7 @@ def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
     lines = [
         f"## {study.name}: {study.task.name}, n = {study.n}",
         f"{study.task.measure.capitalize()} on the {study.split} split, {len(study.seeds)} seeds; "
-        + f"{study.task.micro_batches:,} micro-batches"
-        + (f" in {updates:,} updates at most." if study.n > 1 else "."),
+        f"{study.task.micro_batches:,} micro-batches" + (f" in {updates:,} updates at most." if study.n > 1 else "."),
         "",
         _row("method", study.task.measure, *(f"updates to {_target(goal)}" for goal in goals), "trials", "settings"),
         _row(*["---"] * (4 + len(goals))),
@@ -104,8 +104,9 @@ def _row(*cells: str) -> str:
 
 _HOW = f"""Made by `python -m examples.compare report` from the records here; `studies.yaml` says what is run.
 
-- Every method has the same number of trials, with seed 0, chosen by the last loss on the validation split. The seeds of
-  the tables are others, and their split has been seen by no choice, unless the split is called validation.
+- Every method that is searched has the same number of trials, with seed 0, chosen by the last loss on the validation
+  split. The seeds of the tables are others, and their split has been seen by no choice, unless the split is called
+  validation.
 - "±" is half the range over the seeds. "updates to X": X is the mean loss of the single worker after
   {", ".join(f"{share:.3g}" for share in TARGETS)} of its run; between two evaluations a straight line is taken.
   Micro-batches stand beside them where the batch grows over the run: such a run has more and smaller updates.

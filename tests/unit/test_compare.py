@@ -299,7 +299,9 @@ def test_a_table_has_methods_with_all_their_seeds_only(plan, records):
     assert "| rival |" not in text
 
 
-def test_a_table_counts_micro_batches_where_the_batch_grew_and_bears_a_seed_that_never_was_evaluated(plan, records):
+def test_a_table_counts_micro_batches_where_the_batch_grew_and_bears_a_seed_that_never_was_evaluated(
+    plan, records, tmp_path
+):
     large = plan["large"]
     finish_single_worker(records, plan)
     for seed in (1, 2):
@@ -308,17 +310,17 @@ def test_a_table_counts_micro_batches_where_the_batch_grew_and_bears_a_seed_that
     text = tables(plan, records)
     assert "| fixed | 2 of 2 diverged | not reached | not reached | not reached | 0 |" in text
     assert "| rival | 2.000 ± 0.000 | 10 ± 0 (32 micro-batches) |" in text
-    draw(plan, records, records._folder)
-    assert (records._folder / "large.png").exists()
+    draw(plan, records, tmp_path)
+    assert (tmp_path / "large.png").exists()
 
 
-def test_a_picture_needs_a_run_that_came_to_its_end(plan, records):
+def test_a_picture_needs_a_run_that_came_to_its_end(plan, records, tmp_path):
     small, large = plan["small"], plan["large"]
     for seed in (1, 2):
         finish(records, Job(small, small.methods[0], seed), None)
         finish(records, Job(large, large.method("fixed"), seed), None)
-    draw(plan, records, records._folder)
-    assert summary.targets(small, records) == [] and not list(records._folder.glob("*.png"))
+    draw(plan, records, tmp_path)
+    assert summary.targets(small, records) == [] and not list(tmp_path.glob("*.png"))
 
 
 # -- the results in the repository -------------------------------------------------------------------------------------
