@@ -43,6 +43,17 @@ def all_jobs(studies: Mapping[str, Study]) -> Iterator[Job]:
                 yield from (Job(study, method, seed) for seed in study.seeds)
 
 
+def needed_jobs(wanted: set[str], studies: Mapping[str, Study]) -> list[Job]:
+    """All runs of the studies named in `wanted`, and of others those that choose settings for them, in order."""
+    choosers = {(chooser(studies[name], studies).name, m.name) for name in wanted for m in studies[name].methods}
+    bases = {base for name in wanted | {study for study, _ in choosers} if (base := studies[name].base)}
+    return [
+        job
+        for job in all_jobs(studies)
+        if job.study.name in wanted | bases or (job.trial is not None and (job.study.name, job.method.name) in choosers)
+    ]
+
+
 def settings(job: Job, studies: Mapping[str, Study], records: Records) -> dict[str, Any] | None:
     """What the run is to use: the task's settings, the single worker's lr and beta2, the method's, then the trials'.
 
@@ -57,8 +68,13 @@ def settings(job: Job, studies: Mapping[str, Study], records: Records) -> dict[s
             return None
         found |= {key: tuned[key] for key in ("lr", "beta2") if key in tuned}
     found |= method.settings
-    searched = _suggestion(job, records) if job.trial is not None else choice(_chooser(study, studies), method, records)
+    searched = _suggestion(job, records) if job.trial is not None else choice(chooser(study, studies), method, records)
     return None if searched is None else found | searched
+
+
+def chooser(study: Study, studies: Mapping[str, Study]) -> Study:
+    """The study whose trials choose the settings."""
+    return study if study.settings_of is None else studies[study.settings_of]
 
 
 def choice(study: Study, method: Method, records: Records) -> dict[str, Any] | None:
@@ -81,10 +97,6 @@ def _trial_records(study: Study, method: Method, count: int, records: Records) -
     found = [records.of(study.name).get(Job(study, method, 0, trial).name) for trial in range(count)]
     complete = [record for record in found if record is not None]
     return complete if len(complete) == len(found) else None
-
-
-def _chooser(study: Study, studies: Mapping[str, Study]) -> Study:
-    return study if study.settings_of is None else studies[study.settings_of]
 
 
 def _loss(record: Record) -> float:

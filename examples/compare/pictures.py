@@ -23,7 +23,7 @@ _SHOWN = len(_COLOURS)
 def draw(studies: Mapping[str, Study], records: Records, folder: Path) -> None:
     """`STUDY.png` for each study with results, and `STUDY-gains.png` where LENA's numbers were kept."""
     for study in studies.values():
-        found = outcomes(study, [], records) if study.n > 1 else []
+        found = outcomes(study, studies, [], records) if study.n > 1 else []
         if any(outcome.loss.values for outcome in found):
             goals = targets(studies[study.base or study.name], records)
             save(_losses(study, found, goals, records), folder / f"{study.name}.png")

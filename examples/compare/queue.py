@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from .jobs import Job, all_jobs, settings
+from .jobs import Job, needed_jobs, settings
 from .plan import Study
 from .records import Record, Records
 from .training import train
@@ -21,10 +21,8 @@ _VERSIONED = ("torch", "transformers", "datasets", "optuna", "schedulefree")
 
 
 def run(studies: Mapping[str, Study], records: Records, wanted: set[str], workers: int | None = None) -> None:
-    """Run what the studies named in `wanted` ask for and what they depend on. Interrupted, it goes on where it was."""
-    needed = _with_needs(wanted, studies)
-    asked = [job for job in all_jobs(studies) if job.study.name in needed]
-    waiting = [job for job in asked if job.name not in records.of(job.study.name)]
+    """Run the studies named in `wanted` and what chooses their settings. Interrupted, it goes on where it was."""
+    waiting = [job for job in needed_jobs(wanted, studies) if job.name not in records.of(job.study.name)]
     code = _code()  # now: files may change while the queue runs what it has loaded
     running: dict[Future[dict[str, Any]], tuple[Job, dict[str, Any]]] = {}
     workers = workers or os.cpu_count() or 1
@@ -44,11 +42,6 @@ def run(studies: Mapping[str, Study], records: Records, wanted: set[str], worker
                 record = _record(job, chosen, future.result(), code)
                 records.add(job.study.name, record)
                 print(_line(job, record), f"{len(waiting) + len(running)} to go", flush=True)
-
-
-def _with_needs(names: set[str], studies: Mapping[str, Study]) -> set[str]:
-    needs = {need for name in names for need in (studies[name].base, studies[name].settings_of) if need}
-    return names if needs <= names else _with_needs(names | needs, studies)
 
 
 def _train(job: Job, chosen: dict[str, Any]) -> dict[str, Any]:

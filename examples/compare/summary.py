@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .jobs import Job
+from .jobs import Job, chooser
 from .plan import Method, Study
 from .records import Record, Records
 
@@ -47,10 +48,14 @@ class Outcome:
     diverged: int
 
 
-def outcomes(study: Study, targets: Sequence[float], records: Records) -> list[Outcome]:
+def outcomes(study: Study, studies: Mapping[str, Study], targets: Sequence[float], records: Records) -> list[Outcome]:
     """The methods whose seeds have all been run, the lowest loss first."""
-    found = [outcome for method in study.methods if (outcome := _outcome(study, method, targets, records))]
-    return sorted(found, key=lambda outcome: (not outcome.loss.values, outcome.loss.values and outcome.loss.mean))
+    choosing = records.of(chooser(study, studies).name).values()
+    trials = Counter(record["method"] for record in choosing if record["trial"] is not None)
+    found = (_outcome(study, method, trials[method.name], targets, records) for method in study.methods)
+    return sorted(
+        filter(None, found), key=lambda outcome: (not outcome.loss.values, outcome.loss.values and outcome.loss.mean)
+    )
 
 
 def targets(single_worker: Study, records: Records) -> list[float]:
@@ -76,7 +81,7 @@ def updates_to(curve: Sequence[Sequence[float]], target: float, column: int = 0)
     return None
 
 
-def _outcome(study: Study, method: Method, targets: Sequence[float], records: Records) -> Outcome | None:
+def _outcome(study: Study, method: Method, trials: int, targets: Sequence[float], records: Records) -> Outcome | None:
     runs = seed_runs(study, method, records)
     if not runs:
         return None
@@ -85,7 +90,7 @@ def _outcome(study: Study, method: Method, targets: Sequence[float], records: Re
     return Outcome(
         method=method,
         settings=runs[0]["settings"],
-        trials=sum(record["method"] == method.name for record in records.of(study.name).values()) - len(runs),
+        trials=trials,
         loss=_spread([run["loss"] for run in runs]),
         updates=tuple(spreads[0]),
         micro_batches=tuple(spreads[1]),

@@ -29,7 +29,7 @@ def overview(single: Study, studies: Mapping[str, Study], records: Records) -> s
     goals = targets(single, records)
     cells: dict[str, dict[int, str]] = {}
     for study in larger:
-        for outcome in outcomes(study, goals, records):
+        for outcome in outcomes(study, studies, goals, records):
             cells.setdefault(outcome.method.name, {})[study.n] = _cell(outcome, study)
     if not cells or not goals:
         return ""
@@ -56,7 +56,7 @@ def _cell(outcome: Outcome, study: Study) -> str:
 def table(study: Study, studies: Mapping[str, Study], records: Records) -> str:
     """One study, a row for each method."""
     goals = targets(studies[study.base or study.name], records)
-    found = outcomes(study, goals, records)
+    found = outcomes(study, studies, goals, records)
     if not found:
         return ""
     runs = records.of(study.name).values()

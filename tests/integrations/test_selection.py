@@ -45,6 +45,7 @@ config = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {{"stage": 
 engine.backward(engine(torch.ones(1, 2)).sum())
 engine.step()
 print("updates:", ds_lena.report(engine)["update"], *ds_lena.report(engine)["layers"])
+torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them
 """
 
 

@@ -152,6 +152,20 @@ def test_all_runs_are_asked_for_method_by_method(plan):
     assert names[-3:] == ["other/rival/seed-1", "large/fixed/seed-1", "large/fixed/seed-2"]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "needed"),
+    [
+        ({"small"}, {"small/one"}),
+        ({"large"}, {"small/one", "large/rival", "large/fixed"}),
+        ({"other"}, {"small/one", "large/rival/trial", "other/rival"}),  # neither the seeds of `large` nor `fixed`
+    ],
+)
+def test_what_a_study_needs_is_run_with_it(plan, wanted, needed):
+    names = [f"{job.study.name}/{job.name}" for job in jobs.needed_jobs(wanted, plan)]
+    every = [f"{job.study.name}/{job.name}" for job in jobs.all_jobs(plan)]
+    assert names == [name for name in every if name.startswith(tuple(needed))]
+
+
 def test_trials_never_see_the_test_split(plan):
     assert {job.split for job in jobs.all_jobs(plan) if job.trial is not None} == {"validation"}
     assert {job.split for job in jobs.all_jobs(plan) if job.trial is None} == {"test"}
@@ -312,6 +326,16 @@ def test_a_table_counts_micro_batches_where_the_batch_grew_and_bears_a_seed_that
     assert "| rival | 2.000 ± 0.000 | 10 ± 0 (32 micro-batches) |" in text
     draw(plan, records, tmp_path)
     assert (tmp_path / "large.png").exists()
+
+
+def test_trials_are_told_where_another_study_made_them(plan, records):
+    large, other = plan["large"], plan["other"]
+    finish_single_worker(records, plan)
+    for trial in range(3):
+        finish(records, Job(large, large.method("rival"), 0, trial), 2.0, {"warmup_fraction": 0.1})
+    finish(records, Job(other, other.method("rival"), 1), 2.0, curve=[(1, 16, 2.0)])
+    (row,) = [line for line in tables(plan, records).splitlines() if line.startswith("| rival | 2.000 ±")]
+    assert row.endswith("| 3 |  |"), row
 
 
 def test_a_picture_needs_a_run_that_came_to_its_end(plan, records, tmp_path):

@@ -147,6 +147,7 @@ def main(folder):
     for name, run in runs.items():
         result = run()
         (folder / f"{name}.rank{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them
 
 
 if __name__ == "__main__":

@@ -37,3 +37,4 @@ if __name__ == "__main__":
         "moved": model.weight.tolist() != before,
     }
     (arguments.folder / f"rank{rank}.json").write_text(json.dumps(saw))
+    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them
