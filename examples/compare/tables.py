@@ -23,15 +23,16 @@ def tables(studies: Mapping[str, Study], records: Records) -> str:
 
 
 def overview(single: Study, studies: Mapping[str, Study], records: Records) -> str:
-    """All batches of a task beside each other, a row for each method; the layout of the LENA paper's tables. Of two
-    studies of one batch, the first fills the cell."""
+    """All batches of a task beside each other, a row for each method; the layout of the LENA paper's tables. Of
+    several studies of one batch, the first is shown."""
     of_task = [s for s in studies.values() if s.base and s.task == single.task and s.split == "test"]
-    larger = sorted(of_task, key=lambda study: study.n)
+    first = {study.n: study for study in reversed(of_task)}
+    larger = [first[n] for n in sorted(first)]
     goals = targets(single, records)
     cells: dict[str, dict[int, str]] = {}
     for study in larger:
         for outcome in outcomes(study, studies, goals, records):
-            cells.setdefault(outcome.method.name, {}).setdefault(study.n, _cell(outcome, study))
+            cells.setdefault(outcome.method.name, {})[study.n] = _cell(outcome, study)
     if not cells or not goals:
         return ""
     ns = [study.n for study in larger if any(study.n in row for row in cells.values())]
