@@ -12,6 +12,8 @@ from transformers.training_args import OptimizerNames
 
 import ds_lena
 
+from .errors import InputError
+
 _LOGGED = ("eval_loss", "loss", "grad_norm", "learning_rate")
 
 
@@ -92,13 +94,22 @@ def optimizer_name(args: TrainingArguments) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a history file, if it exists, without the torn last line of a killed run."""
+    """The records of a history file, if it exists, without the torn last line of a killed run.
+
+    Raises:
+        InputError: another line is no record.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            break
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            raise InputError(f"{path}: line {number} is no record: {line[:40]!r}; mend it, or delete the line")
     return records
 
 

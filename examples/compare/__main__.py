@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ..common.errors import InputError
 from ..common.history import write_whole
+from .jobs import refuse_outdated
 from .plan import STUDIES, Study, read
 from .records import RESULTS, Records
 
@@ -23,12 +25,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="go on with the studies; interrupt it whenever you like")
     running.add_argument("study", nargs="*", help="studies to run, with what they depend on; all if none is named")
-    running.add_argument("--workers", type=int, help="runs at a time, one core each; default: all cores")
+    running.add_argument("--workers", type=_at_least_one, help="runs at a time, one core each; default: all cores")
     commands.add_parser("report", help="write tables.md and pictures from the records")
     args = parser.parse_args()
     try:
         studies = read(args.studies)
-        {"run": _run, "report": _report}[args.command](args, studies, Records(args.results, studies))
+        records = Records(args.results, studies)
+        refuse_outdated(studies, records)
+        {"run": _run, "report": _report}[args.command](args, studies, records)
     except InputError as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
@@ -45,8 +49,16 @@ def _run(args: argparse.Namespace, studies: Mapping[str, Study], records: Record
     try:
         with FileLock(args.results / ".lock", timeout=0):
             run(studies, records, set(args.study or studies), args.workers)
+    except BrokenProcessPool as error:
+        raise InputError("a run was killed, for want of memory perhaps; the same command goes on") from error
     except Timeout as error:
         raise InputError(f"another process is running studies into {args.results}") from error
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is given, at least 1 is needed")
+    return number
 
 
 def _report(args: argparse.Namespace, studies: Mapping[str, Study], records: Records) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.errors import InputError
 from . import search
 from .plan import Method, Study
 from .records import Record, Records
@@ -39,7 +40,7 @@ def all_jobs(studies: Mapping[str, Study]) -> Iterator[Job]:
     for place in range(max(len(study.methods) for study in studies.values())):
         for study in studies.values():
             for method in study.methods[place : place + 1]:
-                yield from (Job(study, method, 0, trial) for trial in range(_trials(study, method)))
+                yield from (Job(study, method, 0, trial) for trial in range(trials(study, method)))
                 yield from (Job(study, method, seed) for seed in study.seeds)
 
 
@@ -60,6 +61,45 @@ def settings(job: Job, studies: Mapping[str, Study], records: Records) -> dict[s
     None while it depends on runs that have not ended.
     """
     study, method = job.study, job.method
+    given = _given(job, studies, records)
+    if given is None:
+        return None
+    searched = _suggestion(job, records) if job.trial is not None else choice(chooser(study, studies), method, records)
+    return None if searched is None else given | searched
+
+
+def refuse_outdated(studies: Mapping[str, Study], records: Records) -> None:
+    """Raise InputError for records whose settings are others than those that trials choose now.
+
+    So it is where trials were added, or taken away, after what depends on their choice had been run.
+    """
+    for job in all_jobs(studies):
+        record = records.of(job.study.name).get(job.name)
+        if record is not None and (now := _expected(job, studies, records)) is not None:
+            then = {key: value for key, value in record["settings"].items() if job.trial is None or key in now}
+            if then != now:
+                raise InputError(
+                    f"{job.study.name} {job.name} was run with {_difference(then, now)} by what trials have chosen "
+                    "since; delete the records that are older than the choice, or put the trials back"
+                )
+
+
+def _expected(job: Job, studies: Mapping[str, Study], records: Records) -> dict[str, Any] | None:
+    """What `settings` gives, for a trial without what it tries itself."""
+    if job.trial is None:
+        return settings(job, studies, records)
+    given = _given(job, studies, records)
+    return None if given is None else {k: v for k, v in given.items() if k not in job.method.search}
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    return ", ".join(f"{key} {then.get(key)}, which would be {now.get(key)}" for key in changed)
+
+
+def _given(job: Job, studies: Mapping[str, Study], records: Records) -> dict[str, Any] | None:
+    """The settings that are not the method's to search; None while the single worker's are not known."""
+    study = job.study
     found = dict(study.task.settings)
     if study.base is not None:
         base = studies[study.base]
@@ -67,9 +107,7 @@ def settings(job: Job, studies: Mapping[str, Study], records: Records) -> dict[s
         if tuned is None:
             return None
         found |= {key: tuned[key] for key in ("lr", "beta2") if key in tuned}
-    found |= method.settings
-    searched = _suggestion(job, records) if job.trial is not None else choice(chooser(study, studies), method, records)
-    return None if searched is None else found | searched
+    return found | job.method.settings
 
 
 def chooser(study: Study, studies: Mapping[str, Study]) -> Study:
@@ -77,12 +115,17 @@ def chooser(study: Study, studies: Mapping[str, Study]) -> Study:
     return study if study.settings_of is None else studies[study.settings_of]
 
 
+def trials(study: Study, method: Method) -> int:
+    """How many trials a method has in a study."""
+    return study.trials if method.search and study.settings_of is None else 0
+
+
 def choice(study: Study, method: Method, records: Records) -> dict[str, Any] | None:
     """What the trials of a method have chosen; None while some are missing, nothing where there are none."""
-    trials = _trial_records(study, method, _trials(study, method), records)
-    if trials is None:
+    tried = _trial_records(study, method, trials(study, method), records)
+    if tried is None:
         return None
-    return min(trials, key=_loss)["tried"] if trials else {}
+    return min(tried, key=_loss)["tried"] if tried else {}
 
 
 def _suggestion(job: Job, records: Records) -> dict[str, Any] | None:
@@ -101,7 +144,3 @@ def _trial_records(study: Study, method: Method, count: int, records: Records) -
 
 def _loss(record: Record) -> float:
     return math.inf if record["loss"] is None else record["loss"]
-
-
-def _trials(study: Study, method: Method) -> int:
-    return study.trials if method.search and study.settings_of is None else 0

@@ -24,7 +24,7 @@ def draw(studies: Mapping[str, Study], records: Records, folder: Path) -> None:
     """`STUDY.png` for each study with results, and `STUDY-gains.png` where LENA's numbers were kept."""
     for study in studies.values():
         found = outcomes(study, studies, [], records) if study.n > 1 else []
-        if any(outcome.loss.values for outcome in found):
+        if any(outcome.loss.values and not _grows(outcome) for outcome in found):
             goals = targets(studies[study.base or study.name], records)
             save(_losses(study, found, goals, records), folder / f"{study.name}.png")
         for outcome in found:
@@ -34,10 +34,13 @@ def draw(studies: Mapping[str, Study], records: Records, folder: Path) -> None:
 
 
 def _losses(study: Study, found: Sequence[Outcome], goals: Sequence[float], records: Records) -> Figure:
-    """Mean loss over the seeds against updates, the best methods in colour; the last two thirds of the scale."""
+    """Mean loss over the seeds against updates, the best methods in colour; the last two thirds of the scale.
+
+    Methods whose batch grows are left out: their updates are many more, and smaller.
+    """
     figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    shown = [outcome for outcome in found if outcome.loss.values]
+    shown = [outcome for outcome in found if outcome.loss.values and not _grows(outcome)]
     curves = [_mean_curve(seed_runs(study, outcome.method, records)) for outcome in shown]
     for place, (outcome, curve) in enumerate(zip(shown, curves, strict=True)):
         colour = _COLOURS[place] if place < _SHOWN else FAINT
@@ -48,13 +51,17 @@ def _losses(study: Study, found: Sequence[Outcome], goals: Sequence[float], reco
         axes.annotate(f"{goal:.2f}", (1.005, goal), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     best = min(outcome.loss.mean for outcome in shown)
     highest = max(losses[0] for _, losses in curves)
-    axes.set_xlim(0, 1.02 * study.task.micro_batches / study.n)  # a batch that grows takes more updates than are shown
+    axes.set_xlim(0, 1.02 * study.task.micro_batches / study.n)
     axes.set_ylim(best - 0.03 * (highest - best), best + 0.66 * (highest - best))
     what = f"{study.task.measure} on the {study.split} split, mean of {len(study.seeds)} seeds"
     dress(axes, f"{study.name}: {what}, n = {study.n}")
     axes.set_xlabel("update; dashed: the single worker after 1/8, 1/4, 1/2 of its run", fontsize=9.5)
-    axes.legend(frameon=False, fontsize=8.5, title="at the end", title_fontsize=8.5)
+    axes.legend(edgecolor="none", framealpha=1.0, fontsize=8.5, title="at the end", title_fontsize=8.5)
     return figure
+
+
+def _grows(outcome: Outcome) -> bool:
+    return "full_batch_at" in outcome.settings
 
 
 def _mean_curve(runs: Sequence[Record]) -> tuple[list[float], list[float]]:

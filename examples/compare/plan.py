@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..common.errors import InputError
+from .allowed import refuse_kind, refuse_unknown
 
 STUDIES = Path(__file__).with_name("studies.yaml")
 
@@ -32,6 +33,9 @@ class Task:
     evaluations: int
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        refuse_kind(self.name, self.kind)
+
     @property
     def measure(self) -> str:
         """What an evaluation gives, and what is to be small."""
@@ -49,6 +53,9 @@ class Method:
     optimizer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_unknown(self.name, self.optimizer, self.settings, self.search)
 
 
 @dataclass(frozen=True)
@@ -83,35 +90,34 @@ def read(path: Path = STUDIES) -> dict[str, Study]:
     """The studies by name, in the order in which they are to run.
 
     Raises:
-        InputError: a name that nothing has, or a key that is not known.
+        InputError: no such file, no YAML, a name that nothing has, or a key that is not known.
     """
-    told = yaml.safe_load(path.read_text())
     try:
-        tasks = {name: Task(name, **task) for name, task in told["tasks"].items()}
-        methods: dict[str, Method] = {}
-        for name, method in told["methods"].items():
-            methods[name] = _method(name, method, methods)
-        studies: dict[str, Study] = {}
-        for name, study in told["studies"].items():
-            chosen = {"task": tasks[study["task"]], "methods": tuple(methods[m] for m in study["methods"])}
-            chosen["seeds"] = tuple(study.get("seeds", ()))
-            studies[name] = Study(name, **(study | chosen))
-            for other in (studies[name].base, studies[name].settings_of):
-                if other is not None:
-                    studies[other]
+        told = yaml.safe_load(path.read_text())
+        return _studies(**told)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except KeyError as error:
         raise InputError(f"{path}: nothing is called {error}, or not before it is used") from error
-    except TypeError as error:
-        raise InputError(f"{path}: {error}") from error
-    return studies
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{path}: tasks, methods and studies are needed, each a mapping by name: {error}") from error
 
 
-def _method(name: str, told: Mapping[str, Any], known: Mapping[str, Method]) -> Method:
-    """`like` takes optimizer, settings and search of another method; settings are added to, a search is replaced."""
-    told = dict(told)
-    if (like := told.pop("like", None)) is None:
-        return Method(name, **told)
-    other = known[like]
-    settings = {**other.settings, **told.pop("settings", {})}
-    search = told.pop("search", {key: space for key, space in other.search.items() if key not in settings})
-    return Method(name, other.optimizer, settings, search, **told)
+def _studies(tasks: Mapping[str, Any], methods: Mapping[str, Any], studies: Mapping[str, Any]) -> dict[str, Study]:
+    known_tasks = {name: Task(name, **task) for name, task in tasks.items()}
+    known_methods = {name: Method(name, **method) for name, method in methods.items()}
+    found: dict[str, Study] = {}
+    for name, study in studies.items():
+        chosen = {"task": known_tasks[study["task"]], "methods": tuple(known_methods[m] for m in study["methods"])}
+        chosen["seeds"] = tuple(study.get("seeds", ()))
+        found[name] = Study(name, **(study | chosen))
+        for other in (found[name].base, found[name].settings_of):
+            if other is not None:
+                found[other]
+    if not found:
+        raise InputError("no studies")
+    return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .jobs import Job, chooser
+from .jobs import Job, chooser, trials
 from .plan import Method, Study
 from .records import Record, Records
 
@@ -50,9 +49,8 @@ class Outcome:
 
 def outcomes(study: Study, studies: Mapping[str, Study], targets: Sequence[float], records: Records) -> list[Outcome]:
     """The methods whose seeds have all been run, the lowest loss first."""
-    choosing = records.of(chooser(study, studies).name).values()
-    trials = Counter(record["method"] for record in choosing if record["trial"] is not None)
-    found = (_outcome(study, method, trials[method.name], targets, records) for method in study.methods)
+    choosing = chooser(study, studies)
+    found = (_outcome(study, method, trials(choosing, method), targets, records) for method in study.methods)
     return sorted(
         filter(None, found), key=lambda outcome: (not outcome.loss.values, outcome.loss.values and outcome.loss.mean)
     )
@@ -81,7 +79,7 @@ def updates_to(curve: Sequence[Sequence[float]], target: float, column: int = 0)
     return None
 
 
-def _outcome(study: Study, method: Method, trials: int, targets: Sequence[float], records: Records) -> Outcome | None:
+def _outcome(study: Study, method: Method, tried: int, targets: Sequence[float], records: Records) -> Outcome | None:
     runs = seed_runs(study, method, records)
     if not runs:
         return None
@@ -90,7 +88,7 @@ def _outcome(study: Study, method: Method, trials: int, targets: Sequence[float]
     return Outcome(
         method=method,
         settings=runs[0]["settings"],
-        trials=trials,
+        trials=tried,
         loss=_spread([run["loss"] for run in runs]),
         updates=tuple(spreads[0]),
         micro_batches=tuple(spreads[1]),

@@ -68,12 +68,15 @@ def train(
             break
         if any(before < end <= done for end in ends):
             contestant.mode(training=False)
-            curve.append((update, done, round(problem.evaluate(split), 5)))
+            loss = problem.evaluate(split)
             contestant.mode(training=True)
+            if not math.isfinite(loss):
+                break
+            curve.append((update, done, round(loss, 5)))
             if reports and isinstance(contestant.optimizers[0], ds_lena.LENA):
                 lena.append((update, _digest(ds_lena.report(contestant.optimizers[0]))))
-    loss = curve[-1][2] if done == task.micro_batches and curve and math.isfinite(curve[-1][2]) else None
-    found = {"loss": loss, "curve": curve, "seconds": round(time.monotonic() - began)}
+    ended = bool(curve) and curve[-1][1] == task.micro_batches
+    found = {"loss": curve[-1][2] if ended else None, "curve": curve, "seconds": round(time.monotonic() - began)}
     return found | ({"lena": lena} if lena else {})
 
 

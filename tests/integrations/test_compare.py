@@ -31,17 +31,18 @@ tasks:
 methods:
   single: {optimizer: adamw, search: {lr: {log: [0.001, 0.01]}, beta2: {choice: [0.95, 0.99]}}}
   lena: {optimizer: lena}
+  too-fast: {optimizer: adamw, settings: {lr: 1.0e+30}}
   single-sgd: {optimizer: sgd, settings: {lr: 0.02}}
   lena-sgd: {optimizer: lena, settings: {base: sgd, lr: 0.02}}
 studies:
   words-1: {task: words, n: 1, methods: [single], trials: 2, seeds: [1]}
-  words-4: {task: words, n: 4, base: words-1, methods: [lena], trials: 2, seeds: [1, 2]}
+  words-4: {task: words, n: 4, base: words-1, methods: [lena, too-fast], trials: 2, seeds: [1, 2]}
   pictures-1: {task: pictures, n: 1, methods: [single-sgd], seeds: [1]}
   pictures-4: {task: pictures, n: 4, base: pictures-1, methods: [lena-sgd], seeds: [1]}
 """
 JOBS = {
     "words-1": ["single/trial-0", "single/trial-1", "single/seed-1"],
-    "words-4": ["lena/seed-1", "lena/seed-2"],
+    "words-4": ["lena/seed-1", "lena/seed-2", "too-fast/seed-1", "too-fast/seed-2"],
     "pictures-1": ["single-sgd/seed-1"],
     "pictures-4": ["lena-sgd/seed-1"],
 }
@@ -88,10 +89,14 @@ def test_every_run_leaves_one_whole_record(finished):
     assert {study: sorted(jobs) for study, jobs in records.items()} == {s: sorted(jobs) for s, jobs in JOBS.items()}
     for study, jobs in records.items():
         for record in jobs.values():
+            assert None not in [loss for _, _, loss in record["curve"]]
+            if record["method"] == "too-fast":
+                assert record["loss"] is None
+                continue
             assert record["loss"] == record["curve"][-1][2] and record["curve"][-1][1] == 16
             assert record["command"] == f"python -m examples.compare run {study}"
     chosen = min((records["words-1"][f"single/trial-{i}"] for i in (0, 1)), key=lambda record: record["loss"])
-    for record in (*records["words-4"].values(), records["words-1"]["single/seed-1"]):
+    for record in (*(records["words-4"][f"lena/seed-{i}"] for i in (1, 2)), records["words-1"]["single/seed-1"]):
         assert {key: record["settings"][key] for key in ("lr", "beta2")} == chosen["tried"]
         assert record["split"] == "test"
     assert "model" in records["words-4"]["lena/seed-1"]["lena"][0][1]
@@ -104,7 +109,7 @@ def test_an_interrupted_queue_goes_on_to_the_same_records(finished):
     (finished / "results" / "words-4.jsonl").unlink()
     done = compare(finished, "run", "words-4", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "2 to go" in done.stdout and "pictures" not in done.stdout
+    assert "4 to go" in done.stdout and "pictures" not in done.stdout
     again = read(finished)
     for study in ("words-1", "words-4"):
         for job, record in whole[study].items():
@@ -117,6 +122,7 @@ def test_a_command_makes_tables_and_pictures(finished):
     assert done.returncode == 0, done.stderr
     text = (finished / "results" / "tables.md").read_text()
     assert "## words-4: words, n = 4" in text and "| lena |" in text and "| lena-sgd |" in text
+    assert "| too-fast | 2 of 2 diverged |" in text
     for name in ("words-4.png", "words-4-gains.png", "pictures-4.png"):
         assert (finished / "results" / name).stat().st_size > 10_000
 

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from examples.common.errors import InputError
-from examples.compare import jobs, search, summary
+from examples.compare import allowed, jobs, search, summary
 from examples.compare.jobs import Job
 from examples.compare.optimizers import OPTIMIZERS, build, windows
 from examples.compare.pictures import draw
 from examples.compare.plan import read
 from examples.compare.records import RESULTS, Records
 from examples.compare.tables import tables
+from examples.compare.training import KINDS
 
 ROOT = Path(__file__).parents[2]
 PLAN = """
@@ -25,8 +26,7 @@ tasks:
 methods:
   one: {optimizer: adamw, search: {lr: {log: [0.001, 0.01]}}}
   rival: {optimizer: adamw, settings: {lr_power: 0.5}, search: {warmup_fraction: {uniform: [0, 1]}}}
-  likewise: {like: rival, settings: {lr_power: 1.0}}
-  fixed: {like: rival, settings: {warmup_fraction: 0.1}}
+  fixed: {optimizer: adamw, settings: {lr_power: 0.5, warmup_fraction: 0.1}}
 studies:
   small: {task: toy, n: 1, methods: [one], trials: 3, seeds: [1, 2]}
   large: {task: toy, n: 8, base: small, methods: [rival, fixed], trials: 3, seeds: [1, 2]}
@@ -83,28 +83,49 @@ def finish_single_worker(records, plan):
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 
-def test_like_takes_over_what_is_not_said_again(plan):
-    rival, fixed = plan["large"].methods
-    assert fixed.settings == {"lr_power": 0.5, "warmup_fraction": 0.1} and fixed.search == {}
-    assert rival.search == {"warmup_fraction": {"uniform": [0, 1]}}
-
-
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("base: small", "base: tiny"), ("task: toy, n: 8", "task: joy, n: 8"), ("[rival, fixed]", "[rivals]")],
+    ("old", "new", "words"),
+    [
+        ("base: small", "base: tiny", "nothing is called 'tiny'"),
+        ("task: toy, n: 8", "task: joy, n: 8", "nothing is called 'joy'"),
+        ("[rival, fixed]", "[rivals]", "nothing is called 'rivals'"),
+        ("trials: 3", "trails: 3", "trails"),
+        ("kind: language", "kind: languages", "task toy: no kind is called languages; there are images, language"),
+        ("fixed: {optimizer: adamw", "fixed: {optimizer: adam", "method fixed: no optimizer is called adam;"),
+        ("warmup_fraction: 0.1", "warmup: 0.1", "method fixed: no setting is called warmup;"),
+        ("{log: [0.001", "{logg: [0.001", "method one: no space for lr is called {'logg': "),
+        ("{log: [0.001, 0.01]}", "0.001", "method one: no space for lr is called 0.001"),
+        (
+            "{optimizer: adamw, settings: {lr_power: 0.5, w",
+            "{optimizer: lena, settings: {layer: all, w",
+            'LENA: "layer"',
+        ),
+        ("seeds: [1]", "seeds: 3", "each a mapping by name"),
+        ("tasks:", "task:", "tasks, methods and studies are needed"),
+        ("tasks:", "tasks: [", "not YAML"),
+        (PLAN, "", "tasks, methods and studies are needed"),
+        (PLAN, "{tasks: {}, methods: {}, studies: {}}", "no studies"),
+    ],
 )
-def test_a_name_that_nothing_has_is_refused(tmp_path, old, new):
+def test_a_plan_that_cannot_be_is_refused(tmp_path, old, new, words):
     path = tmp_path / "studies.yaml"
     path.write_text(PLAN.replace(old, new))
-    with pytest.raises(InputError, match="nothing is called"):
+    with pytest.raises(InputError, match=re.escape(words)) as refused:
         read(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_an_unknown_key_is_refused(tmp_path):
+@pytest.mark.parametrize(("content", "words"), [(None, "No such file"), (b"\xff\xfe\x00", "not YAML")])
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path, content, words):
     path = tmp_path / "studies.yaml"
-    path.write_text(PLAN.replace("trials: 3", "trails: 3"))
-    with pytest.raises(InputError, match="trails"):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=words):
         read(path)
+
+
+def test_what_may_be_said_is_what_is_there():
+    assert allowed.SETTINGS.keys() == OPTIMIZERS.keys() and set(allowed.TASK_KINDS) == KINDS.keys()
 
 
 def test_every_setting_of_a_definition_changes_its_digest(plan, tmp_path):
@@ -207,6 +228,32 @@ def test_records_survive_and_a_torn_line_does_not_count(plan, records, tmp_path)
     assert Records(tmp_path / "results", plan).of("small") == records.of("small")
     path.write_text(path.read_text()[:-20])
     assert len(Records(tmp_path / "results", plan).of("small")) == 2
+
+
+@pytest.mark.parametrize("line", ["<<<<<<< HEAD", "5"])
+def test_a_broken_line_among_the_records_is_refused(plan, records, tmp_path, line):
+    finish_base(records, plan)
+    path = tmp_path / "results" / "small.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first, line, *others]))
+    with pytest.raises(InputError, match="line 2 is no record"):
+        Records(tmp_path / "results", plan)
+
+
+def test_runs_older_than_the_choice_of_the_trials_are_refused(plan, records):
+    finish_base(records, plan)
+    small = plan["small"]
+    finish(records, Job(small, small.methods[0], 1), 1.0, {"weight_decay": 0.1, "lr": 0.002})
+    for trial in range(3):
+        records.of("small")[f"one/trial-{trial}"]["settings"]["weight_decay"] = 0.1
+    jobs.refuse_outdated(plan, records)
+    records.of("small")["one/trial-0"]["loss"] = 1.5  # as if this trial, with lr 0.001, had come later
+    with pytest.raises(InputError, match=re.escape("small one/seed-1 was run with lr 0.002, which would be 0.001")):
+        jobs.refuse_outdated(plan, records)
+    records.of("small")["one/trial-0"]["loss"] = 3.0
+    records.of("small")["one/trial-1"]["settings"]["weight_decay"] = 0.2
+    with pytest.raises(InputError, match=re.escape("small one/trial-1 was run with weight_decay 0.2")):
+        jobs.refuse_outdated(plan, records)
 
 
 def test_records_of_another_definition_are_refused(plan, records, tmp_path):
@@ -353,6 +400,7 @@ def test_a_picture_needs_a_run_that_came_to_its_end(plan, records, tmp_path):
 def test_results_belong_to_the_studies_and_the_tables_to_the_results():
     studies = read()
     records = Records(RESULTS, studies)  # refuses records of another definition
+    jobs.refuse_outdated(studies, records)
     assert (RESULTS / "tables.md").read_text() == tables(studies, records)
     for study in studies.values():
         for record in records.of(study.name).values():
