@@ -407,11 +407,22 @@ def test_results_belong_to_the_studies_and_the_tables_to_the_results():
             assert {"command", "commit", "versions", "settings", "curve"} <= record.keys(), json.dumps(record)[:80]
 
 
+SPREAD = re.compile(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)?")
+
+
 def test_the_documents_cite_what_the_tables_say():
     tables = (RESULTS / "tables.md").read_text()
-    comparison = (ROOT / "docs" / "comparison.md").read_text()
-    cited = re.findall(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)?", comparison)
+    cited = SPREAD.findall((ROOT / "docs" / "comparison.md").read_text())
     readme = (ROOT / "README.md").read_text().split("## Does it help?")[1].split("\n## ")[0]
     cited += re.findall(r"\d\.\d{3}", readme)
     assert len(cited) > 20
     assert [figure for figure in cited if figure not in tables] == []
+
+
+def test_a_row_of_the_documents_has_the_figures_of_its_method():
+    tables = (RESULTS / "tables.md").read_text().splitlines()
+    rows = re.findall(r"^\|[^|\n]*`([^`\n]+)`[^|\n]*\|(.*)$", (ROOT / "docs" / "comparison.md").read_text(), re.MULTILINE)
+    assert len(rows) > 40
+    for method, row in rows:
+        own = "\n".join(line for line in tables if line.startswith(f"| {method} |"))
+        assert own and [figure for figure in SPREAD.findall(row) if figure not in own] == [], method
