@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-from tests.integrations._examples import PROGRAMS, STREAM, UPDATES, command, history, in_turn, load, options
+from tests.integrations._examples import (
+    CONFIGS,
+    PROGRAMS,
+    STREAM,
+    UPDATES,
+    command,
+    history,
+    in_turn,
+    load,
+    options,
+    write_texts,
+)
 from tests.integrations._programs import attempt
 
 Case = tuple[str, list[str], tuple[str, ...]]
@@ -27,6 +38,12 @@ def config(params: dict[str, Any] | None = None, optimizer: str = "LENA", **more
 def decay(**params: Any) -> dict[str, Any]:
     return {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"} | params}
 
+
+GOAL = ["--target-loss", "5.1", "--eval_steps", "1", "--save_steps", "1"]
+ADASCALE = ["--deepspeed", str(CONFIGS["gpt"]), "--optimizer-preset", "adascale"]
+LATEST = ["--resume_from_checkpoint", "latest"]
+PLAIN, RIVAL = ["--output_dir", "PLACE/plain"], ["--output_dir", "PLACE/rival"]
+"""The folders of runs that are there already."""
 
 BAD: dict[str, Case] = {
     # HF's arguments against the DeepSpeed config
@@ -104,7 +121,28 @@ BAD: dict[str, Case] = {
     "a tokenizer without a mask": ("bert", ["--tokenizer", "PLACE/tokenizer"], ("no mask token", "leave --tokenizer")),
     "a vocabulary without the bytes": ("gpt", ["--vocab_size", "100"], ("vocab_size is 100", "at least 257")),
     # checkpoints
-    "nothing to resume from": ("bert", ["--resume_from_checkpoint", "latest"], ("no complete checkpoint",)),
+    "nothing to resume from": ("bert", LATEST, ("no complete checkpoint",)),
+    "a start where checkpoints are": ("gpt", PLAIN, ("plain holds checkpoint-", "earlier run", "delete")),
+    "a checkpoint where others are": (
+        "gpt",
+        [*PLAIN, *ADASCALE, "--resume_from_checkpoint", "PLACE/rival/checkpoint-1"],
+        ("plain holds checkpoint-", "another --output_dir"),
+    ),
+    "a checkpoint of another run": (
+        "gpt",
+        [*PLAIN, "--model_size", "mini", "--seed", "7", "--learning_rate", "0.01", *LATEST],
+        ("another run: model_size: then tiny, now mini; seed: then 42, now 7; learning_rate: then 0.001, now 0.01. ",),
+    ),
+    "a checkpoint of another optimizer": (
+        "gpt",
+        [*config({"gain_power": 0.5}), *RIVAL, *LATEST],
+        ("params.gain_power: then 1.0, now 0.5", "params.layer: then model, now not given"),
+    ),
+    "a checkpoint of other texts": (
+        "bert",
+        ["--dataset", "PLACE/more.txt", "--resume_from_checkpoint", "PLACE/plain/checkpoint-1"],
+        ("model: then GPT-2, now BERT", "texts.txt, now", "bytes of the texts: then"),
+    ),
 }  # fmt: skip
 
 
@@ -114,10 +152,10 @@ def answers(workshop: Path) -> dict[str, dict[str, Any]]:
     (workshop / "empty.txt").write_text("\n")
     (workshop / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     (workshop / "zeros.txt").write_bytes(b"text\0more")
-    goal = ["--target-loss", "5.1", "--eval_steps", "1", "--save_steps", "1"]
-    plain = options(workshop / "texts.txt", workshop / "plain", *goal)
-    _, *rival = command("gpt", workshop / "texts.txt", workshop / "rival", *goal, "--optimizer-preset", "adascale")
-    good = {"plain": plain, "again": [*plain, "--resume_from_checkpoint", "latest"], "rival": rival}
+    write_texts(workshop / "more.txt", paragraphs=130)
+    plain = options(workshop / "texts.txt", workshop / "plain", *GOAL)
+    rival = options(workshop / "texts.txt", workshop / "rival", *GOAL, *ADASCALE)
+    good = {"plain": plain, "again": [*plain, *LATEST], "rival": rival}
     cases = [(PROGRAMS["gpt"], arguments) for arguments in good.values()]
     for name, (model, arguments, _) in BAD.items():
         placed = [argument.replace("PLACE", str(workshop)) for argument in arguments]

@@ -178,3 +178,30 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(tmp_path: Path) -> No
     (made / "trainer_state.json").unlink()
     with pytest.raises(InputError, match="no complete checkpoint to resume from"):
         find_checkpoint("latest", tmp_path, None)
+
+
+def test_a_run_keeps_out_of_another_s_checkpoints(tmp_path: Path) -> None:
+    from common.checkpoints import refuse_mixture
+    from common.errors import InputError
+
+    own, other = tmp_path / "own", tmp_path / "other"
+    (own / "checkpoint-best").mkdir(parents=True)
+    refuse_mixture(own, None)
+    refuse_mixture(tmp_path / "none", None)
+    mine, foreign = checkpoint(own, 2), checkpoint(other, 2)
+    refuse_mixture(own, str(mine))
+    for started_from in (None, str(foreign)):
+        with pytest.raises(InputError, match=r"own holds checkpoint-2 of an earlier run.* or delete"):
+            refuse_mixture(own, started_from)
+
+
+def test_a_checkpoint_is_resumed_with_the_options_of_its_run(tmp_path: Path) -> None:
+    from common import same_run
+    from common.errors import InputError
+
+    made = checkpoint(tmp_path, 2)
+    same_run.refuse_another(made, {"seed": 1})  # an older one, with nothing to compare
+    (tmp_path / same_run.FILE).write_text('{"seed": 1, "tokenizer": null}')
+    same_run.refuse_another(made, {"seed": 1})
+    with pytest.raises(InputError, match=r"another run: seed: then 1, now 2; tokenizer: then not given, now mine\."):
+        same_run.refuse_another(made, {"seed": 2, "tokenizer": "mine"})
