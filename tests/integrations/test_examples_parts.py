@@ -141,6 +141,20 @@ def test_every_rank_sees_other_blocks_of_a_stream_and_none_is_left_out(ranks: Ra
     assert sorted(block for blocks in seen for block in blocks) == sorted(first(BLOCKS * WORLD))
 
 
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?d", "e{1,2}"])
+def test_names_of_files_are_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import datasets
+    from common.streaming import open_streams
+    from common.texts import load_texts
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "texts.txt").write_text("one\n\ntwo\n\nthree\n")
+    whole, streamed = load_texts(str(tmp_path / name)), open_streams(str(tmp_path / name), None, "text", 1)
+    assert [*whole.train["text"], *whole.held_out["text"]] == ["one", "two", "three\n"]
+    assert [row["text"] for row in streamed.train] == ["two", "three\n"]
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
