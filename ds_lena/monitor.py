@@ -1,4 +1,4 @@
-"""What LENA measured and decided in the last applied update: `report`, one plain dict, and `events` for loggers."""
+"""What LENA measured and decided in the last applied update: `report`, one plain dict, and numbers for loggers."""
 
 from __future__ import annotations
 
@@ -36,20 +36,24 @@ def report(source: Any) -> dict[str, Any]:
     return lena.tracker.report()
 
 
-def events(report: Mapping[str, Any], layers: bool = False) -> dict[str, float]:
-    """A report as flat names and numbers: `lena/gain`, `lena/noise_scale` (left out where it is infinite) and
-    `lena/warmup`, the mean warm-up factor of the layers; with `layers`, `lena/layers/NAME/…` for each of them too.
+def events(report: Mapping[str, Any]) -> dict[str, float]:
+    """What a report says of the model, as flat names and numbers: `lena/gain`, `lena/noise_scale` (left out where it is
+    infinite) and `lena/warmup`, the mean warm-up factor of the layers.
     """
     parts = report["layers"]
     warmup = sum(layer["warmup"] for layer in parts.values()) / max(len(parts), 1)
-    found = {
-        "lena/gain": report["gain"],
-        "lena/noise_scale": report["noise_scale"],
-        "lena/warmup": warmup,
-    }
-    if layers:
-        for name, layer in parts.items():
-            found |= {f"lena/layers/{name}/{key}": layer[key] for key in ("gain", "noise_scale", "warmup")}
+    return _finite({"lena/gain": report["gain"], "lena/noise_scale": report["noise_scale"], "lena/warmup": warmup})
+
+
+def layer_events(report: Mapping[str, Any]) -> dict[str, float]:
+    """The same three of every layer, and of nothing else: `lena/layers/NAME/gain` and so on."""
+    keys = ("gain", "noise_scale", "warmup")
+    return _finite(
+        {f"lena/layers/{name}/{key}": layer[key] for name, layer in report["layers"].items() for key in keys}
+    )
+
+
+def _finite(found: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 

@@ -5,7 +5,7 @@
 #
 #   DEMO_QUICK=1   6 updates instead of 240, in less than a minute
 #   DEMO_STEPS     another number of updates
-#   DEMO_OUTPUT    another output folder than outputs/demo
+#   DEMO_OUTPUT    another output folder than outputs/demo; checkpoints of an earlier demo in it are deleted
 #   MASTER_PORT    another port, to run two demos at once
 # Further arguments go to pretrain_gpt.py.
 set -euo pipefail
@@ -19,6 +19,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}     # runs from a clone, insta
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1           # one core per rank
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
 export PYTHONWARNINGS=ignore::FutureWarning
+
+# A run does not start where an earlier one's checkpoints lie; with --resume_from_checkpoint latest it goes on from them.
+[[ " $*" == *" --resume"* ]] || rm -rf "$output"/checkpoint-[0-9]*
 
 exec deepspeed --num_gpus 2 --num_nodes 1 --master_port "${MASTER_PORT:-29517}" \
   examples/pretrain_gpt.py \

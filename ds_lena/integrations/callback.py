@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from ..monitor import events, find_lena
+from ..monitor import events, find_lena, layer_events
 
 
 class LenaCallback(TrainerCallback):
@@ -35,7 +35,8 @@ class LenaCallback(TrainerCallback):
         lena = find_lena(kwargs.get("optimizer"))
         if lena is None or logs is None or "loss" not in logs:
             return
-        measured = events(lena.tracker.report(), self.layers)
+        report = lena.tracker.report()
+        measured = events(report) | (layer_events(report) if self.layers else {})
         logs |= measured
         if state.log_history:
             state.log_history[-1] |= measured  # the Trainer has made its copy already

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..config import unknown_total_steps
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..layers import named_parameters
-from ..monitor import events, report
+from ..monitor import events, layer_events, report
 from ..norms import squared_norms
 from ..optimizer import LENA, dormant
 from ..probe import Probe
@@ -101,9 +101,10 @@ def attach(engine: Any, lena: LENA) -> None:
 def write_layers(engine: Any) -> None:
     """Write gain, noise scale and warm-up of every layer to the engine's monitors, now. Every rank may call it.
 
-    DeepSpeed's `tensorboard`, `wandb`, `csv_monitor` and `comet` entries get those of the model after every update.
+    DeepSpeed's `tensorboard`, `wandb`, `csv_monitor` and `comet` entries get those of the model after every update,
+    which this does not write again.
     """
-    private.write_events(engine, lambda: events(report(engine), layers=True))
+    private.write_events(engine, lambda: layer_events(report(engine)))
 
 
 def _check_schedule(engine: Any, host: EngineHost, lena: LENA) -> None:

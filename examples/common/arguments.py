@@ -1,11 +1,8 @@
 """The command line: what is asked for, read once and checked before anything is made."""
 
 import argparse
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -13,7 +10,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from . import presets
 from .checks import refuse_contradictions
 from .corpus import DataArguments
+from .deepspeed_config import read_config
 from .errors import InputError, give_up
+from .ignored import refuse_ignored
+from .ranges import refuse_out_of_range
 
 
 @dataclass
@@ -51,6 +51,7 @@ def parse(
     try:
         # A default is the very object that was set, so that what was typed can be told from it.
         typed = {name for name, value in vars(options).items() if value is not parser.get_default(name)}
+        refuse_out_of_range(options)
         options.deepspeed = read_config(options.deepspeed)
         if options.optimizer_preset:
             _swap(options, typed, list(no_decay))
@@ -59,27 +60,11 @@ def parse(
         except ValueError as error:  # TrainingArguments' own checks
             raise InputError(" ".join(str(error).split())) from error
         refuse_contradictions(parsed[-1], typed)
+        refuse_ignored(parsed[1], typed)
         _refuse_endless(*parsed[1:])
     except InputError as error:
         parser.error(str(error))
     return parser, parsed
-
-
-def read_config(source: str | None) -> dict[str, Any] | None:
-    """The DeepSpeed config as a dict: from a file, JSON text, or the file that accelerate's config names."""
-    source = source or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if source is None:
-        return None
-    is_text = source.lstrip().startswith("{")
-    try:
-        config = json.loads(source if is_text else Path(source).expanduser().read_text())
-    except OSError as error:
-        raise InputError(f"DeepSpeed config {source}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"DeepSpeed config {source}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"DeepSpeed config {source}: a JSON object is needed, this is a {type(config).__name__}")
-    return config
 
 
 def _swap(options: argparse.Namespace, typed: set[str], no_decay: list[str]) -> None:

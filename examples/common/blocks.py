@@ -46,12 +46,16 @@ def load_tokenizer(name: str, with_mask: bool = False) -> PreTrainedTokenizerFas
     """The tokenizer in a folder or of a hub name.
 
     Raises:
-        InputError: none there, or it lacks the token between two texts, or the mask that ``with_mask`` asks for.
+        InputError: none there, none that can be read, or it lacks the token between two texts, or the mask that
+            ``with_mask`` asks for.
     """
     try:
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer {name}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a file of another form: KeyError, TypeError, or plain Exception from tokenizers
+        why = (str(error).splitlines() or [""])[0]
+        raise InputError(f"tokenizer {name}: its files cannot be read: {type(error).__name__} {why}") from error
     if end_of_text(tokenizer) is None:
         raise InputError(f"tokenizer {name}: it has no end-of-text token to put between two texts")
     if with_mask and tokenizer.mask_token_id is None:

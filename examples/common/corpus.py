@@ -100,7 +100,6 @@ def prepare(args: DataArguments, output_dir: Path, blocks_per_update: int, seed:
     if folder.exists():
         corpus = _read(args, folder, seed)
     else:
-        _check(args)
         make = _make_stream if args.streaming else _make
         corpus = make(args, blocks_per_update, seed, with_mask)
     if not args.streaming:
@@ -108,14 +107,6 @@ def prepare(args: DataArguments, output_dir: Path, blocks_per_update: int, seed:
     if not folder.exists():
         _write(corpus, folder)
     return corpus
-
-
-def _check(args: DataArguments) -> None:
-    if args.sequence_length < 2:
-        raise InputError(f"sequence_length is {args.sequence_length}; a block needs at least 2 tokens")
-    for name in ("held_out_texts", "sample_texts", "shuffle_texts"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{name} is {getattr(args, name)}; it must be at least 1")
 
 
 def _make(args: DataArguments, blocks_per_update: int, seed: int, with_mask: bool) -> Corpus:
@@ -151,7 +142,7 @@ def _tokenizer(args: DataArguments, texts: Dataset, with_mask: bool) -> PreTrain
 
 
 def _spread(held_out: Dataset, args: DataArguments) -> Dataset:
-    if not args.max_held_out_blocks or args.max_held_out_blocks >= len(held_out):
+    if args.max_held_out_blocks is None or args.max_held_out_blocks >= len(held_out):
         return held_out
     return held_out.select(np.linspace(0, len(held_out) - 1, args.max_held_out_blocks, dtype=int))
 

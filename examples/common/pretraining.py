@@ -18,6 +18,7 @@ import ds_lena
 from ds_lena.errors import LenaError
 from ds_lena.integrations.callback import LenaCallback
 
+from . import same_run
 from .arguments import RunArguments, parse
 from .blocks import Rows
 from .checkpoints import choose_checkpoint
@@ -87,7 +88,8 @@ def _run(
     task: Task, model_args: Any, data_args: DataArguments, run_args: RunArguments, args: TrainingArguments
 ) -> None:
     output_dir = Path(str(args.output_dir))
-    checkpoint = choose_checkpoint(args)
+    options = same_run.options_of(task.name, model_args, data_args, args)
+    checkpoint = choose_checkpoint(args, options)
     with args.main_process_first(local=args.save_on_each_node, desc="data"):
         corpus = prepare(data_args, output_dir, blocks_per_update(args), args.seed, task.needs_mask)
     if args.process_index == 0:
@@ -112,6 +114,7 @@ def _run(
     trainer.add_callback(history)  # it prints a line per log, so the Trainer's own printing goes
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(same_run.Writer(options))
     trainer.add_callback(Stopping(run_args.target_loss))  # last: the others begin before it may end
 
     with suppress(Finished):

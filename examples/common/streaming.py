@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .blocks import packer
 from .errors import InputError
-from .texts import hub_error, local_files, own_held_out, refuse_unless_text, require_column, sotu_split
+from .texts import hub_error, load_paragraphs, local_files, own_held_out, refuse_unless_text, require_column, sotu_split
 
 
 class Streams(NamedTuple):
@@ -58,9 +58,9 @@ def open_streams(source: str, config: str | None, column: str, held_out_texts: i
         refuse_unless_text(file)
     if source == "sotu":
         split = sotu_split(files)
-        return Streams(_paragraphs(split.train), _paragraphs(split.held_out))
+        return Streams(load_paragraphs(split.train, streaming=True), load_paragraphs(split.held_out, streaming=True))
     if files:
-        return _split_head(_paragraphs(files), held_out_texts)
+        return _split_head(load_paragraphs(files, streaming=True), held_out_texts)
     return _from_hub(source, config, column, held_out_texts)
 
 
@@ -71,11 +71,6 @@ def read_rows(stream: IterableDataset, rows: int, source: str) -> Dataset:
     except (OSError, ValueError) as error:  # no network; not UTF-8
         raise InputError(f"{source}: cannot read the texts: {str(error).splitlines()[0]}") from error
     return Dataset.from_dict({"text": texts})
-
-
-def _paragraphs(files: list[Any]) -> IterableDataset:
-    paths = [str(file.resolve()) for file in files]
-    return load_dataset("text", data_files=paths, sample_by="paragraph", split="train", streaming=True)
 
 
 def _from_hub(name: str, config: str | None, column: str, held_out_texts: int) -> Streams:

@@ -5,6 +5,7 @@ split, so that the held-out texts are other texts, not other paragraphs of the s
 """
 
 import codecs
+import glob
 import importlib.util
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from .errors import InputError
 
 _SNIFFED_BYTES = 1 << 16
+_PART_BYTES = 1 << 22
 
 
 class Texts(NamedTuple):
@@ -37,8 +39,6 @@ def load_texts(source: str, config: str | None = None, column: str = "text", hel
     Raises:
         InputError: nothing there, or what is there is not UTF-8 text.
     """
-    if not 0 < held_out_fraction < 1:
-        raise InputError(f"held_out_fraction is {held_out_fraction}; it must lie between 0 and 1")
     files = local_files(source)
     if source == "sotu":
         split = sotu_split(files)
@@ -52,8 +52,10 @@ def local_files(source: str) -> list[Path]:
     """The text files that ``source`` stands for, sorted; none if it is the name of a hub data set.
 
     Raises:
-        InputError: a path that does not exist, or a folder without ``*.txt`` files.
+        InputError: no name at all, a path that does not exist, or a folder without ``*.txt`` files.
     """
+    if not source.strip():
+        raise InputError("dataset is empty; give a text file, a folder of *.txt files, a data set of the hub, or sotu")
     path = _sotu_folder() if source == "sotu" else Path(source).expanduser()
     if path.is_dir():
         if files := sorted(file for file in path.rglob("*.txt") if file.is_file()):
@@ -92,11 +94,26 @@ def read_paragraphs(files: list[Path]) -> Dataset:
     """One row per paragraph, memory-mapped, in the order of ``files``."""
     for file in files:
         refuse_unless_text(file)
-    paths = [str(file.resolve()) for file in files]
+        _look_through(file)
     try:
-        return load_dataset("text", data_files=paths, sample_by="paragraph", split="train")
+        return load_paragraphs(files)
     except DatasetGenerationError as error:
         raise InputError(f"cannot read the text files: {error.__cause__ or error}") from error
+
+
+def _look_through(file: Path) -> None:
+    """Read all of a file, as its paragraphs are about to be; of a stream, only the first bytes are looked at."""
+    with file.open("rb") as stream:
+        for start in range(0, file.stat().st_size, _PART_BYTES):
+            _refuse_zero_byte(file, stream.read(_PART_BYTES), start)
+
+
+def load_paragraphs(files: list[Path], streaming: bool = False) -> Any:
+    """What the data library makes of ``files``; it takes names for patterns, so theirs are quoted."""
+    paths = [glob.escape(str(file.resolve())) for file in files]
+    if chained := [path for path in paths if "::" in path]:
+        raise InputError(f'{chained[0]}: the data library cannot read a path with "::"; rename it')
+    return load_dataset("text", data_files=paths, sample_by="paragraph", split="train", streaming=streaming)
 
 
 def refuse_unless_text(file: Path) -> None:
@@ -112,8 +129,13 @@ def refuse_unless_text(file: Path) -> None:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if b"\0" in head:
-        raise InputError(f"{file}: a binary file, not text (zero byte at {head.index(0)})")
+    _refuse_zero_byte(file, head)
+
+
+def _refuse_zero_byte(file: Path, part: bytes, start: int = 0) -> None:
+    """UTF-8 allows it, but no text has one. ``part`` is what lies at byte ``start`` of the file."""
+    if b"\0" in part:
+        raise InputError(f"{file}: a binary file, not text (zero byte at {start + part.index(0)})")
 
 
 def _from_hub(name: str, config: str | None, column: str, held_out_fraction: float) -> Texts:
@@ -144,5 +166,10 @@ def hub_error(name: str, error: Exception) -> InputError:
 
 
 def _split_tail(rows: Dataset, fraction: float) -> Texts:
+    if len(rows) < 2:
+        raise InputError(
+            "there is only one text, and nothing to hold out: texts of a file are told apart by blank lines; give "
+            "more of them"
+        )
     cut = len(rows) - max(1, round(len(rows) * fraction))
     return Texts(rows.select(range(cut)), rows.select(range(cut, len(rows))))

@@ -25,7 +25,9 @@ def write_texts(path: Path, paragraphs: int = 120) -> Path:
 
 
 def options(texts: Path | str, folder: Path, *more: str) -> list[str]:
-    small = ["--model_size", "tiny", "--vocab_size", "300", "--sequence_length", "32"]
+    small = ["--model_size", "tiny", "--sequence_length", "32"]
+    if "--tokenizer" not in more:
+        small += ["--vocab_size", "300"]
     batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     times = ["--max_steps", str(UPDATES), "--logging_steps", "1", "--eval_steps", "4", "--save_steps", str(SAVED_EVERY)]
     return [*small, *batch, *times, "--use_cpu", "--dataset", str(texts), "--output_dir", str(folder), *more]

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-from tests.integrations._examples import PROGRAMS, STREAM, UPDATES, command, history, in_turn, load, options
+from tests.integrations._examples import (
+    CONFIGS,
+    PROGRAMS,
+    STREAM,
+    UPDATES,
+    command,
+    history,
+    in_turn,
+    load,
+    options,
+    write_texts,
+)
 from tests.integrations._programs import attempt
 
 Case = tuple[str, list[str], tuple[str, ...]]
@@ -24,9 +35,20 @@ def config(params: dict[str, Any] | None = None, optimizer: str = "LENA", **more
     return ["--deepspeed", json.dumps({"zero_optimization": {"stage": 2}, "optimizer": entry} | BATCH | more)]
 
 
+def form(**entries: Any) -> list[str]:
+    """`--deepspeed` with the text of a config that has these entries and no others."""
+    return ["--deepspeed", json.dumps(entries)]
+
+
 def decay(**params: Any) -> dict[str, Any]:
     return {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"} | params}
 
+
+GOAL = ["--target-loss", "5.1", "--eval_steps", "1", "--save_steps", "1"]
+ADASCALE = ["--deepspeed", str(CONFIGS["gpt"]), "--optimizer-preset", "adascale"]
+LATEST = ["--resume_from_checkpoint", "latest"]
+PLAIN, RIVAL = ["--output_dir", "PLACE/plain"], ["--output_dir", "PLACE/rival"]
+"""The folders of runs that are there already."""
 
 BAD: dict[str, Case] = {
     # HF's arguments against the DeepSpeed config
@@ -77,7 +99,66 @@ BAD: dict[str, Case] = {
     "an unknown option": ("gpt", ["--no_such"], ("--no_such",)),
     "arguments that HF refuses": ("gpt", ["--fp16", "--bf16"], ("fp16 and bf16",)),
     "a target without evaluations": ("bert", ["--target-loss", "3", "--eval_strategy", "no"], ("--eval_strategy",)),
+    "no optimizer entry": ("gpt", form(optimizer=["LENA"]), ('"optimizer" is ["LENA"]', "JSON object")),
+    "no optimizer entry to swap": (
+        "gpt",
+        [*form(optimizer=["LENA"]), "--optimizer-preset", "lars"],
+        ('"optimizer" is ["LENA"]', "JSON object"),
+    ),
+    "an optimizer without a type": ("gpt", form(optimizer={"params": AUTO}), ('"optimizer" needs a "type"',)),
+    "an optimizer's params that are none": (
+        "gpt",
+        form(optimizer={"type": "LENA", "params": [1]}),
+        ('"params" of "optimizer" is [1]', "JSON object"),
+    ),
+    "no ZeRO entry": ("gpt", form(zero_optimization="2"), ('"zero_optimization" is "2"', "JSON object")),
+    "an unknown ZeRO stage": ("gpt", form(zero_optimization={"stage": 4}), ('"stage" of', "is 4", "0, 1, 2 or 3")),
+    # numbers
+    **{
+        f"{option} {value}": ("gpt", [f"--{option}", value], (f"--{option} is {value}; it must be {allowed}",))
+        for option, value, allowed in (
+            ("dropout", "2.0", "at least 0 and below 1"),
+            ("held_out_fraction", "1.0", "between 0 and 1"),
+            ("max_held_out_blocks", "0", "at least 1"),
+            ("max_held_out_blocks", "-5", "at least 1"),
+            ("sequence_length", "1", "at least 2 tokens"),
+            ("sample_texts", "0", "at least 1"),
+            ("target_loss", "nan", "a finite number"),
+            ("per_device_train_batch_size", "0", "at least 1"),
+            ("gradient_accumulation_steps", "0", "at least 1"),
+            ("learning_rate", "0.0", "a finite number above 0"),
+            ("learning_rate", "nan", "a finite number above 0"),
+            ("weight_decay", "-1.0", "a finite number, at least 0"),
+            ("num_train_epochs", "0.0", "a finite number above 0"),
+            ("max_steps", "0", "at least 1"),
+        )
+    },
+    # where to write
+    "a place below a file": ("gpt", ["--output_dir", "/dev/null/x"], ("output_dir /dev/null/x", "Not a directory")),
+    "a place where no folder can be": ("gpt", ["--output_dir", "/proc/nope"], ("output_dir /proc/nope", "another")),
+    # options of the data that nobody would use
+    **{
+        f"--{option} that nobody would use": (
+            "gpt",
+            [f"--{option}", value, *more],
+            (f"--{option} {value} would be ignored: ", why, f"Leave --{option} out"),
+        )
+        for option, value, more, why in (
+            ("vocab_size", "400", ["--tokenizer", "PLACE/tokenizer"], "--tokenizer brings one"),
+            ("text_column", "text", [], "for data sets of the hub"),
+            ("dataset_config", "raw", ["--dataset", "sotu"], "for data sets of the hub"),
+            ("held_out_texts", "500", [], "for --streaming"),
+            ("sample_texts", "500", [], "for --streaming"),
+            ("shuffle_texts", "500", [], "for --streaming"),
+            ("held_out_fraction", "0.1", STREAM, "holds out --held_out_texts"),
+        )
+    },
+    "a share of sotu": ("gpt", ["--dataset", "sotu", "--held_out_fraction", "0.1"], ("ignored: of sotu the years",)),
     # data
+    "no name of the data": ("gpt", ["--dataset", ""], ("dataset is empty", "sotu")),
+    "a single text": ("gpt", ["--dataset", "PLACE/lines.txt"], ("only one text", "blank lines")),
+    "a file with a zero far inside": ("gpt", ["--dataset", "PLACE/late.txt"], ("late.txt", "zero byte at 70000")),
+    "a path that the data library splits": ("gpt", ["--dataset", "PLACE/a::b.txt"], ('with "::"',)),
     "less than an update": (
         "gpt",
         ["--gradient_accumulation_steps", "2000"],
@@ -101,10 +182,32 @@ BAD: dict[str, Case] = {
         ("nobody/nothing", "data set of the hub"),
     ),
     "no tokenizer there": ("gpt", ["--tokenizer", "nobody/nothing"], ("tokenizer nobody/nothing",)),
+    "a tokenizer of another form": ("gpt", ["--tokenizer", "PLACE/foreign"], ("foreign: its files cannot be read",)),
     "a tokenizer without a mask": ("bert", ["--tokenizer", "PLACE/tokenizer"], ("no mask token", "leave --tokenizer")),
     "a vocabulary without the bytes": ("gpt", ["--vocab_size", "100"], ("vocab_size is 100", "at least 257")),
     # checkpoints
-    "nothing to resume from": ("bert", ["--resume_from_checkpoint", "latest"], ("no complete checkpoint",)),
+    "nothing to resume from": ("bert", LATEST, ("no complete checkpoint",)),
+    "a start where checkpoints are": ("gpt", PLAIN, ("plain holds checkpoint-", "earlier run", "delete")),
+    "a checkpoint where others are": (
+        "gpt",
+        [*PLAIN, *ADASCALE, "--resume_from_checkpoint", "PLACE/rival/checkpoint-1"],
+        ("plain holds checkpoint-", "another --output_dir"),
+    ),
+    "a checkpoint of another run": (
+        "gpt",
+        [*PLAIN, "--model_size", "mini", "--seed", "7", "--learning_rate", "0.01", *LATEST],
+        ("another run: model_size: then tiny, now mini; seed: then 42, now 7; learning_rate: then 0.001, now 0.01. ",),
+    ),
+    "a checkpoint of another optimizer": (
+        "gpt",
+        [*config({"gain_power": 0.5}), *RIVAL, *LATEST],
+        ("params.gain_power: then 1.0, now 0.5", "params.layer: then model, now not given"),
+    ),
+    "a checkpoint of other texts": (
+        "bert",
+        ["--dataset", "PLACE/more.txt", "--resume_from_checkpoint", "PLACE/plain/checkpoint-1"],
+        ("model: then GPT-2, now BERT", "texts.txt, now", "bytes of the texts: then"),
+    ),
 }  # fmt: skip
 
 
@@ -114,15 +217,20 @@ def answers(workshop: Path) -> dict[str, dict[str, Any]]:
     (workshop / "empty.txt").write_text("\n")
     (workshop / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     (workshop / "zeros.txt").write_bytes(b"text\0more")
-    goal = ["--target-loss", "5.1", "--eval_steps", "1", "--save_steps", "1"]
-    plain = options(workshop / "texts.txt", workshop / "plain", *goal)
-    _, *rival = command("gpt", workshop / "texts.txt", workshop / "rival", *goal, "--optimizer-preset", "adascale")
-    good = {"plain": plain, "again": [*plain, "--resume_from_checkpoint", "latest"], "rival": rival}
+    (workshop / "late.txt").write_bytes(b"some text\n" * 7000 + b"\0")
+    (workshop / "lines.txt").write_text("a line\n" * 1000)
+    (workshop / "a::b.txt").write_text("a text\n\nanother\n")
+    (workshop / "foreign").mkdir()
+    (workshop / "foreign" / "tokenizer.json").write_text('{"model": {}}')
+    write_texts(workshop / "more.txt", paragraphs=130)
+    plain = options(workshop / "texts.txt", workshop / "plain", *GOAL)
+    rival = options(workshop / "texts.txt", workshop / "rival", *GOAL, *ADASCALE)
+    good = {"plain": plain, "again": [*plain, *LATEST], "rival": rival}
     cases = [(PROGRAMS["gpt"], arguments) for arguments in good.values()]
     for name, (model, arguments, _) in BAD.items():
         placed = [argument.replace("PLACE", str(workshop)) for argument in arguments]
-        own = options(workshop / "texts.txt", workshop / name.replace(" ", "-"))
-        cases.append((PROGRAMS[model], [*own, *placed]))
+        own = options(workshop / "texts.txt", workshop / name.replace(" ", "-"), *placed)
+        cases.append((PROGRAMS[model], own))
     save_tokenizer(workshop / "tokenizer")
     return dict(zip([*good, *BAD], in_turn(cases, workshop), strict=True))
 

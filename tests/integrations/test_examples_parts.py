@@ -141,6 +141,20 @@ def test_every_rank_sees_other_blocks_of_a_stream_and_none_is_left_out(ranks: Ra
     assert sorted(block for blocks in seen for block in blocks) == sorted(first(BLOCKS * WORLD))
 
 
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?d", "e{1,2}"])
+def test_names_of_files_are_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import datasets
+    from common.streaming import open_streams
+    from common.texts import load_texts
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "texts.txt").write_text("one\n\ntwo\n\nthree\n")
+    whole, streamed = load_texts(str(tmp_path / name)), open_streams(str(tmp_path / name), None, "text", 1)
+    assert [*whole.train["text"], *whole.held_out["text"]] == ["one", "two", "three\n"]
+    assert [row["text"] for row in streamed.train] == ["two", "three\n"]
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -178,3 +192,30 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(tmp_path: Path) -> No
     (made / "trainer_state.json").unlink()
     with pytest.raises(InputError, match="no complete checkpoint to resume from"):
         find_checkpoint("latest", tmp_path, None)
+
+
+def test_a_run_keeps_out_of_another_s_checkpoints(tmp_path: Path) -> None:
+    from common.checkpoints import refuse_mixture
+    from common.errors import InputError
+
+    own, other = tmp_path / "own", tmp_path / "other"
+    (own / "checkpoint-best").mkdir(parents=True)
+    refuse_mixture(own, None)
+    refuse_mixture(tmp_path / "none", None)
+    mine, foreign = checkpoint(own, 2), checkpoint(other, 2)
+    refuse_mixture(own, str(mine))
+    for started_from in (None, str(foreign)):
+        with pytest.raises(InputError, match=r"own holds checkpoint-2 of an earlier run.* or delete"):
+            refuse_mixture(own, started_from)
+
+
+def test_a_checkpoint_is_resumed_with_the_options_of_its_run(tmp_path: Path) -> None:
+    from common import same_run
+    from common.errors import InputError
+
+    made = checkpoint(tmp_path, 2)
+    same_run.refuse_another(made, {"seed": 1})  # an older one, with nothing to compare
+    (tmp_path / same_run.FILE).write_text('{"seed": 1, "tokenizer": null}')
+    same_run.refuse_another(made, {"seed": 1})
+    with pytest.raises(InputError, match=r"another run: seed: then 1, now 2; tokenizer: then not given, now mine\."):
+        same_run.refuse_another(made, {"seed": 2, "tokenizer": "mine"})
