@@ -24,23 +24,21 @@ def draw(studies: Mapping[str, Study], records: Records, folder: Path) -> None:
     """`STUDY.png` for each study with results, and `STUDY-gains.png` where LENA's numbers were kept."""
     for study in studies.values():
         found = outcomes(study, studies, [], records) if study.n > 1 else []
-        if any(outcome.loss.values and not _grows(outcome) for outcome in found):
+        # A batch that grows takes many more and smaller updates, which would not lie beside the others'.
+        shown = [outcome for outcome in found if outcome.loss.values and "full_batch_at" not in outcome.settings]
+        if shown:
             goals = targets(studies[study.base or study.name], records)
-            save(_losses(study, found, goals, records), folder / f"{study.name}.png")
+            save(_losses(study, shown, goals, records), folder / f"{study.name}.png")
         for outcome in found:
             run = seed_runs(study, outcome.method, records)[0]
             if outcome.method.name == "lena" and "lena" in run:
                 save(_gains(study, run), folder / f"{study.name}-gains.png")
 
 
-def _losses(study: Study, found: Sequence[Outcome], goals: Sequence[float], records: Records) -> Figure:
-    """Mean loss over the seeds against updates, the best methods in colour; the last two thirds of the scale.
-
-    Methods whose batch grows are left out: their updates are many more, and smaller.
-    """
+def _losses(study: Study, shown: Sequence[Outcome], goals: Sequence[float], records: Records) -> Figure:
+    """Mean loss over the seeds against updates, the best methods in colour; the last two thirds of the scale."""
     figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    shown = [outcome for outcome in found if outcome.loss.values and not _grows(outcome)]
     curves = [_mean_curve(seed_runs(study, outcome.method, records)) for outcome in shown]
     for place, (outcome, curve) in enumerate(zip(shown, curves, strict=True)):
         colour = _COLOURS[place] if place < _SHOWN else FAINT
@@ -58,10 +56,6 @@ def _losses(study: Study, found: Sequence[Outcome], goals: Sequence[float], reco
     axes.set_xlabel("update; dashed: the single worker after 1/8, 1/4, 1/2 of its run", fontsize=9.5)
     axes.legend(edgecolor="none", framealpha=1.0, fontsize=8.5, title="at the end", title_fontsize=8.5)
     return figure
-
-
-def _grows(outcome: Outcome) -> bool:
-    return "full_batch_at" in outcome.settings
 
 
 def _mean_curve(runs: Sequence[Record]) -> tuple[list[float], list[float]]:
