@@ -1,6 +1,5 @@
 """Sizes of GPT-2, BERT and ModernBERT, by name."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,9 +176,6 @@ def modernbert(
     }
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), end)
     return AutoModelForMaskedLM.from_config(ModernBertConfig(**(settings | ends | more)))
-
-
-ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {"gpt2": gpt2, "bert": bert, "modernbert": modernbert}
 
 
 def _prepare_partitioning() -> None:

@@ -7,7 +7,8 @@
 |---------------------|-----------------------------------------------------------------------------------|
 | `studies.yaml`      | what is compared: tasks, methods with their search spaces, studies                |
 | `plan.py`           | reads it, checked                                                                 |
-| `language.py`       | a task: data in three splits, model, loss                                         |
+| `language.py`       | a task: data in three splits, loss                                                |
+| `models.py`         | the language models                                                               |
 | `images.py`         | another: Fashion-MNIST                                                            |
 | `order.py`          | which rows make up a micro-batch                                                  |
 | `optimizers.py`     | a method's settings -> optimizers, schedule, batches                              |

@@ -1,4 +1,4 @@
-"""Language models on the annual messages of the US presidents: GPT-2, and BERT's masked language model, old and new.
+"""Language models on the annual messages of the US presidents, of the next token or of masked ones.
 
 Speeches of years that end in 7 are the test split, those that end in 3 the validation split, the others are trained on.
 The tokenizer, too, has seen none but the training split.
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..common.blocks import pack, train_tokenizer
 from ..common.masking import Masking
-from ..common.models import ARCHITECTURES
 from ..common.texts import local_files, read_paragraphs, year
+from .models import MASKED, build
 from .order import Order
 
 _SPLITS = {"validation": 3, "test": 7}
@@ -31,20 +31,20 @@ class LanguageTask:
     """A model with its data.
 
     Args:
-        model: `architecture` (a name of `ARCHITECTURES`), `layers`, `width`, `heads`, `initializer_range`.
+        model: see `models.build`.
         data: `vocab_size`, `sequence_length`, `blocks_per_micro_batch`, `evaluation_blocks` (spread over a split).
         folder: where tokens are kept for the next run.
         seed: of the weights, of the order of the blocks, and of the masks that are trained on.
     """
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], folder: Path, seed: int) -> None:
-        self._masked = model["architecture"] != "gpt2"
+        self._masked = model["architecture"] in MASKED
         self._splits, tokenizer = _load(dict(data), self._masked, folder)
         self._order = Order(len(self._splits["train"]), data["blocks_per_micro_batch"], seed)
         if self._masked:
             self._masking, self._fixed_masking = Masking(tokenizer, seed), Masking(tokenizer, 0)
         torch.manual_seed(seed)
-        self.model: nn.Module = _build(model, tokenizer, data["sequence_length"])
+        self.model: nn.Module = build(model, tokenizer, data["sequence_length"])
         self._compiled = torch.compile(self.model)
 
     def loss(self, index: int) -> Tensor:
@@ -65,20 +65,6 @@ class LanguageTask:
 
     def _batch(self, rows: Tensor, masking: Masking | None) -> dict[str, Tensor]:
         return {"input_ids": rows, "labels": rows} if masking is None else masking(rows)
-
-
-def _build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, length: int) -> nn.Module:
-    """With the settings in which this comparison differs from the examples."""
-    width = model["width"]
-    more = {
-        "gpt2": {"use_cache": False},
-        "bert": {},
-        # Gated, so twice the intermediate size is computed.
-        "modernbert": {"local_attention": length, "intermediate_size": 2 * width, "attn_implementation": "sdpa"},
-    }[model["architecture"]]
-    build = ARCHITECTURES[model["architecture"]]
-    shape = model["layers"], width, model["heads"]
-    return build(shape, tokenizer, length, initializer_range=model["initializer_range"], **more)
 
 
 def _load(data: dict[str, Any], masked: bool, folder: Path) -> tuple[dict[str, Tensor], PreTrainedTokenizerFast]:
