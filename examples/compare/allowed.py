@@ -11,6 +11,8 @@ from ds_lena.errors import ConfigError
 from ..common.errors import InputError
 
 TASK_KINDS = ("language", "images")
+ARCHITECTURES = ("gpt2", "bert", "modernbert", "llama")
+"""Of language models."""
 SPACES = ("uniform", "log", "choice")
 _SHARED = {
     "lr",
@@ -33,9 +35,13 @@ SETTINGS: dict[str, set[str]] = {
 """By optimizer."""
 
 
-def refuse_kind(task: str, kind: str) -> None:
-    """Raise InputError for a kind of task that does not exist."""
-    _refuse_unless(kind in TASK_KINDS, f"task {task}", "kind", kind, TASK_KINDS)
+def refuse_unknown_task(task: str, kind: str, model: Mapping[str, Any]) -> None:
+    """Raise InputError for a kind of task or an architecture that does not exist."""
+    where = f"task {task}"
+    _refuse_unless(kind in TASK_KINDS, where, "kind", kind, TASK_KINDS)
+    if kind == "language":
+        architecture = model.get("architecture")
+        _refuse_unless(architecture in ARCHITECTURES, where, "architecture", architecture, ARCHITECTURES)
 
 
 def refuse_unknown(

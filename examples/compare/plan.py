@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..common.errors import InputError
-from .allowed import refuse_kind, refuse_unknown
+from .allowed import refuse_unknown, refuse_unknown_task
 
 STUDIES = Path(__file__).with_name("studies.yaml")
 
@@ -34,7 +34,7 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_kind(self.name, self.kind)
+        refuse_unknown_task(self.name, self.kind, self.model)
 
     @property
     def measure(self) -> str:

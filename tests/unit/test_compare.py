@@ -12,6 +12,7 @@ from torch import nn
 from examples.common.errors import InputError
 from examples.compare import allowed, jobs, search, summary
 from examples.compare.jobs import Job
+from examples.compare.models import ARCHITECTURES
 from examples.compare.optimizers import OPTIMIZERS, build, windows
 from examples.compare.pictures import draw
 from examples.compare.plan import read
@@ -22,7 +23,8 @@ from examples.compare.training import KINDS
 ROOT = Path(__file__).parents[2]
 PLAN = """
 tasks:
-  toy: {kind: language, model: {}, data: {}, micro_batches: 64, evaluations: 4, settings: {weight_decay: 0.1}}
+  toy: {kind: language, model: {architecture: gpt2}, data: {}, micro_batches: 64, evaluations: 4,
+    settings: {weight_decay: 0.1}}
 methods:
   one: {optimizer: adamw, search: {lr: {log: [0.001, 0.01]}}}
   rival: {optimizer: adamw, settings: {lr_power: 0.5}, search: {warmup_fraction: {uniform: [0, 1]}}}
@@ -91,6 +93,8 @@ def finish_single_worker(records, plan):
         ("[rival, fixed]", "[rivals]", "nothing is called 'rivals'"),
         ("trials: 3", "trails: 3", "trails"),
         ("kind: language", "kind: languages", "task toy: no kind is called languages; there are images, language"),
+        ("architecture: gpt2", "architecture: gpt3", "task toy: no architecture is called gpt3; there are bert, gpt2"),
+        ("architecture: gpt2", "layers: 4", "task toy: no architecture is called None;"),
         ("fixed: {optimizer: adamw", "fixed: {optimizer: adam", "method fixed: no optimizer is called adam;"),
         ("warmup_fraction: 0.1", "warmup: 0.1", "method fixed: no setting is called warmup;"),
         ("{log: [0.001", "{logg: [0.001", "method one: no space for lr is called {'logg': "),
@@ -126,6 +130,7 @@ def test_a_plan_that_cannot_be_read_is_refused(tmp_path, content, words):
 
 def test_what_may_be_said_is_what_is_there():
     assert allowed.SETTINGS.keys() == OPTIMIZERS.keys() and set(allowed.TASK_KINDS) == KINDS.keys()
+    assert set(allowed.ARCHITECTURES) == ARCHITECTURES.keys()
 
 
 def test_every_setting_of_a_definition_changes_its_digest(plan, tmp_path):
