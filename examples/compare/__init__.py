@@ -12,6 +12,7 @@
 | `images.py`         | another: Fashion-MNIST                                                            |
 | `order.py`          | which rows make up a micro-batch                                                  |
 | `optimizers.py`     | a method's settings -> optimizers, schedule, batches                              |
+| `muon.py`           | Muon, alone and with LENA's factors                                               |
 | `preconditioned.py` | an experiment with LENA's statistics                                              |
 | `training.py`       | one run -> one record                                                             |
 | `search.py`         | which settings to try next (optuna)                                               |

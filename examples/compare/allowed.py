@@ -30,6 +30,7 @@ SETTINGS: dict[str, set[str]] = {
     "schedule-free": _SHARED,
     "muon": _SHARED | {"muon_lr"},
     "lena": _SHARED | set(KEYS),
+    "lena-muon": _SHARED | set(KEYS) | {"muon_lr"},
     "preconditioned-lena": _SHARED | set(KEYS),
 }
 """By optimizer."""

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import ds_lena
 from ds_lena.config import KEYS
 
+from . import muon
 from .preconditioned import precondition
 
 Settings = Mapping[str, Any]
@@ -52,6 +53,7 @@ class Contestant:
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
 
     def mode(self, training: bool) -> None:
@@ -100,11 +102,15 @@ def _sgd(settings: Settings, model: nn.Module, updates: int) -> Contestant:
 
 
 def _lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    return Contestant([_lena_of(model.named_parameters(), settings, model, updates)])
+
+
+def _lena_of(parameters: Iterable[Any], settings: Settings, model: nn.Module, updates: int) -> ds_lena.LENA:
     keys = {key: value for key, value in settings.items() if key in KEYS}
     if settings.get("base", "adamw") in ("adamw", "lamb"):
         keys["betas"] = (0.9, settings["beta2"])
     plain = [name for name, parameter in model.named_parameters() if parameter.ndim < 2]
-    return Contestant([ds_lena.LENA(model.named_parameters(), **keys, no_decay=plain, total_steps=updates)])
+    return ds_lena.LENA(parameters, **keys, no_decay=plain, total_steps=updates)
 
 
 def _preconditioned_lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
@@ -124,24 +130,20 @@ def _schedule_free(settings: Settings, model: nn.Module, updates: int) -> Contes
 
 
 def _muon(settings: Settings, model: nn.Module, updates: int) -> Contestant:
-    """Muon on the matrices between embeddings and head, with `muon_lr`; AdamW on the rest."""
-    others = {id(parameter) for module in _ends(model) for parameter in module.parameters()}
-    named = dict(model.named_parameters())
-    hidden = {name for name, parameter in named.items() if parameter.ndim == 2 and id(parameter) not in others}
-    muon = torch.optim.Muon(
-        [named[name] for name in sorted(hidden)],
-        lr=settings["muon_lr"],
-        weight_decay=settings["weight_decay"],
-        adjust_lr_fn="match_rms_adamw",
-    )
-    rest = [(name, parameter) for name, parameter in named.items() if name not in hidden]
-    adamw = torch.optim.AdamW(_groups(rest, settings), settings["lr"], (0.9, settings["beta2"]), fused=True)
-    return Contestant([muon, adamw], settings["warmup_fraction"])
+    """With `muon_lr` for its matrices; AdamW on the rest."""
+    hidden, rest = muon.split(model)
+    adamw = torch.optim.AdamW(_groups(rest.items(), settings), settings["lr"], (0.9, settings["beta2"]), fused=True)
+    return Contestant([muon.build(hidden, settings), adamw], settings["warmup_fraction"])
 
 
-def _ends(model: nn.Module) -> list[nn.Module]:
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return [*embeddings, model.get_output_embeddings()]
+def _lena_muon(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    """LENA measures all tensors, moves those that are not Muon's, and scales Muon's learning rates for the others."""
+    hidden, rest = muon.split(model)
+    groups = [{"params": list(rest.items())}, {"params": list(hidden.items()), "lr": 0.0}]
+    lena = _lena_of(groups, settings, model, updates)
+    rule = muon.build(hidden, settings)
+    muon.scale(rule, lena)
+    return Contestant([lena, rule])
 
 
 def _groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> list[dict[str, Any]]:
@@ -158,4 +160,5 @@ OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, int], Contestant]] = {
     "preconditioned-lena": _preconditioned_lena,
     "schedule-free": _schedule_free,
     "muon": _muon,
+    "lena-muon": _lena_muon,
 }

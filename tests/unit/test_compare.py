@@ -321,6 +321,19 @@ def test_muon_gets_hidden_matrices_and_adamw_the_rest():
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
 
 
+def test_muon_steps_by_lenas_factors():
+    settings = SETTINGS | {"warmup": "fixed", "warmup_fraction": 0.5}
+    ending = toy_steps("lena-muon", settings | {"scaling": "none"}).state_dict()
+    alone = toy_steps("muon", settings).state_dict()  # the same where LENA scales nothing
+    for key in alone:
+        torch.testing.assert_close(ending[key], alone[key], rtol=1e-6, atol=1e-7)
+
+    faster = toy_steps("lena-muon", settings | {"scaling": "linear"}).state_dict()
+    twice = toy_steps("muon", settings | {"lr_power": 1.0, "muon_lr": 2 * settings["muon_lr"]}).state_dict()
+    for key in twice:
+        torch.testing.assert_close(faster[key], twice[key], rtol=1e-6, atol=1e-7)
+
+
 def test_lr_warms_up_and_falls_to_a_tenth():
     contestant = build("adamw", SETTINGS | {"lr_power": 0.5}, Toy(), 16, 100)
     rates = []
