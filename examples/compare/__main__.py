@@ -65,6 +65,7 @@ def _report(args: argparse.Namespace, studies: Mapping[str, Study], records: Rec
     from .pictures import draw
     from .tables import tables
 
+    args.results.mkdir(parents=True, exist_ok=True)
     write_whole(args.results / "tables.md", tables(studies, records))
     draw(studies, records, args.results)
 

@@ -106,6 +106,7 @@ def _given(job: Job, studies: Mapping[str, Study], records: Records) -> dict[str
         tuned = choice(base, base.methods[0], records)
         if tuned is None:
             return None
+        tuned = dict(base.methods[0].settings) | tuned
         found |= {key: tuned[key] for key in ("lr", "beta2") if key in tuned}
     return found | job.method.settings
 

@@ -68,7 +68,11 @@ class Contestant:
 
 def build(optimizer: str, settings: Settings, model: nn.Module, n: int, updates: int) -> Contestant:
     """`optimizer` is a name of `OPTIMIZERS`; the run has `updates` updates of `n` micro-batches."""
-    scaled = dict(settings) | {"lr": settings["lr"] * n ** settings.get("lr_power", 0)}
+    scaled = (
+        {"beta2": 0.999, "weight_decay": 0.0}
+        | dict(settings)
+        | {"lr": settings["lr"] * n ** settings.get("lr_power", 0)}
+    )
     return OPTIMIZERS[optimizer](scaled, model, updates)
 
 
@@ -124,7 +128,7 @@ def _schedule_free(settings: Settings, model: nn.Module, updates: int) -> Contes
         _groups(model.named_parameters(), settings),
         settings["lr"],
         (0.9, settings["beta2"]),
-        warmup_steps=round(settings["warmup_fraction"] * updates),
+        warmup_steps=round(settings.get("warmup_fraction", 0.0) * updates),
     )
     return Contestant([optimizer], decays=False)
 
@@ -133,7 +137,7 @@ def _muon(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     """With `muon_lr` for its matrices; AdamW on the rest."""
     hidden, rest = muon.split(model)
     adamw = torch.optim.AdamW(_groups(rest.items(), settings), settings["lr"], (0.9, settings["beta2"]), fused=True)
-    return Contestant([muon.build(hidden, settings), adamw], settings["warmup_fraction"])
+    return Contestant([muon.build(hidden, settings), adamw], settings.get("warmup_fraction", 0.0))
 
 
 def _lena_muon(settings: Settings, model: nn.Module, updates: int) -> Contestant:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..common.errors import InputError
-from .allowed import refuse_unknown, refuse_unknown_task
+from .allowed import SPLITS, make, refuse_method, refuse_number, refuse_others, refuse_task
 
 STUDIES = Path(__file__).with_name("studies.yaml")
 
@@ -34,7 +34,10 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_unknown_task(self.name, self.kind, self.model)
+        where = f"task {self.name}"
+        refuse_task(where, self.kind, self.model, self.data, self.settings)
+        refuse_number(where, "micro_batches", self.micro_batches, 1)
+        refuse_number(where, "evaluations", self.evaluations, 1)
 
     @property
     def measure(self) -> str:
@@ -55,7 +58,7 @@ class Method:
     search: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_unknown(self.name, self.optimizer, self.settings, self.search)
+        refuse_method(f"method {self.name}", self.optimizer, self.settings, self.search)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,17 @@ class Study:
     split: str = "test"
     base: str | None = None
     settings_of: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"study {self.name}"
+        refuse_number(where, "n", self.n, 1)
+        refuse_number(where, "trials", self.trials, 0)
+        refuse_others(where, "split", [self.split], SPLITS)
+        for seed in self.seeds:
+            refuse_number(where, "a seed", seed, 1)  # 0 is that of the trials
+        for several in ([method.name for method in self.methods], self.seeds):
+            if len(set(several)) < len(several):
+                raise InputError(f"{where}: one of {', '.join(map(str, several))} is there twice")
 
     def method(self, name: str) -> Method:
         return next(method for method in self.methods if method.name == name)
@@ -108,16 +122,41 @@ def read(path: Path = STUDIES) -> dict[str, Study]:
 
 
 def _studies(tasks: Mapping[str, Any], methods: Mapping[str, Any], studies: Mapping[str, Any]) -> dict[str, Study]:
-    known_tasks = {name: Task(name, **task) for name, task in tasks.items()}
-    known_methods = {name: Method(name, **method) for name, method in methods.items()}
+    known_tasks = {name: make(Task, f"task {name}", told, name=name) for name, told in tasks.items()}
+    known_methods = {name: make(Method, f"method {name}", told, name=name) for name, told in methods.items()}
     found: dict[str, Study] = {}
-    for name, study in studies.items():
-        chosen = {"task": known_tasks[study["task"]], "methods": tuple(known_methods[m] for m in study["methods"])}
-        chosen["seeds"] = tuple(study.get("seeds", ()))
-        found[name] = Study(name, **(study | chosen))
-        for other in (found[name].base, found[name].settings_of):
+    for name, told in studies.items():
+        study = found[name] = _study(name, told, known_tasks, known_methods)
+        for other in (study.base, study.settings_of):
             if other is not None:
                 found[other]
+        _refuse_unchosen(study, found)
     if not found:
         raise InputError("no studies")
     return found
+
+
+def _study(name: str, told: Any, tasks: Mapping[str, Task], methods: Mapping[str, Method]) -> Study:
+    where = f"study {name}"
+    more: dict[str, Any] = {"name": name}
+    if isinstance(told, Mapping):
+        for several in told.keys() & {"methods", "seeds"}:
+            if not isinstance(told[several], list):
+                raise InputError(f"{where}: {several} is {told[several]!r}; a list is needed")
+        meant = {"task": tasks.__getitem__, "methods": lambda names: tuple(methods[n] for n in names), "seeds": tuple}
+        more |= {entry: of(told[entry]) for entry, of in meant.items() if entry in told}
+    return make(Study, where, told, **more)
+
+
+def _refuse_unchosen(study: Study, studies: Mapping[str, Study]) -> None:
+    """Raise InputError where a method would run without what it searches, or without a learning rate."""
+    where = f"study {study.name}"
+    chooser = study if study.settings_of is None else studies[study.settings_of]
+    if chooser.settings_of is not None:
+        raise InputError(f"{where}: settings_of is {chooser.name}, which has them of {chooser.settings_of}; name that")
+    single = () if study.base is None else studies[study.base].methods[:1]
+    for method in study.methods:
+        if method.search and (chooser.trials == 0 or method not in chooser.methods):
+            raise InputError(f"{where}: {method.name} is searched, but {chooser.name} has no trials for it")
+        if not any("lr" in told for m in (method, *single) for told in (study.task.settings, m.settings, m.search)):
+            raise InputError(f"{where}: {method.name} has no lr, of its own or of a base")

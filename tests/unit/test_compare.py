@@ -23,8 +23,13 @@ from examples.compare.training import KINDS
 ROOT = Path(__file__).parents[2]
 PLAN = """
 tasks:
-  toy: {kind: language, model: {architecture: gpt2}, data: {}, micro_batches: 64, evaluations: 4,
-    settings: {weight_decay: 0.1}}
+  toy:
+    kind: language
+    model: {architecture: gpt2, layers: 1, width: 8, heads: 2, initializer_range: 0.02}
+    data: {vocab_size: 258, sequence_length: 8, blocks_per_micro_batch: 1, evaluation_blocks: 8}
+    micro_batches: 64
+    evaluations: 4
+    settings: {weight_decay: 0.1}
 methods:
   one: {optimizer: adamw, search: {lr: {log: [0.001, 0.01]}}}
   rival: {optimizer: adamw, settings: {lr_power: 0.5}, search: {warmup_fraction: {uniform: [0, 1]}}}
@@ -94,7 +99,37 @@ def finish_single_worker(records, plan):
         ("trials: 3", "trails: 3", "trails"),
         ("kind: language", "kind: languages", "task toy: no kind is called languages; there are images, language"),
         ("architecture: gpt2", "architecture: gpt3", "task toy: no architecture is called gpt3; there are bert, gpt2"),
-        ("architecture: gpt2", "layers: 4", "task toy: no architecture is called None;"),
+        ("architecture: gpt2, ", "", "task toy: architecture of model is missing"),
+        ("width: 8", "widths: 8", "task toy: no entry of model is called widths;"),
+        ("sequence_length", "length", "task toy: no entry of data is called length;"),
+        ("weight_decay", "weight_decays", "task toy: no setting is called weight_decays;"),
+        ("micro_batches: 64", "micro_batches: 0", "task toy: micro_batches is 0; a whole number of 1 or more"),
+        ("    micro_batches: 64\n", "", "task toy: micro_batches is missing"),
+        ("n: 8", "n: 0", "study large: n is 0; a whole number of 1 or more"),
+        ("n: 8", "n: 2.5", "study large: n is 2.5;"),
+        ("n: 8, ", "", "study large: n is missing"),
+        ("seeds: [1]", "seeds: [0]", "study other: a seed is 0;"),
+        ("seeds: [1]", "seeds: [1, 1]", "study other: one of 1, 1 is there twice"),
+        ("[rival, fixed]", "[rival, rival]", "study large: one of rival, rival is there twice"),
+        ("[rival, fixed]", "rival", "study large: methods is 'rival'; a list is needed"),
+        ("seeds: [1]", "split: tests, seeds: [1]", "study other: no split is called tests; there are test, validation"),
+        (
+            "trials: 3, seeds: [1, 2]}\n  other",
+            "seeds: [1, 2]}\n  other",
+            "large: rival is searched, but large has no trials",
+        ),
+        ("settings_of: large", "settings_of: small", "other: rival is searched, but small has no trials for it"),
+        (
+            "seeds: [1]}",
+            "seeds: [1]}\n  last: {task: toy, n: 4, settings_of: other, methods: [fixed]}",
+            "which has them of",
+        ),
+        ("n: 8, base: small", "n: 8", "study large: rival has no lr, of its own or of a base"),
+        ("rival: {optimizer: adamw", "rival: {optimizer: muon", "method rival: muon_lr is missing"),
+        ("{log: [0.001", "{log: [0.1", "method one: the space for lr is log [0.1, 0.01]; it needs two numbers"),
+        ("{log: [0.001", "{log: [0", "both above 0"),
+        ("{uniform: [0, 1]}", "{choice: []}", "it needs at least one value"),
+        ("search: {warmup_fraction: {uniform: [0, 1]}}", "search: []", "method rival"),
         ("fixed: {optimizer: adamw", "fixed: {optimizer: adam", "method fixed: no optimizer is called adam;"),
         ("warmup_fraction: 0.1", "warmup: 0.1", "method fixed: no setting is called warmup;"),
         ("{log: [0.001", "{logg: [0.001", "method one: no space for lr is called {'logg': "),
@@ -104,7 +139,17 @@ def finish_single_worker(records, plan):
             "{optimizer: lena, settings: {layer: all, w",
             'LENA: "layer"',
         ),
-        ("seeds: [1]", "seeds: 3", "each a mapping by name"),
+        (
+            "rival: {optimizer: adamw, settings: {lr_power: 0.5}, search: {warmup_fraction: {uniform: [0, 1]}}",
+            "rival: {optimizer: lena, search: {gain_power: {uniform: [-1, 1]}}",
+            'method rival: LENA: "gain_power"',
+        ),
+        (
+            "fixed: {optimizer: adamw, settings: {lr_power: 0.5, w",
+            "fixed: {optimizer: lena, settings: {total_steps: 9, w",
+            "no setting is called total_steps",
+        ),
+        ("seeds: [1]", "seeds: 3", "study other: seeds is 3; a list is needed"),
         ("tasks:", "task:", "tasks, methods and studies are needed"),
         ("tasks:", "tasks: [", "not YAML"),
         (PLAN, "", "tasks, methods and studies are needed"),
@@ -129,7 +174,8 @@ def test_a_plan_that_cannot_be_read_is_refused(tmp_path, content, words):
 
 
 def test_what_may_be_said_is_what_is_there():
-    assert allowed.SETTINGS.keys() == OPTIMIZERS.keys() and set(allowed.TASK_KINDS) == KINDS.keys()
+    assert allowed.SETTINGS.keys() == OPTIMIZERS.keys() and allowed.MODELS.keys() == KINDS.keys()
+    assert allowed.MODELS.keys() == allowed.DATA.keys()
     assert set(allowed.ARCHITECTURES) == ARCHITECTURES.keys()
 
 
@@ -225,6 +271,15 @@ def test_settings_come_from_task_base_method_and_trials(plan, records):
     assert jobs.settings(Job(large, rival, 1), plan, records) == expected
     assert jobs.settings(Job(large, fixed, 1), plan, records) == expected
     assert jobs.settings(Job(plan["other"], rival, 1), plan, records) == expected
+
+
+def test_a_single_worker_hands_on_an_lr_that_is_fixed(tmp_path):
+    path = tmp_path / "studies.yaml"
+    path.write_text(PLAN.replace("search: {lr: {log: [0.001, 0.01]}}}", "settings: {lr: 0.5, clip: 2.0}}"))
+    plan = read(path)
+    large = plan["large"]
+    found = jobs.settings(Job(large, large.method("fixed"), 1), plan, Records(tmp_path, plan))
+    assert found == {"weight_decay": 0.1, "lr": 0.5, "lr_power": 0.5, "warmup_fraction": 0.1}
 
 
 def test_records_survive_and_a_torn_line_does_not_count(plan, records, tmp_path):
