@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from . import presets
 from .checks import refuse_contradictions
 from .corpus import DataArguments
-from .deepspeed_config import read_config
+from .deepspeed_config import read_config, refuse_without_launcher
 from .errors import InputError, give_up
 from .ignored import refuse_ignored
 from .ranges import refuse_out_of_range
@@ -53,6 +53,8 @@ def parse(
         typed = {name for name, value in vars(options).items() if value is not parser.get_default(name)}
         refuse_out_of_range(options)
         options.deepspeed = read_config(options.deepspeed)
+        if options.deepspeed is not None:
+            refuse_without_launcher()
         if options.optimizer_preset:
             _swap(options, typed, list(no_decay))
         try:

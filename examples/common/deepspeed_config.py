@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from .errors import InputError
 _SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 _WITH_TYPE = ("optimizer", "scheduler")
 _STAGES = (0, 1, 2, 3)
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_CLOUDS = ("AZUREML_EXPERIMENT_ID", "SM_TRAINING_ENV")  # where DeepSpeed finds the ranks by itself
 
 
 def read_config(source: str | None) -> dict[str, Any] | None:
@@ -31,6 +34,16 @@ def read_config(source: str | None) -> dict[str, Any] | None:
     if (wrong := _what_is_wrong(config)) is not None:
         raise InputError(f"DeepSpeed config {source}: {wrong}")
     return dict(config)
+
+
+def refuse_without_launcher() -> None:
+    """Raise InputError where DeepSpeed could not tell which rank this is, nor ask MPI, for which it needs mpi4py."""
+    missing = [name for name in _LAUNCHED if name not in os.environ]
+    if missing and find_spec("mpi4py") is None and not any(name in os.environ for name in _CLOUDS):
+        raise InputError(
+            f"DeepSpeed trains in processes that a launcher has started; {', '.join(missing)} of this one is not set. "
+            "Write `deepspeed --num_gpus N`, `accelerate launch` or `torchrun` before the script, instead of `python`"
+        )
 
 
 def _what_is_wrong(config: Any) -> str | None:

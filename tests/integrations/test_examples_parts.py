@@ -16,6 +16,8 @@ from tests.integrations._ranks import WORLD, Ranks
 
 sys.path.insert(0, str(EXAMPLES))  # as Python does for a script
 from common import presets
+from common.deepspeed_config import refuse_without_launcher
+from common.errors import InputError
 
 FILLED = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}
 LENA = {"type": "LENA", "params": {"lr": "auto", "no_decay": ["*norm*"], "base_batch_size": 16, "layer": "block"}}
@@ -219,3 +221,18 @@ def test_a_checkpoint_is_resumed_with_the_options_of_its_run(tmp_path: Path) -> 
     same_run.refuse_another(made, {"seed": 1})
     with pytest.raises(InputError, match=r"another run: seed: then 1, now 2; tokenizer: then not given, now mine\."):
         same_run.refuse_another(made, {"seed": 2, "tokenizer": "mine"})
+
+
+# -- the launcher ------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_no_launcher_has_started_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in ranks:
+        monkeypatch.setenv(name, "0")
+    refuse_without_launcher()
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(InputError, match="LOCAL_RANK of this one is not set"):
+        refuse_without_launcher()
+    monkeypatch.setenv("SM_TRAINING_ENV", "{}")
+    refuse_without_launcher()
