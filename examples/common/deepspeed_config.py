@@ -41,7 +41,7 @@ def refuse_without_launcher() -> None:
     missing = [name for name in _LAUNCHED if name not in os.environ]
     if missing and find_spec("mpi4py") is None and not any(name in os.environ for name in _CLOUDS):
         raise InputError(
-            f"DeepSpeed trains in processes that a launcher has started; {', '.join(missing)} of this one is not set. "
+            f"DeepSpeed trains in processes that a launcher has started; this one lacks {', '.join(missing)}. "
             "Write `deepspeed --num_gpus N`, `accelerate launch` or `torchrun` before the script, instead of `python`"
         )
 

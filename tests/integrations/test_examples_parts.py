@@ -232,7 +232,7 @@ def test_a_process_that_no_launcher_has_started_is_told_so(monkeypatch: pytest.M
         monkeypatch.setenv(name, "0")
     refuse_without_launcher()
     monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(InputError, match="LOCAL_RANK of this one is not set"):
+    with pytest.raises(InputError, match="this one lacks LOCAL_RANK"):
         refuse_without_launcher()
     monkeypatch.setenv("SM_TRAINING_ENV", "{}")
     refuse_without_launcher()
