@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -52,13 +52,10 @@ _NEEDED = {"muon_lr"}
 def make(kind: type, where: str, told: Any, **more: Any) -> Any:
     """`kind(**told, **more)` for a dataclass, or InputError where `told` has not its entries."""
     _refuse_unless_mapping(where, told)
-    entries = {entry.name: entry for entry in fields(kind)}
-    refuse_others(where, "entry", told, entries.keys() - {"name"})
-    given = dict(told) | more
-    no_default = [n for n, e in entries.items() if e.default is MISSING and e.default_factory is MISSING]
-    if missing := [name for name in no_default if name not in given]:
-        raise InputError(f"{where}: {', '.join(missing)} is missing")
-    return kind(**given)
+    entries = fields(kind)
+    needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
+    _refuse_entries(where, told, {entry.name for entry in entries} - {"name"}, needed - more.keys())
+    return kind(**dict(told) | more)
 
 
 def refuse_others(where: str, what: str, given: Iterable[Any], allowed: Collection[str]) -> None:
@@ -82,9 +79,7 @@ def refuse_task(
     for what, given in (("model", model), ("data", data), ("settings", settings)):
         _refuse_unless_mapping(f"{where}, {what}", given)
     for what, given, allowed in (("model", model, MODELS[kind]), ("data", data, DATA[kind])):
-        refuse_others(where, f"entry of {what}", given, allowed)
-        if missing := sorted(allowed - given.keys()):
-            raise InputError(f"{where}: {', '.join(missing)} of {what} is missing")
+        _refuse_entries(where, given, allowed, allowed, f" of {what}")
     if kind == "language":
         refuse_others(where, "architecture", [model["architecture"]], ARCHITECTURES)
     refuse_others(where, "setting", settings, set().union(*SETTINGS.values()))
@@ -112,16 +107,23 @@ def _refuse_unless_mapping(where: str, given: Any) -> None:
         raise InputError(f"{where}: a mapping is needed, {given!r} is given")
 
 
+def _refuse_entries(
+    where: str, given: Mapping[str, Any], allowed: Set[str], needed: Set[str], of_what: str = ""
+) -> None:
+    refuse_others(where, f"entry{of_what}", given, allowed)
+    if missing := sorted(needed - given.keys()):
+        raise InputError(f"{where}: {', '.join(missing)}{of_what} is missing")
+
+
 def _refuse_space(where: str, setting: str, space: Any) -> None:
-    is_space = isinstance(space, Mapping) and len(space) == 1 and isinstance(next(iter(space.values())), list)
-    if not is_space or not set(space) <= set(SPACES):
-        refuse_others(where, f"space for {setting}", [space], SPACES)
-    ((kind, values),) = space.items()
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    kind, values = next(iter(space.items())) if isinstance(space, Mapping) and len(space) == 1 else (None, None)
+    if kind not in SPACES or not isinstance(values, list):
+        raise InputError(f"{where}: no space for {setting} is called {space}; there are {', '.join(sorted(SPACES))}")
     if kind == "choice":
         allowed, good = "at least one value", bool(values)
     else:
         allowed = "two numbers, the smaller one first" + (", both above 0" if kind == "log" else "")
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
         good = numbers and len(values) == 2 and values[0] < values[1] and (kind != "log" or values[0] > 0)
     if not good:
         raise InputError(f"{where}: the space for {setting} is {kind} {values}; it needs {allowed}")
@@ -130,9 +132,9 @@ def _refuse_space(where: str, setting: str, space: Any) -> None:
 def _refuse_values(where: str, settings: Mapping[str, Any], search: Mapping[str, Mapping[str, Any]]) -> None:
     """What is fixed, and then each value at the ends of what is searched, has to be one that LENA takes."""
     fixed = {key: value for key, value in settings.items() if key in KEYS}
-    tried = [{key: value} for key, space in search.items() if key in KEYS for (vs,) in [space.values()] for value in vs]
-    for values in ({}, *tried):
+    spaces = [(key, values) for key, space in search.items() if key in KEYS for values in space.values()]
+    for tried in ({}, *({key: value} for key, values in spaces for value in values)):
         try:
-            LenaConfig.from_keys(fixed | values)
+            LenaConfig.from_keys(fixed | tried)
         except ConfigError as error:
             raise InputError(f"{where}: {error}") from error

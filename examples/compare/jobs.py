@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from . import search
-from .plan import Method, Study
+from .plan import Method, Study, chooser
 from .records import Record, Records
 
 _AT_ONCE = 2
@@ -109,11 +109,6 @@ def _given(job: Job, studies: Mapping[str, Study], records: Records) -> dict[str
         tuned = dict(base.methods[0].settings) | tuned
         found |= {key: tuned[key] for key in ("lr", "beta2") if key in tuned}
     return found | job.method.settings
-
-
-def chooser(study: Study, studies: Mapping[str, Study]) -> Study:
-    """The study whose trials choose the settings."""
-    return study if study.settings_of is None else studies[study.settings_of]
 
 
 def trials(study: Study, method: Method) -> int:

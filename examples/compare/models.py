@@ -8,58 +8,49 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from ..common.models import bert, gpt2, modernbert
+from ..common.models import Shape, bert, gpt2, modernbert
 
 MASKED = ("bert", "modernbert")
 """Architectures that predict masked tokens; the others predict the next one."""
 
 
 def build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, length: int) -> nn.Module:
-    """A model for blocks of `length` tokens.
+    """A model for blocks of `length` tokens, with the settings in which this comparison differs from the examples.
 
     Args:
         model: `architecture` (a key of `ARCHITECTURES`), `layers`, `width`, `heads`, `initializer_range`.
     """
-    return ARCHITECTURES[model["architecture"]](model, tokenizer, length)
+    architecture, width = model["architecture"], model["width"]
+    more = {
+        "gpt2": {"use_cache": False},
+        "bert": {},
+        # Gated, so twice the intermediate size is computed.
+        "modernbert": {"local_attention": length, "intermediate_size": 2 * width, "attn_implementation": "sdpa"},
+        "llama": {"use_cache": False},
+    }[architecture]
+    shape = model["layers"], width, model["heads"]
+    return ARCHITECTURES[architecture](shape, tokenizer, length, initializer_range=model["initializer_range"], **more)
 
 
-def _shared(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {"shape": (model["layers"], model["width"], model["heads"]), "initializer_range": model["initializer_range"]}
-
-
-def _gpt2(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, length: int) -> nn.Module:
-    return gpt2(tokenizer=tokenizer, length=length, use_cache=False, **_shared(model))
-
-
-def _bert(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, length: int) -> nn.Module:
-    return bert(tokenizer=tokenizer, length=length, **_shared(model))
-
-
-def _modernbert(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, length: int) -> nn.Module:
-    # Gated, so twice the intermediate size is computed.
-    more = {"local_attention": length, "intermediate_size": 2 * model["width"], "attn_implementation": "sdpa"}
-    return modernbert(tokenizer=tokenizer, length=length, **_shared(model), **more)
-
-
-def _llama(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, length: int) -> nn.Module:
+def _llama(shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, **more: Any) -> nn.Module:
+    layers, width, heads = shape
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=length,
-        num_hidden_layers=model["layers"],
-        hidden_size=model["width"],
-        num_attention_heads=model["heads"],
-        intermediate_size=5 * model["width"] // 2,  # three matrices: near the 8/3 of the published ones
-        initializer_range=model["initializer_range"],
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=5 * width // 2,  # three matrices: near the 8/3 of the published ones
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        use_cache=False,
+        **more,
     )
     return AutoModelForCausalLM.from_config(config)
 
 
-ARCHITECTURES: dict[str, Callable[[Mapping[str, Any], PreTrainedTokenizerFast, int], nn.Module]] = {
-    "gpt2": _gpt2,
-    "bert": _bert,
-    "modernbert": _modernbert,
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "gpt2": gpt2,
+    "bert": bert,
+    "modernbert": modernbert,
     "llama": _llama,
 }

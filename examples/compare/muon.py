@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Muon, Optimizer
 
@@ -36,9 +35,8 @@ def scale(muon: Muon, lena: ds_lena.LENA) -> None:
     """
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with torch.no_grad():
-            layers = ds_lena.report(lena)["layers"]
-            for group in optimizer.param_groups:
-                group["lr"] *= layers[group["name"]]["factor"]
+        layers = ds_lena.report(lena)["layers"]
+        for group in optimizer.param_groups:
+            group["lr"] *= layers[group["name"]]["factor"]
 
     muon.register_step_pre_hook(hook)

@@ -68,11 +68,8 @@ class Contestant:
 
 def build(optimizer: str, settings: Settings, model: nn.Module, n: int, updates: int) -> Contestant:
     """`optimizer` is a name of `OPTIMIZERS`; the run has `updates` updates of `n` micro-batches."""
-    scaled = (
-        {"beta2": 0.999, "weight_decay": 0.0}
-        | dict(settings)
-        | {"lr": settings["lr"] * n ** settings.get("lr_power", 0)}
-    )
+    lr = settings["lr"] * n ** settings.get("lr_power", 0)
+    scaled = {"beta2": 0.999, "weight_decay": 0.0, **settings, "lr": lr}
     return OPTIMIZERS[optimizer](scaled, model, updates)
 
 

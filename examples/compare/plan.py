@@ -100,6 +100,11 @@ class Study:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def chooser(study: Study, studies: Mapping[str, Study]) -> Study:
+    """The study whose trials choose the settings."""
+    return study if study.settings_of is None else studies[study.settings_of]
+
+
 def read(path: Path = STUDIES) -> dict[str, Study]:
     """The studies by name, in the order in which they are to run.
 
@@ -151,12 +156,14 @@ def _study(name: str, told: Any, tasks: Mapping[str, Task], methods: Mapping[str
 def _refuse_unchosen(study: Study, studies: Mapping[str, Study]) -> None:
     """Raise InputError where a method would run without what it searches, or without a learning rate."""
     where = f"study {study.name}"
-    chooser = study if study.settings_of is None else studies[study.settings_of]
-    if chooser.settings_of is not None:
-        raise InputError(f"{where}: settings_of is {chooser.name}, which has them of {chooser.settings_of}; name that")
+    choosing = chooser(study, studies)
+    if choosing.settings_of is not None:
+        raise InputError(
+            f"{where}: settings_of is {choosing.name}, which has them of {choosing.settings_of}; name that"
+        )
     single = () if study.base is None else studies[study.base].methods[:1]
     for method in study.methods:
-        if method.search and (chooser.trials == 0 or method not in chooser.methods):
-            raise InputError(f"{where}: {method.name} is searched, but {chooser.name} has no trials for it")
+        if method.search and (choosing.trials == 0 or method not in choosing.methods):
+            raise InputError(f"{where}: {method.name} is searched, but {choosing.name} has no trials for it")
         if not any("lr" in told for m in (method, *single) for told in (study.task.settings, m.settings, m.search)):
             raise InputError(f"{where}: {method.name} has no lr, of its own or of a base")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .jobs import Job, chooser, trials
-from .plan import Method, Study
+from .jobs import Job, trials
+from .plan import Method, Study, chooser
 from .records import Record, Records
 
 TARGETS = (1 / 8, 1 / 4, 1 / 2)

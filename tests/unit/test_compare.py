@@ -134,6 +134,7 @@ def finish_single_worker(records, plan):
         ("warmup_fraction: 0.1", "warmup: 0.1", "method fixed: no setting is called warmup;"),
         ("{log: [0.001", "{logg: [0.001", "method one: no space for lr is called {'logg': "),
         ("{log: [0.001, 0.01]}", "0.001", "method one: no space for lr is called 0.001"),
+        ("{log: [0.001, 0.01]}", "log", "method one: no space for lr is called log; there are choice, log, uniform"),
         (
             "{optimizer: adamw, settings: {lr_power: 0.5, w",
             "{optimizer: lena, settings: {layer: all, w",
