@@ -1,6 +1,7 @@
 """What the two scripts do: prepare data, train with the HF Trainer, and leave results and a picture."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ DEFAULTS = {
     "log_level": "warning",
     "use_cpu": not torch.accelerator.is_available(),  # without it, CPU ranks do not see each other
 }
+
+
+# Seconds. On CPU, threads of gloo hold the last tensors for a moment; if Python ends before they let go, it aborts.
+LETTING_GO = 0.2
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def _run(
         results = _results(trainer, run_args, data_args.sequence_length, unigram, history.seconds)
         _conclude(task, results, history.records, output_dir)
     trainer.accelerator.end_training()
+    time.sleep(LETTING_GO)
 
 
 def blocks_per_update(args: TrainingArguments) -> int:
