@@ -136,11 +136,11 @@ def run_on_ranks(args: argparse.Namespace, run: Callable[[], Found], tables: Cal
     leave()
 
 
-def leave() -> NoReturn:
+def leave(status: int = 0) -> NoReturn:
     """End a rank that has done its work. Without the interpreter's clean-up, which threads of gloo may not survive."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def present(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import os
 import pickle
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.command import leave
 from tests.helpers import deepspeed_run, plain_run
 from tests.helpers.case import Case
 from tests.helpers.launch import result_path, started_path
@@ -56,7 +56,4 @@ def _attempt(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]), int(sys.argv[2]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # no destructors: an engine of a failed case may wait for its peers for ever
+    leave(main(Path(sys.argv[1]), int(sys.argv[2])))  # no destructors: an engine may wait for its peers for ever

@@ -5,7 +5,6 @@
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import ds_lena
+from benchmarks.command import leave
 from ds_lena.integrations.callback import LenaCallback
 
 SAMPLES, BATCH, ACCUMULATION, EPOCHS = 28, 2, 2, 2  # on 2 ranks: 7 micro-batches an epoch, the last window has 1
@@ -152,4 +152,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--"))))
-    os._exit(0)  # not Python's own end, where a thread of gloo that holds a tensor still aborts the process
+    leave()
