@@ -5,8 +5,8 @@
 
 from ._registration import register
 from .errors import ConfigError, LenaError, StateError, UnsupportedError
-from .monitor import report
 from .optimizer import LENA
+from .report import report
 from .version import __version__
 
 __all__ = ["LENA", "ConfigError", "LenaError", "StateError", "UnsupportedError", "__version__", "report"]

@@ -25,15 +25,15 @@ def register() -> None:
 
 
 def _prepare_deepspeed(module: ModuleType) -> None:
-    from .integrations import deepspeed
+    from .integrations.deepspeed import attach
 
-    deepspeed.install(module)
+    attach.install(module)
 
 
 def _prepare_transformers(module: ModuleType) -> None:
-    from .integrations import transformers
+    from .integrations import _transformers_internals
 
-    transformers.install(module)
+    _transformers_internals.install(module)
 
 
 def _when_imported(name: str, action: Action) -> None:

@@ -1,11 +1,11 @@
-"""`LENA`, a torch optimizer with a learning rate scaled layer by layer: ties probe, layers, tracker and rule."""
+"""`LENA`, a torch optimizer with a learning rate scaled layer by layer. What an update does is in `controller.py`."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from itertools import count
 from typing import Any
@@ -13,19 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import LenaConfig, check_group, group_keys, unknown_total_steps
+from .binding import Watched
+from .config import LenaConfig, check_group, group_keys
+from .controller import Controller
 from .errors import StateError, UnsupportedError
-from .layers import LayerTable, build_table, canonical_names, matches, unmatched_patterns
-from .measure import Meter
+from .grad_stats.reduce import Group
+from .layers import canonical_names
 from .parameters import require_supported, split_names
-from .plain import PlainHost
-from .probe import Probe
-from .reduce import Group
-from .rules import RULES
-from .shards import Host, plan_flat
-from .stepper import Stepper
-from .tracker import Plan, Proposal, Tracker
-from .trust import TrustRatios
+from .schedule import checkpoint
 
 logger = logging.getLogger("ds_lena")
 
@@ -44,10 +39,16 @@ def dormant() -> Iterator[None]:
         _dormant.reset(token)
 
 
+def controller_of(lena: LENA) -> Controller:
+    """What runs the updates of an optimizer: for integrations, which users need not see."""
+    return lena._controller
+
+
 def train_in_plain_pytorch(parameters: Iterable[Tensor]) -> bool:
-    """Whether a LENA that no engine has adopted holds one of these parameters."""
+    """Whether a LENA that no engine manages holds one of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
-    return any(not lena._managed and any(id(p) in wanted for p in lena.parameters) for lena in _instances)
+    controllers = [controller_of(lena) for lena in _instances]
+    return any(not c.is_managed and any(id(p) in wanted for p in c.parameters) for c in controllers)
 
 
 class LENA(torch.optim.Optimizer):
@@ -77,156 +78,36 @@ class LENA(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             check_group(group, self.config)
-        everything = [(p, group) for group in self.param_groups for p in group["params"]]
-        self._has_names = bool(names)
-        given = canonical_names([names[id(p)] for p, _ in everything]) if names else map("param_{}".format, count())
-        watched = [(p, group, name) for (p, group), name in zip(everything, given, strict=False) if p.requires_grad]
-        require_supported([p for p, _, _ in watched])
-        self._groups_of = [i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
-        self._is_left_out = [not group.get("lena", True) for _, group, _ in watched]
-        self._probe = Probe([p for p, _, _ in watched], [name for _, _, name in watched])
-        self._host: Host = PlainHost(
-            self._probe,
-            self._follow_device,
+        self._controller = Controller(
+            self.config,
+            self._watched(names),
             None if process_group is _UNSET else process_group,
             process_group is not _UNSET,
         )
-        self._managed = False
-        self._proposal: Proposal | None = None
-        self._lr_at_start = [float(group["lr"]) for group in self.param_groups]
-        self._warned_of_scheduler = False
-        self._bind(self._probe.names, range(len(watched)))
         _instances.add(self)
 
-    # -- layout -------------------------------------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The parameters that LENA watches, in the order of its groups."""
-        return self._probe.parameters
-
-    @property
-    def parameter_names(self) -> list[str]:
-        """Their names: the user's, an engine's, or `param_0`, `param_1`, … by their place in the groups."""
-        return self._probe.names
-
-    @property
-    def has_trust_ratios(self) -> bool:
-        """Whether the base rule has them: then it needs to know how gradients will be clipped."""
-        return self._trust is not None
-
-    def adopt(self, host: Host, names: Sequence[str], order: Sequence[int]) -> None:
-        """Run in other surroundings from now on: an engine calls `begin_update` and `end_update` around `step`.
-
-        `names[i]`: the name of parameter i in the user's model; `order`: parameter indices in the model's order.
-        """
-        self._host, self._managed, self._has_names = host, True, True
-        self._bind(names, order)
-
-    def _bind(self, names: Sequence[str], order: Sequence[int]) -> None:
-        """Group the parameters into layers under these names and start with an empty state."""
-        self._probe.names = list(names)
-        self._probe.before_pass = self._probe.after_pass = None
-        self._host.watch_passes(self._probe)
-        left_out = [out or matches(n, self.config.exclude) for n, out in zip(names, self._is_left_out, strict=True)]
-        numels = [self._host.shape(i).numel() for i in range(len(names))]
-        table = build_table(
-            [names[i] for i in order], [numels[i] for i in order], [left_out[i] for i in order], self.config.layer
+    def _watched(self, names: dict[int, str]) -> Watched:
+        everything = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        given = canonical_names([names[id(p)] for p, _ in everything]) if names else map("param_{}".format, count())
+        found = [(p, i, name) for (p, i), name in zip(everything, given, strict=False) if p.requires_grad]
+        require_supported([p for p, _, _ in found])
+        return Watched(
+            parameters=[p for p, _, _ in found],
+            names=[name for _, _, name in found],
+            has_names=bool(names),
+            groups_of=[i for _, i, _ in found],
+            left_out=[not self.param_groups[i].get("lena", True) for _, i, _ in found],
+            lr_at_start=[float(group["lr"]) for group in self.param_groups],
         )
-        of_parameter = [0] * len(names)
-        for i, layer in zip(order, table.of_parameter, strict=True):
-            of_parameter[i] = layer
-        self._table = LayerTable(table.names, table.numel, tuple(of_parameter))
-        self._device = self._probe.parameters[0].device if names else torch.device("cpu")
-        self._probe.measure([not out for out in left_out])
-        self._meter = Meter(self._probe, self._host, self._table, self._device)
-        self.tracker = Tracker(self.config, self._table, self._device)
-        self._make_rule(names)
-        self._patterns_are_checked = False
-        if self._has_names:
-            self._warn_of_patterns(names)
-
-    def _make_rule(self, names: Sequence[str]) -> None:
-        """What moves the pieces: with one learning rate for each layer, or, with trust ratios, for each parameter."""
-        rule = RULES[self.config.base]
-        decays = [not matches(name, self.config.no_decay) for name in names]
-        rates = self._table.of_parameter if rule.trust is None else range(len(names))
-        plans = {flat: plan_flat(flat.numel(), cut, rates, decays) for flat, cut in self._host.segments()}
-        self._stepper = Stepper(rule, plans)
-        self._trust: TrustRatios | None = None
-        if rule.trust is not None:
-            self._trust = TrustRatios(
-                rule,
-                rule.trust,
-                self.config,
-                self._host,
-                self._groups_of,
-                decays,
-                self._device,
-            )
-
-    def _follow_device(self) -> None:
-        """In plain PyTorch the model may have been moved since construction, by accelerate say."""
-        if self._probe.parameters[0].device != self._device:
-            saved = self.tracker.state_dict()
-            self._bind(self._probe.names, range(len(self._probe.names)))
-            self.tracker.load_state_dict(saved)
-
-    def _warn_of_patterns(self, names: Sequence[str]) -> None:
-        self._patterns_are_checked = True
-        for key in ("exclude", "no_decay"):
-            for pattern in unmatched_patterns(names, getattr(self.config, key)):
-                logger.warning(
-                    'LENA: "%s": the pattern "%s" matches no parameter, such as "%s"', key, pattern, names[0]
-                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not after construction: the layers are known from the start."""
-        if hasattr(self, "_probe"):
+        if hasattr(self, "_controller"):
             raise UnsupportedError(
                 "LENA: add_param_group() after construction is not supported. Give all parameters, the frozen ones "
                 "too, to a new LENA when what is trained changes; load the old one's state_dict() into it."
             )
         super().add_param_group(param_group)
-
-    # -- one update ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def begin_update(self) -> Proposal:
-        """Measure, and compute this update's factors. Before any clipping by the engine.
-
-        One all-reduce, and a second one for a base rule with trust ratios.
-        """
-        self._stepper.forget_rates()
-        self.look_at_scheduler()
-        if not self._patterns_are_checked:
-            self._warn_of_patterns(self._probe.names)
-        measured, square_of_mean = self._meter.measure()
-        self._proposal = self.tracker.propose(measured, self._plan())
-        self._factor = self._proposal.factor
-        if self._trust is not None:
-            ratios = self._trust.measure(square_of_mean, self.param_groups, self.state)
-            self._factor = self._factor[self._meter.of_parameter] * ratios
-        return self._proposal
-
-    def end_update(self, applied: bool) -> None:
-        """The update was applied, or thrown away (then nothing of it stays)."""
-        proposal, self._proposal = self._proposal, None
-        self._probe.clear()
-        if proposal is None:
-            return
-        if applied:
-            self.tracker.commit(proposal)
-        else:
-            self.tracker.skip()
-
-    def _plan(self) -> Plan:
-        total_steps = self.config.total_steps or self._host.total_steps()
-        if total_steps is None and self.config.warmup != "none":
-            raise unknown_total_steps()
-        known = self._host.micro_batch_size()
-        given = self.config.micro_batch_size
-        return Plan(total_steps, self._host.planned_n(), given if known is None else known)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -242,36 +123,36 @@ class LENA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._managed:
-            if self._proposal is None:
+        controller = self._controller
+        if controller.is_managed:
+            if not controller.is_in_update:
                 raise StateError("LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step().")
-            self._stepper.step(self.param_groups, self.state, self._factor)
-            return loss
-        if any(p.grad is not None for p in self._probe.parameters):
+            controller.apply(self.param_groups, self.state)
+        elif any(p.grad is not None for p in controller.parameters):
             self._refuse_grad_scaler()
-            self._probe.require_passes()
-            self.begin_update()
-            self._stepper.step(self.param_groups, self.state, self._factor)
-            self.end_update(applied=True)
+            controller.hooks.require_passes()
+            controller.begin_update(self.param_groups, self.state)
+            controller.apply(self.param_groups, self.state)
+            controller.end_update(applied=True)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; in plain PyTorch it also throws away the statistics of the window."""
         super().zero_grad(set_to_none)
-        if not self._managed:
-            self._probe.clear()
+        if not self._controller.is_managed:
+            self._controller.hooks.clear()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """torch's `state_dict` and, under "lena", LENA's own state: plain numbers by layer name, O(L)."""
-        return {**super().state_dict(), "lena": self.tracker.state_dict()}
+        return {**super().state_dict(), "lena": checkpoint.to_dict(self._controller.schedule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`. One without "lena", of AdamW say, keeps its moments and starts LENA fresh."""
         saved = state_dict.get("lena")
         if saved is not None:
-            self.tracker.require_loadable(saved)
+            checkpoint.require_loadable(saved, self.config)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "lena"})
         for parameter, state in self.state.items():
             if isinstance(state.get("step"), Tensor):
@@ -279,25 +160,7 @@ class LENA(torch.optim.Optimizer):
         if saved is None:
             logger.warning("LENA: the checkpoint holds no LENA state; statistics and warm-up start fresh.")
             return
-        self.tracker.load_state_dict(saved)
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def look_at_scheduler(self) -> None:
-        """Warn once of a scheduler that warms up too: before the first update its lr is below the one given."""
-        if self._warned_of_scheduler or self.tracker.updates or self.config.warmup == "none":
-            return
-        for start, group in zip(self._lr_at_start, self.param_groups, strict=False):
-            now = group["lr"]
-            if not isinstance(now, Tensor) and now < start:
-                logger.warning(
-                    "LENA: a scheduler starts at lr %g, below the given %g: a warm-up on top of LENA's own. Use a "
-                    'scheduler without warm-up, or "warmup": "none".',
-                    now,
-                    start,
-                )
-                self._warned_of_scheduler = True
-                return
+        checkpoint.load(self._controller.schedule, saved)
 
     _step_supports_amp_scaling = True  # makes torch.amp.GradScaler show itself, see below
 
@@ -313,7 +176,3 @@ class LENA(torch.optim.Optimizer):
             "LENA: the optimizer cannot be copied or pickled, since it is bound to its parameters by hooks. Save "
             "state_dict(), and load it into a LENA made for the other parameters."
         )
-
-    def close(self) -> None:
-        """Take LENA's hooks off the parameters."""
-        self._probe.close()

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import KEYS
-from ..rules import RULES
+from ..update.rules import RULES
 from .job import Job
 from .machines import Machine
 

@@ -1,54 +1,43 @@
-"""HF Trainer knows the number of updates of a run before it makes the DeepSpeed engine; we remember it from there."""
+"""HF Trainer's logs with LENA's gain, noise scale and warm-up in them, for whatever `report_to` names.
+
+from ds_lena.integrations.transformers import LenaCallback
+LenaCallback.add_to(trainer)
+"""
 
 from __future__ import annotations
 
-import functools
-import weakref
-from types import ModuleType
 from typing import Any
 
-from ..errors import ConfigError, UnsupportedError
-from ..optimizer import LENA, train_in_plain_pytorch
+from transformers import Trainer, TrainerCallback
 
-_planned: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""HF's DeepSpeed configuration object -> updates that its Trainer plans."""
-
-
-def install(module: ModuleType) -> None:
-    """Called once, when `transformers.integrations.deepspeed` is imported."""
-    config_class = module.HfTrainerDeepSpeedConfig
-    original = config_class.trainer_config_finalize
-
-    @functools.wraps(original)
-    def finalize(self: Any, args: Any, model: Any, num_training_steps: int) -> Any:
-        if "optimizer" not in self.config and train_in_plain_pytorch(model.parameters()):
-            raise UnsupportedError(
-                "LENA: under DeepSpeed, HF Trainer throws away an optimizer that was handed to it, and trains with "
-                'AdamW. Choose LENA in the DeepSpeed configuration: "optimizer": {"type": "LENA", "params": {…}}.'
-            )
-        _refuse_another_length(self.config.get("optimizer", {}), int(num_training_steps))
-        result = original(self, args, model, num_training_steps)
-        _planned[self] = int(num_training_steps)
-        return result
-
-    config_class.trainer_config_finalize = finalize
+from ..optimizer import controller_of
+from ..report import events, find_lena, layer_events, report_of
 
 
-def _refuse_another_length(optimizer: dict[str, Any], planned: int) -> None:
-    """`planned` is 0 where nothing is trained."""
-    params = optimizer.get("params") if optimizer.get("type") == LENA.__name__ else None
-    given = (params or {}).get("total_steps")
-    if planned > 0 and isinstance(given, (int, float)) and given != planned:
-        raise ConfigError(
-            f'LENA: "total_steps": {given} in the DeepSpeed configuration, but HF Trainer plans {planned} updates '
-            "(max_steps, or those of num_train_epochs). Leave total_steps out, so that the Trainer's number is taken, "
-            "or give the same number."
-        )
+class LenaCallback(TrainerCallback):
+    """Adds `lena/gain`, `lena/noise_scale` and `lena/warmup` to every log of training; nothing where there is no LENA.
 
+    Args:
+        layers: also `lena/layers/NAME/…` for every layer.
+    """
 
-def planned_updates(deepspeed_config: Any) -> int | None:
-    """The updates planned by the HF Trainer whose DeepSpeed configuration dict this very object is."""
-    for config, updates in _planned.items():
-        if config.config is deepspeed_config and updates > 0:
-            return updates
-    return None
+    def __init__(self, layers: bool = False) -> None:
+        self.layers = layers
+
+    @classmethod
+    def add_to(cls, trainer: Trainer, layers: bool = False) -> LenaCallback:
+        """Put a new callback before all others of the Trainer, so that TensorBoard's and the like see what it adds."""
+        callback = cls(layers)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Called by the Trainer on every rank. The numbers come from the device here, and only here."""
+        lena = find_lena(kwargs.get("optimizer"))
+        if lena is None or logs is None or "loss" not in logs:
+            return
+        report = report_of(controller_of(lena).schedule)
+        measured = events(report) | (layer_events(report) if self.layers else {})
+        logs |= measured
+        if state.log_history:
+            state.log_history[-1] |= measured  # the Trainer has made its copy already

@@ -1,0 +1,59 @@
+"""What the controller is told: which parameters there are, and what runs their updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .grad_stats.placement import Placement, data_parallel
+from .grad_stats.reduce import Group, rank_in, world_size
+from .layouts.layout import Layout
+from .layouts.plain import PlainLayout
+from .schedule.clock import RunPlan
+
+
+@dataclass(frozen=True)
+class Binding:
+    """All that a controller learns from what runs its updates.
+
+    `layout`: where memory is. `placements[i]`: whose gradient that of parameter i is. `order`: parameter numbers in
+    the order of the model. `group`: the ranks that hold all replicas and parts of the model, None for this process.
+    `run()`: what is known of the run at an update. `clip(norm)`: what a gradient of this norm () is multiplied by
+    between the measurement and `step()`, None for nothing.
+    """
+
+    layout: Layout
+    placements: Sequence[Placement]
+    order: Sequence[int]
+    group: Group | None
+    run: Callable[[], RunPlan] = RunPlan
+    clip: Callable[[Tensor], Tensor | None] = lambda norm: None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The parameters of one optimizer that need a gradient, in the order of its groups.
+
+    `names`: given by the user (`has_names`) or made. `groups_of`: the group of each. `left_out`: of a group with
+    `"lena": false`. `lr_at_start`: of each group.
+    """
+
+    parameters: Sequence[Tensor]
+    names: Sequence[str]
+    has_names: bool
+    groups_of: Sequence[int]
+    left_out: Sequence[bool]
+    lr_at_start: Sequence[float]
+
+
+def plain_binding(parameters: Sequence[Tensor], names: Sequence[str], group: Group | None) -> Binding:
+    """Plain PyTorch, where `group` averages the gradients."""
+    ranks = world_size(group)
+    return Binding(
+        layout=PlainLayout(parameters, rank_in(group), ranks),
+        placements=data_parallel(names, [p.shape for p in parameters], ranks),
+        order=range(len(parameters)),
+        group=group,
+    )

@@ -1,0 +1,278 @@
+"""One update from end to end: measure, propose, apply, commit. What runs it is a `Binding`.
+
+Until an engine takes over, a controller is bound to plain PyTorch. There a user may clip or unscale `p.grad` between
+backward and step, so the averaged gradient is read at the end of every backward pass, after DDP's reduction; the
+reading that counts is the last one before the step. Under an engine it is read once, when the engine asks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .binding import Binding, Watched, plain_binding
+from .config import LenaConfig, unknown_total_steps
+from .grad_stats import backward
+from .grad_stats.hooks import GradientHooks
+from .grad_stats.norms import squared_norms
+from .grad_stats.placement import Placement
+from .grad_stats.reduce import Group, default_group
+from .grad_stats.statistics import GradientStatistics
+from .layers import LayerTable, build_table, matches, unmatched_patterns
+from .schedule import checkpoint
+from .schedule.clock import RunPlan
+from .schedule.schedule import Proposal, Schedule
+from .update.apply import Applier, Rates, State
+from .update.rules import RULES
+from .update.segments import cut_flat
+from .update.trust_ratio import TrustRatios
+
+logger = logging.getLogger("ds_lena")
+
+# DDP finishes its reduction in a callback at the end of backward, or, with static_graph, in a callback of a callback.
+_CALLBACKS_TO_WAIT = 2
+
+
+class Controller:
+    """Runs the updates of one optimizer, which calls `begin_update`, `apply` for its groups, and `end_update`.
+
+    `group`: plain PyTorch only: the ranks over which gradients are averaged, where `group_is_given`, else all ranks.
+    `binding`: what runs the updates. `is_managed`: whether that is an engine. `schedule`: what is remembered.
+    """
+
+    def __init__(self, config: LenaConfig, watched: Watched, group: Group | None, group_is_given: bool) -> None:
+        self.config = config
+        self.hooks = GradientHooks(watched.parameters, watched.names)
+        self._watched = watched
+        self._group, self._group_is_given = group, group_is_given
+        self._has_names = watched.has_names
+        self._warned_of_scheduler = False
+        self._proposal: Proposal | None = None
+        self.is_managed = False
+        self.bind(plain_binding(watched.parameters, watched.names, self._plain_group()))
+
+    # -- what runs it -------------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The parameters that are watched, in the order of the optimizer's groups."""
+        return self._watched.parameters
+
+    @property
+    def names(self) -> list[str]:
+        """Their names: the user's, an engine's, or `param_0`, `param_1`, … by their place in the groups."""
+        return self.hooks.names
+
+    @property
+    def has_trust_ratios(self) -> bool:
+        """Whether the base rule has them: then it needs to know how gradients will be clipped."""
+        return RULES[self.config.base].trust is not None
+
+    def manage(self, binding: Binding) -> None:
+        """Have an engine run the updates from now on."""
+        self.is_managed = self._has_names = True
+        self.bind(binding)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters. Nothing is seen afterwards."""
+        self.hooks.close()
+
+    def bind(self, binding: Binding) -> None:
+        """Group the parameters into layers under the binding's names, and start with an empty schedule."""
+        self.binding = binding
+        placements = binding.placements
+        names = [placement.name for placement in placements]
+        left_out = [
+            out or matches(name, self.config.exclude) for name, out in zip(names, self._watched.left_out, strict=True)
+        ]
+        self._device = self.parameters[0].device if names else torch.device("cpu")
+        table = _layers(placements, binding.order, left_out, self.config.layer)
+        self._layer_of = torch.tensor(table.of_parameter, dtype=torch.long, device=self._device)
+        self.hooks.names = names
+        self.hooks.watch([not out for out in left_out], [placement.join for placement in placements])
+        self.hooks.before_pass = None if self.is_managed else self._before_plain_pass
+        self.hooks.after_pass = self._clear_stale if self.is_managed else self._after_plain_pass
+        self._mean_norms = self.hooks.new_norms()
+        self._squares_of_mean = self._mean_norms.read()
+        self._statistics = GradientStatistics(
+            self.hooks, placements, table.of_parameter, table.count, binding.group, self._device
+        )
+        self.schedule = Schedule(self.config, table, self._device)
+        self._make_update(table, names)
+        self._patterns_are_checked = False
+        if self._has_names:
+            self._warn_of_patterns()
+
+    def _make_update(self, table: LayerTable, names: Sequence[str]) -> None:
+        """Cut the flat tensors: parameters of one layer move with one rate, unless each has its own trust ratio."""
+        binding, rule = self.binding, RULES[self.config.base]
+        decays = [not matches(name, self.config.no_decay) for name in names]
+        first: dict[int, int] = {}
+        rates = list(range(len(names)))
+        if rule.trust is None:
+            rates = [first.setdefault(layer, i) for i, layer in enumerate(table.of_parameter)]
+        cuts = {flat: cut_flat(flat.numel(), pieces, rates, decays) for flat, pieces in binding.layout.segments()}
+        self._applier = Applier(rule, cuts)
+        self._trust: TrustRatios | None = None
+        if rule.trust is not None:
+            self._trust = TrustRatios(
+                rule,
+                rule.trust,
+                self.config,
+                binding.layout,
+                binding.placements,
+                self._watched.groups_of,
+                decays,
+                binding.group,
+                self._device,
+            )
+
+    # -- one update ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin_update(self, groups: Sequence[dict[str, Any]], state: State) -> Proposal:
+        """Measure, and compute this update's factors, before any clipping by an engine.
+
+        One all-reduce, and a second one for a base rule with trust ratios.
+        """
+        self.look_at_scheduler(groups)
+        if not self._patterns_are_checked:
+            self._warn_of_patterns()
+        layout = self.binding.layout
+        if self.is_managed:
+            self._read_mean()
+        scale = layout.loss_scale()
+        measured, square_of_mean = self._statistics.reduce(self._squares_of_mean, scale)
+        self._proposal = self.schedule.propose(measured, self._run_plan())
+        factor = self._proposal.factor[self._layer_of]
+        if self._trust is not None:
+            clip = self.binding.clip(square_of_mean.sqrt())
+            factor = factor * self._trust.measure(_unscaled(clip, scale), groups, state)
+        self._rates = Rates(factor)
+        return self._proposal
+
+    @property
+    def is_in_update(self) -> bool:
+        """Whether an update has begun and not ended."""
+        return self._proposal is not None
+
+    def apply(self, groups: Sequence[dict[str, Any]], state: State) -> None:
+        """Move the tensors of the groups (modified in place, with their state). Once for each group or sub-group."""
+        self._applier.apply(groups, state, self._rates)
+
+    def end_update(self, applied: bool) -> None:
+        """The update was applied, or thrown away (then nothing of it stays)."""
+        proposal, self._proposal = self._proposal, None
+        self.hooks.clear()
+        if proposal is None:
+            return
+        if applied:
+            self.schedule.commit(proposal)
+        else:
+            self.schedule.skip()
+
+    def _run_plan(self) -> RunPlan:
+        known = self.binding.run()
+        total_steps = self.config.total_steps or known.total_steps
+        if total_steps is None and self.config.warmup != "none":
+            raise unknown_total_steps()
+        size = self.config.micro_batch_size if known.micro_batch_size is None else known.micro_batch_size
+        return replace(known, total_steps=total_steps, micro_batch_size=size)
+
+    def _read_mean(self) -> None:
+        self._squares_of_mean = squared_norms(self.binding.layout.gradients(), self._mean_norms)
+
+    def _clear_stale(self) -> None:
+        """After the first pass of a window."""
+        if self.hooks.passes == 1:
+            self.binding.layout.clear_stale(self.hooks.unreached())
+
+    # -- plain PyTorch ------------------------------------------------------------------------------------------------
+
+    def _before_plain_pass(self) -> None:
+        # Gradients that were set to None without this optimizer's zero_grad(), by model.zero_grad() say.
+        reached = zip(self.parameters, self.hooks.last_pass, strict=True)
+        if any(last and parameter.grad is None for parameter, last in reached):
+            self.hooks.clear()
+        if self.hooks.passes == 0:
+            self._follow()
+
+    def _follow(self) -> None:
+        """The model may have been moved since construction, by accelerate say, or torch.distributed started."""
+        group = self._plain_group()
+        if self.parameters[0].device == self._device and group is self.binding.group:
+            return
+        binding = plain_binding(self.parameters, self.names, group)
+        joins = [placement.join for placement in self.binding.placements]
+        placements = [replace(p, join=join) for p, join in zip(binding.placements, joins, strict=True)]
+        saved, is_resumed = checkpoint.to_dict(self.schedule), self.schedule.clock.is_resumed
+        self.bind(replace(binding, placements=placements))
+        checkpoint.load(self.schedule, saved)
+        self.schedule.clock = replace(self.schedule.clock, is_resumed=is_resumed)
+
+    def _plain_group(self) -> Group | None:
+        return self._group if self._group_is_given else default_group()
+
+    def _after_plain_pass(self) -> None:
+        self._read_mean_later(_CALLBACKS_TO_WAIT)
+
+    def _read_mean_later(self, turns: int) -> None:
+        if turns:
+            backward.when_task_ends(lambda: self._read_mean_later(turns - 1))
+            return
+        with torch.no_grad():
+            self._read_mean()
+
+    # -- warnings -----------------------------------------------------------------------------------------------------
+
+    def look_at_scheduler(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Warn once of a scheduler that warms up too: before the first update its lr is below the one given."""
+        if self._warned_of_scheduler or self.schedule.updates or self.config.warmup == "none":
+            return
+        for start, group in zip(self._watched.lr_at_start, groups, strict=False):
+            now = group["lr"]
+            if not isinstance(now, Tensor) and now < start:
+                logger.warning(
+                    "LENA: a scheduler starts at lr %g, below the given %g: a warm-up on top of LENA's own. Use a "
+                    'scheduler without warm-up, or "warmup": "none".',
+                    now,
+                    start,
+                )
+                self._warned_of_scheduler = True
+                return
+
+    def _warn_of_patterns(self) -> None:
+        self._patterns_are_checked = True
+        for key in ("exclude", "no_decay"):
+            for pattern in unmatched_patterns(self.names, getattr(self.config, key)):
+                logger.warning(
+                    'LENA: "%s": the pattern "%s" matches no parameter, such as "%s"', key, pattern, self.names[0]
+                )
+
+
+def _layers(
+    placements: Sequence[Placement], order: Sequence[int], left_out: Sequence[bool], granularity: str
+) -> LayerTable:
+    """The layers in the order of the model; `of_parameter` in the order of the optimizer."""
+    table = build_table(
+        [placements[i].name for i in order],
+        [placements[i].shape.numel() for i in order],
+        [left_out[i] for i in order],
+        granularity,
+    )
+    of_parameter = [0] * len(placements)
+    for i, layer in zip(order, table.of_parameter, strict=True):
+        of_parameter[i] = layer
+    return replace(table, of_parameter=tuple(of_parameter))
+
+
+def _unscaled(clip: Tensor | None, loss_scale: float) -> Tensor | None:
+    """`clip` with the loss scale taken out of the gradient, too."""
+    if loss_scale == 1.0:
+        return clip
+    return torch.tensor(1 / loss_scale) if clip is None else clip / loss_scale

@@ -1,0 +1,92 @@
+"""From local squared norms to the statistics of one update by layer, with one all-reduce.
+
+Knows tensors and placements, no wrapper and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..schedule.algorithm import Measurement
+from .hooks import GradientHooks
+from .placement import Placement
+from .reduce import Group, sum_over, world_size
+
+
+class GradientStatistics:
+    """A and B of every layer, over the ranks of `group`, which hold all replicas and all parts of the model.
+
+    `layer_of[i]`: the layer of parameter i, or `layers` for one that takes no part.
+
+    Parameters of one layer whose micro-gradients hold different numbers of micro-batches are summed apart, in cells
+    (layer, spread), and folded after the reduction. Without experts a cell is a layer.
+    """
+
+    def __init__(
+        self,
+        hooks: GradientHooks,
+        placements: Sequence[Placement],
+        layer_of: Sequence[int],
+        layers: int,
+        group: Group | None,
+        device: torch.device,
+    ) -> None:
+        self._hooks, self._group, self._layers = hooks, group, layers
+        at_once = {placement.micro_batches_at_once for placement in placements} or {world_size(group)}
+        if len(at_once) > 1:
+            raise ValueError(f"placements of one model disagree on the micro-batches of a pass: {sorted(at_once)}")
+        self._ranks_of_micro_batch = world_size(group) / at_once.pop()
+        cells = sorted({(layer, p.spread) for layer, p in zip(layer_of, placements, strict=True) if layer < layers})
+        index = {cell: i for i, cell in enumerate(cells)}
+        cell_of = [index.get((layer, p.spread), len(cells)) for layer, p in zip(layer_of, placements, strict=True)]
+
+        def vector(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)
+
+        self._cells = len(cells)
+        self._cell_of = torch.tensor(cell_of, dtype=torch.long, device=device)
+        self._counted = vector([float(p.counted) for p in placements])
+        self._weights = self._counted / vector([float(p.divisor) for p in placements]) ** 2
+        self._layer_of_cell = torch.tensor([layer for layer, _ in cells], dtype=torch.long, device=device)
+        self._spread_of_cell = vector([float(spread) for _, spread in cells])
+        self._is_spread = any(p.spread > 1 for p in placements)
+
+    def reduce(self, squares_of_mean: Tensor, loss_scale: float = 1.0) -> tuple[Measurement, Tensor]:
+        """The statistics by layer, and the squared norm () of the whole averaged gradient, excluded parameters too.
+
+        `squares_of_mean` (P,): this rank's share of the squared norms of the averaged gradient. `loss_scale`: what all
+        gradients of this window are still multiplied by.
+        """
+        cells = self._cells
+        squares = self._by_cell(self._hooks.sums * self._weights)[:cells]
+        passes = squares.new_full((1,), float(self._hooks.passes))
+        mean = self._by_cell(squares_of_mean * self._counted)
+        buffer = sum_over(torch.cat((passes, squares, mean)), self._group)
+        n = buffer[0] / self._ranks_of_micro_batch
+        if loss_scale != 1.0:
+            buffer = buffer / loss_scale**2
+        mean_square = buffer[1 : cells + 1] * (n / self._spread_of_cell)
+        square_of_mean = buffer[cells + 1 :]
+        return self._fold(n, mean_square, square_of_mean[:cells]), square_of_mean.sum()
+
+    def _by_cell(self, of_parameters: Tensor) -> Tensor:
+        """(cells + 1,): sums over the parameters of each cell. The last entry is for those of no layer."""
+        return of_parameters.new_zeros(self._cells + 1).index_add_(0, self._cell_of, of_parameters)
+
+    def _fold(self, n: Tensor, mean_square: Tensor, square_of_mean: Tensor) -> Measurement:
+        """From cells to layers. A of a cell becomes what a dense layer of the same noise and signal would show."""
+        if not self._is_spread:
+            return Measurement(n, mean_square, square_of_mean)
+        of_cell = n / self._spread_of_cell
+        noise = (mean_square - square_of_mean) / torch.where(of_cell > 1, of_cell - 1, 1.0)
+        dense = square_of_mean + (n - 1) * noise
+        zeros = n.new_zeros(self._layers)
+        return Measurement(
+            n=n,
+            mean_square=zeros.index_add(0, self._layer_of_cell, dense),
+            square_of_mean=zeros.index_add(0, self._layer_of_cell, square_of_mean),
+            fewest=zeros.index_reduce(0, self._layer_of_cell, of_cell, "amin", include_self=False),
+        )

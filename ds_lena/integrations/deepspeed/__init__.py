@@ -1,0 +1,5 @@
+"""LENA under a DeepSpeed engine: what is supported, how LENA is attached, and where DeepSpeed keeps things."""
+
+from .monitor import write_layers
+
+__all__ = ["write_layers"]

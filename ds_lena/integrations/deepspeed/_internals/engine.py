@@ -1,0 +1,130 @@
+"""One engine as LENA sees it: its facts, its groups of ranks, its clock, and where its step can be joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .facts import EngineFacts, read_facts
+
+
+class EngineView:
+    """All that LENA reads of an engine, and all that it hangs on it.
+
+    `facts`: how the engine is configured, read once. What a user can change between updates is a method.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.facts: EngineFacts = read_facts(engine)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The user's model."""
+        return self._engine.module
+
+    @property
+    def config(self) -> Any:
+        """The DeepSpeed configuration as the user gave it."""
+        return self._engine.config
+
+    @property
+    def wrapper(self) -> Any:
+        """The optimizer as ZeRO or a precision wrapper holds it; the optimizer itself where there is none."""
+        return self._engine.optimizer
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer inside of its wrapper."""
+        return self._engine.basic_optimizer
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """The optimizer's type in the JSON."""
+        return self._engine.optimizer_name()
+
+    @property
+    def group(self) -> torch.distributed.ProcessGroup:
+        """The ranks over which the engine averages gradients."""
+        return self._engine.seq_data_parallel_group
+
+    # -- what can change ----------------------------------------------------------------------------------------------
+
+    def micro_batch_size(self) -> int:
+        """Samples in one micro-batch on one GPU."""
+        return self._engine.train_micro_batch_size_per_gpu()
+
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one rank in a full update."""
+        return self._engine.gradient_accumulation_steps()
+
+    def scheduler_total_steps(self) -> int | None:
+        """`total_num_steps` of DeepSpeed's scheduler, whether made from the JSON or given to `initialize`."""
+        value = getattr(self._engine.lr_scheduler, "total_num_steps", None)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def clips(self) -> bool:
+        """Whether gradients are clipped by their norm."""
+        return bool(self._engine.gradient_clipping())
+
+    def clip_coefficient(self, norm: Tensor) -> Tensor | None:
+        """What every wrapper multiplies a gradient of this norm () by before `step()`; None where clipping is off."""
+        largest = self._engine.gradient_clipping()
+        return 1 / ((norm + 1e-6) / largest).clamp(min=1) if largest else None
+
+    # -- where it can be joined ---------------------------------------------------------------------------------------
+
+    def around_model_step(self, before: Callable[[], object], after: Callable[[bool], None]) -> None:
+        """Call `before()` between reduction and clipping of an update, `after(applied)` when the update is through.
+
+        The engine's `step` runs them at every gradient accumulation boundary, skipped updates included.
+        """
+        engine, original = self._engine, self._engine._take_model_step
+
+        def take_model_step(*args: Any, **kwargs: Any) -> Any:
+            before()
+            applied = False
+            try:
+                result = original(*args, **kwargs)
+                applied = engine.was_step_applied()
+            finally:
+                after(applied)
+            return result
+
+        engine._take_model_step = take_model_step
+
+    def after_scheduler(self, action: Callable[[], None]) -> None:
+        """Call `action()` right after the engine has made its learning-rate scheduler, still in `initialize`."""
+        original = self._engine._configure_lr_scheduler
+
+        def configure(*args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            action()
+
+        self._engine._configure_lr_scheduler = configure
+
+    def before_destroy(self, action: Callable[[], None]) -> None:
+        """Call `action()` when the engine is destroyed."""
+        original = self._engine.destroy
+
+        def destroy(*args: Any, **kwargs: Any) -> Any:
+            action()
+            return original(*args, **kwargs)
+
+        self._engine.destroy = destroy
+
+
+def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None:
+    """Give `values()` to the engine's monitors, as DeepSpeed writes its own. Only rank 0 writes, and asks for them."""
+    if engine.monitor.enabled and engine.global_rank == 0:
+        engine.monitor.write_events(
+            [(f"Train/{name}", value, engine.global_samples) for name, value in values().items()]
+        )
+
+
+def logical_shapes(parameters: Iterable[Tensor]) -> list[torch.Size]:
+    """Shapes of the whole parameters, also where ZeRO-3 has partitioned them."""
+    return [torch.Size(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters]

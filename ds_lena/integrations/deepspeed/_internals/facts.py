@@ -1,0 +1,91 @@
+"""What an engine says of itself before it makes its optimizer, read once into one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """How an engine is configured, as far as it decides whether LENA is exact under it.
+
+    `ranks`: data-parallel. `fp32_accumulation`: bf16 with gradients added up in fp32. `predivide`: what the gradient
+    is divided by before its reduction, instead of after it; `prescales`: all of the division is before.
+    """
+
+    stage: int
+    ranks: int
+    fp16: bool
+    bf16: bool
+    fp32_accumulation: bool
+    accumulates: bool
+    clips: bool
+    overlap_comm: bool
+    round_robin: bool
+    reduce_scatter: bool
+    prescales: bool
+    offload_optimizer: bool
+    offload_param: bool
+    zenflow: bool
+    pipeline: bool
+    experts: bool
+    tensor_parallel: bool
+    sequence_parallel: bool
+    model_parallel: bool
+    hpz: bool
+    quantized_gradients: bool
+    quantized_weights: bool
+    elastic_checkpoint: bool
+    universal_checkpoint: bool
+    deepcompile: bool
+    sums_gradients: bool
+    predivide: float
+    in_data_parallel: bool
+
+
+def read_facts(engine: Any) -> EngineFacts:
+    """Read an engine that has its configuration and model, and no optimizer yet."""
+    from deepspeed.utils import groups
+
+    zero = engine._config.zero_config
+    autocast_fp16 = engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16
+    in_parts = groups._get_sequence_parallel_world_size() > 1 or engine.mesh_device is not None
+    model_parallel_size = getattr(engine.mpu, "get_model_parallel_world_size", lambda: 1)
+    return EngineFacts(
+        stage=engine.zero_optimization_stage(),
+        ranks=engine.dp_world_size,
+        fp16=engine.fp16_enabled() or autocast_fp16,
+        bf16=engine.bfloat16_enabled(),
+        fp32_accumulation=engine.get_data_types()[1] == torch.float32,
+        accumulates=engine.gradient_accumulation_steps() > 1,
+        clips=bool(engine.gradient_clipping()),
+        overlap_comm=bool(zero.overlap_comm),
+        round_robin=bool(zero.round_robin_gradients),
+        reduce_scatter=bool(zero.reduce_scatter),
+        prescales=not engine.postscale_gradients(),
+        offload_optimizer=_offloads(zero.offload_optimizer),
+        offload_param=_offloads(zero.offload_param),
+        zenflow=bool(engine.zenflow),
+        pipeline=bool(engine.pipeline_parallelism),
+        experts=bool(engine.has_moe_layers),
+        tensor_parallel=engine.autotp_size() > 1,
+        sequence_parallel=in_parts or engine.seq_dp_world_size != engine.dp_world_size,
+        model_parallel=model_parallel_size() > 1,
+        hpz=zero.zero_hpz_partition_size > 1,
+        quantized_gradients=bool(zero.zero_quantized_gradients),
+        quantized_weights=bool(zero.zero_quantized_weights),
+        elastic_checkpoint=bool(zero.elastic_checkpoint),
+        universal_checkpoint=bool(engine.load_universal_checkpoint()),
+        deepcompile=bool(engine.is_deepcompile_enabled()),
+        sums_gradients=not engine.gradient_average,
+        predivide=engine.gradient_predivide_factor() if engine.postscale_gradients() else 1.0,
+        in_data_parallel=isinstance(engine.module, (DistributedDataParallel, DataParallel)),
+    )
+
+
+def _offloads(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) != "none"

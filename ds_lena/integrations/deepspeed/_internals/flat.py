@@ -1,0 +1,32 @@
+"""Parameters that lie one behind the other in a flat tensor of which this rank has a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from ....layouts.layout import Segment
+
+
+def consecutive(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Parameters and their offsets in the flat tensor."""
+    offset = 0
+    for parameter in parameters:
+        yield parameter, offset
+        offset += parameter.numel()
+
+
+def segments_in(
+    laid_out: Iterable[tuple[Tensor, int]], start: int, size: int, index: Mapping[int, int]
+) -> list[Segment]:
+    """Segments of the part [start, start + size) of a flat tensor in which parameters lie at the given offsets.
+
+    `index`: id(parameter) to its number.
+    """
+    segments = []
+    for parameter, offset in laid_out:
+        begin, end = max(offset, start), min(offset + parameter.numel(), start + size)
+        if begin < end:
+            segments.append(Segment(index[id(parameter)], begin - start, end - begin, begin - offset))
+    return segments

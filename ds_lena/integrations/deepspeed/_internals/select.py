@@ -1,0 +1,41 @@
+"""From an engine's optimizer wrapper to its layout: the only place that knows which wrappers there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ....layouts.layout import Layout
+from .bf16 import Bf16Layout
+from .engine import EngineView
+from .zero0 import Zero0Layout
+from .zero3 import Zero3Layout
+from .zero12 import Zero12Layout
+
+_BY_WRAPPER: dict[str, Callable[[Any, Mapping[int, int]], Layout]] = {
+    "DeepSpeedZeroOptimizer": Zero12Layout,
+    "DeepSpeedZeroOptimizer_Stage3": Zero3Layout,
+    "BF16_Optimizer": Bf16Layout,
+}
+
+
+def layout_of(view: EngineView, index: Mapping[int, int]) -> Layout | None:
+    """The layout of an engine's optimizer wrapper, None for a wrapper that is not known.
+
+    `index`: id(parameter) to its number.
+    """
+    wrapper = view.wrapper
+    name = type(wrapper).__name__
+    if name in _BY_WRAPPER:
+        return _BY_WRAPPER[name](wrapper, index)
+    if name == "FP16_UnfusedOptimizer":
+        low, high = wrapper.fp16_groups, wrapper.fp32_groups
+        masters = [pair for pairs in zip(low, high, strict=True) for pair in zip(*pairs, strict=True)]
+    elif wrapper is view.optimizer:
+        masters = [(p, p) for group in wrapper.param_groups for p in group["params"] if p.requires_grad]
+    else:
+        return None
+    group = view.group
+    return Zero0Layout(masters, index, torch.distributed.get_rank(group), torch.distributed.get_world_size(group))

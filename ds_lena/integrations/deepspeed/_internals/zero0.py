@@ -1,0 +1,28 @@
+"""ZeRO 0: every rank holds the whole averaged gradient in `p.grad` and measures its share of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ....layouts.layout import GradientPieces, Layout, Segment
+
+
+class Zero0Layout(Layout):
+    """In bf16 `FP16_UnfusedOptimizer` gives `step()` an fp32 copy of each parameter, else it gets the parameter.
+
+    `masters`: each parameter with what is moved for it.
+    """
+
+    def __init__(self, masters: list[tuple[Tensor, Tensor]], index: Mapping[int, int], rank: int, ranks: int) -> None:
+        self._masters = [(index[id(parameter)], parameter, master) for parameter, master in masters]
+        self._rank, self._ranks = rank, ranks
+
+    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
+        return [(master, [Segment(i, 0, p.numel(), 0)]) for i, p, master in self._masters]
+
+    def gradients(self) -> GradientPieces:
+        for i, parameter, _ in self._masters:
+            if i % self._ranks == self._rank:
+                yield i, parameter.grad

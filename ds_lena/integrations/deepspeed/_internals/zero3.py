@@ -1,0 +1,56 @@
+"""ZeRO 3: each parameter is cut into equal parts, one a rank; sub-groups of parts lie in flat fp32 tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....layouts.layout import GradientPieces, Layout, Segment
+
+
+class Zero3Layout(Layout):
+    """`DeepSpeedZeroOptimizer_Stage3`: averaged gradients come as one part a parameter, in a buffer that lives on."""
+
+    def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
+        self._zero = zero
+        self._segments: list[list[Segment]] = []
+        self._buffers: dict[int, Tensor] = {}
+        buffer_start = 0
+        for parameters in zero.fp16_groups:
+            segments, position = [], 0
+            for parameter in parameters:
+                part = parameter.partition_numel()
+                offset = part * torch.distributed.get_rank(parameter.ds_process_group)
+                i, length = index[id(parameter)], max(0, min(part, parameter.ds_numel - offset))
+                segments.append(Segment(i, position, length, offset))
+                self._buffers[i] = zero.grad_partitions_flat_buffer.narrow(0, buffer_start, part)
+                position += part
+                buffer_start += part
+            self._segments.append(segments)
+
+    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
+        flats = self._zero.fp32_partitioned_groups_flat
+        return [(flat, [s for s in cut if s.length]) for flat, cut in zip(flats, self._segments, strict=True)]
+
+    def gradients(self) -> GradientPieces:
+        for group, segments in enumerate(self._segments):
+            parts = self._zero.averaged_gradients.get(group) or [None] * len(segments)
+            for segment, part in zip(segments, parts, strict=True):
+                if segment.length:
+                    yield segment.parameter, None if part is None else part.narrow(0, 0, segment.length)
+
+    def model_values(self, parameter: Tensor, segment: Segment) -> Tensor:
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        return part.data.reshape(-1).narrow(0, 0, segment.length)
+
+    def clear_stale(self, parameters: Iterable[int]) -> None:
+        """Zero the gradient buffers of parameters.
+
+        DeepSpeed never does: a parameter that a window does not use would be stepped with the gradient of the window
+        before, and one first used in a later micro-step would add to it.
+        """
+        for parameter in parameters:
+            self._buffers[parameter].zero_()

@@ -1,0 +1,186 @@
+"""Gives LENA to a DeepSpeed engine: refuse what is not supported, read the layout, and run around the engine's step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...binding import Binding
+from ...config import unknown_total_steps
+from ...controller import Controller
+from ...errors import ConfigError, StateError, UnsupportedError
+from ...grad_stats.placement import data_parallel
+from ...layers import named_parameters
+from ...optimizer import LENA, controller_of, dormant
+from ...schedule.clock import RunPlan
+from .. import _transformers_internals as hf
+from . import ownership
+from ._internals import SEEN_WITH, seam
+from ._internals.engine import EngineView, logical_shapes
+from ._internals.select import layout_of
+from .monitor import write_model
+from .support import refuse_unsupported
+
+logger = logging.getLogger("ds_lena")
+
+
+def install(engine_module: ModuleType) -> None:
+    """Called once, when `deepspeed.runtime.engine` is imported: `"type": "LENA"` and client LENAs find their engine."""
+    seam.wrap_configure_optimizer(engine_module, _configure)
+
+
+def _configure(
+    engine: Any, original: Callable[..., None], client_optimizer: Any, model_parameters: list[Tensor]
+) -> None:
+    """DeepSpeed makes (or takes) the optimizer and wraps it. If it is LENA we check before and attach after."""
+    named_in_json = client_optimizer is None and engine.optimizer_name() == LENA.__name__
+    if named_in_json or isinstance(client_optimizer, LENA):
+        refuse_unsupported(EngineView(engine).facts)
+        given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
+        ownership.require_free(engine, engine.module, given)
+        _warn_of_version()
+    seam.allow_under_zero(LENA)
+    with dormant():
+        original(client_optimizer, model_parameters)
+    if isinstance(engine.basic_optimizer, LENA):
+        attach(engine, engine.basic_optimizer)
+
+
+def _warn_of_version() -> None:
+    import deepspeed
+
+    if deepspeed.__version__.split("+")[0] != SEEN_WITH:
+        logger.warning(
+            "LENA was tested with DeepSpeed %s; this is %s. It reads DeepSpeed's internals and checks them at the "
+            "start: install the tested version if that check fails.",
+            SEEN_WITH,
+            deepspeed.__version__,
+        )
+
+
+def attach(engine: Any, lena: LENA) -> None:
+    """Bind a LENA to the engine that holds it, and have it run around the engine's model step.
+
+    Raises:
+        UnsupportedError: something that is on is not supported, or another engine trains one of the parameters.
+        ConfigError: the length of the run is not known, or the entry contradicts DeepSpeed's.
+        StateError: DeepSpeed's layout is not what this version of ds_lena understands.
+    """
+    view, controller = EngineView(engine), controller_of(lena)
+    refuse_unsupported(view.facts)  # a callable may have made a LENA that nobody knew of before
+    _check_micro_batch_size(view, controller)
+    binding = _binding(view, controller)
+    _check_layout(view, binding, controller.parameters)
+    _require_known_norm(view, controller)
+    ownership.require_free(engine, view.module, controller.parameters)
+    ownership.take(engine, controller.parameters)
+    controller.manage(binding)
+
+    def release() -> None:
+        ownership.release(engine, controller.parameters)
+        controller.close()
+
+    def after(applied: bool) -> None:
+        controller.end_update(applied)
+        if applied:
+            write_model(engine, controller)
+
+    def check_schedule() -> None:
+        config = controller.config
+        if config.warmup != "none" and config.total_steps is None and binding.run().total_steps is None:
+            release()
+            raise unknown_total_steps()
+        controller.look_at_scheduler(lena.param_groups)
+
+    view.around_model_step(lambda: controller.begin_update(lena.param_groups, lena.state), after)
+    view.before_destroy(release)
+    view.after_scheduler(check_schedule)
+
+
+def _binding(view: EngineView, controller: Controller) -> Binding:
+    """What the engine says of parameters, ranks and run."""
+    parameters = controller.parameters
+    layout = layout_of(view, {id(parameter): i for i, parameter in enumerate(parameters)})
+    if layout is None:
+        raise UnsupportedError(
+            f"LENA does not support the optimizer wrapper {type(view.wrapper).__name__} yet. "
+            "Nearest supported choice: ZeRO 0-3 in fp32 or bf16, without offload."
+        )
+    ranks = torch.distributed.get_world_size(view.group)
+    names, order = _names(view.module, controller)
+
+    def run() -> RunPlan:
+        return RunPlan(
+            total_steps=view.scheduler_total_steps() or hf.planned_updates(view.config),
+            planned_n=view.accumulation_steps() * ranks,
+            micro_batch_size=view.micro_batch_size(),
+        )
+
+    return Binding(
+        layout=layout,
+        placements=data_parallel(names, logical_shapes(parameters), ranks),
+        order=order,
+        group=view.group,
+        run=run,
+        clip=view.clip_coefficient,
+    )
+
+
+def _names(model: torch.nn.Module, controller: Controller) -> tuple[list[str], list[int]]:
+    """Names of the parameters in the model, and their numbers in the model's order (unknown ones last)."""
+    index = {id(parameter): i for i, parameter in enumerate(controller.parameters)}
+    names = list(controller.names)
+    order = []
+    for name, parameter in named_parameters(model):
+        if id(parameter) in index:
+            names[index[id(parameter)]] = name
+            order.append(index[id(parameter)])
+    known = set(order)
+    return names, order + [i for i in range(len(names)) if i not in known]
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_micro_batch_size(view: EngineView, controller: Controller) -> None:
+    given, actual = controller.config.micro_batch_size, view.micro_batch_size()
+    if given is not None and given != actual:
+        raise ConfigError(
+            f'LENA: "micro_batch_size": {given}, but DeepSpeed has "train_micro_batch_size_per_gpu": {actual}. '
+            "Leave micro_batch_size out under DeepSpeed."
+        )
+
+
+def _check_layout(view: EngineView, binding: Binding, parameters: Sequence[Tensor]) -> None:
+    """Compare every piece of the fp32 weights with the model's own values, before the first update moves them."""
+    layout = binding.layout
+    for flat, segments in layout.segments():
+        for segment in segments:
+            piece = flat.data.reshape(-1).narrow(0, segment.start, segment.length)
+            values = layout.model_values(parameters[segment.parameter], segment)
+            if not torch.equal(piece, values.to(piece)):
+                raise StateError(
+                    f'LENA: the weights of "{binding.placements[segment.parameter].name}" do not lie where this '
+                    f"version of ds_lena expects them in DeepSpeed's {type(view.wrapper).__name__}. Install DeepSpeed "
+                    f"{SEEN_WITH}, or report this configuration."
+                )
+
+
+def _require_known_norm(view: EngineView, controller: Controller) -> None:
+    """Trust ratios need the norm that DeepSpeed clips by; in fp32 at ZeRO 0 that is over all that the model trains."""
+    is_wrapped = view.wrapper is not view.optimizer  # the wrappers clip by the norm of what is in the optimizer
+    if not controller.has_trust_ratios or is_wrapped or not view.facts.clips:
+        return
+    known = {id(parameter) for parameter in controller.parameters}
+    foreign = [name for name, p in named_parameters(view.module) if p.requires_grad and id(p) not in known]
+    if foreign:
+        raise UnsupportedError(
+            f'LENA: "base": "{controller.config.base}" with "gradient_clipping" at ZeRO 0 needs all trained parameters '
+            f'in the optimizer, since DeepSpeed clips by the norm of all of them; "{foreign[0]}" is not. Freeze it '
+            '(requires_grad_(False)), use ZeRO 1-3, or set "gradient_clipping" to 0.0.'
+        )

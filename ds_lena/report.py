@@ -1,0 +1,107 @@
+"""What LENA measured and decided in the last applied update: `report`, one plain dict, and numbers for loggers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import StateError
+from .optimizer import LENA, controller_of
+from .schedule import algorithm
+from .schedule.schedule import Schedule
+
+_INSIDE = ("basic_optimizer", "optimizer", "deepspeed", "model_wrapped")
+
+
+def report(source: Any) -> dict[str, Any]:
+    """The state of LENA after the last applied update; the same on every rank. No collective: any one rank may call it.
+
+    Args:
+        source: a DeepSpeed engine, an HF Trainer, an optimizer wrapper, or a `LENA`.
+
+    Returns:
+        `update` t, `n` micro-gradients of it, `base` k, `skipped` and `nonfinite` counts over the run, `noise_scale`
+        (in micro-batches, inf where the signal is not positive) and `gain` of the model as one layer, and `layers`: by
+        layer name `gain` r, `factor` (what multiplied the learning rate), `warmup` f, `state` S, `noise` s2,
+        `signal` m2, `noise_scale`, `capped`. Before the first update: update 0, gains 1.
+
+    Raises:
+        StateError: `source` holds no LENA.
+    """
+    lena = find_lena(source)
+    if lena is None:
+        raise StateError(
+            f"ds_lena.report: no LENA optimizer in {type(source).__name__}. Pass an engine, a Trainer (after train() "
+            'has begun) or a LENA; is "optimizer": {"type": "LENA"} in the DeepSpeed JSON?'
+        )
+    return report_of(controller_of(lena).schedule)
+
+
+def report_of(schedule: Schedule) -> dict[str, Any]:
+    """See `report`. The numbers come from the device here."""
+    state = schedule.state
+    noise, signal = schedule.noise_and_signal()
+    all_noise, all_signal = (float(x) for x in algorithm.model_noise_and_signal(noise, signal, state.weight))
+    model_gain = algorithm.model_gain(noise, signal, state.weight, schedule.n.clamp(min=1), schedule.clock.k)
+    columns = {
+        "gain": state.gain.tolist(),
+        "factor": algorithm.step_factor(state, schedule.config).tolist(),
+        "warmup": state.warmup.tolist(),
+        "state": state.progress.tolist(),
+        "noise": noise.tolist(),
+        "signal": signal.tolist(),
+        "noise_scale": [_noise_scale(s, m) for s, m in zip(noise.tolist(), signal.tolist(), strict=True)],
+        "capped": state.capped.tolist(),
+    }
+    names = schedule.table.names
+    return {
+        "update": schedule.updates,
+        "n": int(schedule.n),
+        "base": schedule.clock.k,
+        "skipped": schedule.skipped,
+        "nonfinite": int(schedule.nonfinite),
+        "noise_scale": _noise_scale(all_noise, all_signal),
+        "gain": float(model_gain),
+        "layers": {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)},
+    }
+
+
+def _noise_scale(noise: float, signal: float) -> float:
+    return noise / signal if signal > 0 else math.inf
+
+
+def events(report: Mapping[str, Any]) -> dict[str, float]:
+    """What a report says of the model, as flat names and numbers: `lena/gain`, `lena/noise_scale` (left out where it is
+    infinite) and `lena/warmup`, the mean warm-up factor of the layers.
+    """
+    parts = report["layers"]
+    warmup = sum(layer["warmup"] for layer in parts.values()) / max(len(parts), 1)
+    return _finite({"lena/gain": report["gain"], "lena/noise_scale": report["noise_scale"], "lena/warmup": warmup})
+
+
+def layer_events(report: Mapping[str, Any]) -> dict[str, float]:
+    """The same three of every layer, and of nothing else: `lena/layers/NAME/gain` and so on."""
+    keys = ("gain", "noise_scale", "warmup")
+    return _finite(
+        {f"lena/layers/{name}/{key}": layer[key] for name, layer in report["layers"].items() for key in keys}
+    )
+
+
+def _finite(found: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def find_lena(source: Any) -> LENA | None:
+    """The LENA inside of an engine, Trainer or wrapper, None where there is none."""
+    seen: set[int] = set()
+    waiting = [source]
+    while waiting:
+        thing = waiting.pop(0)
+        if isinstance(thing, LENA):
+            return thing
+        if thing is None or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        waiting += [getattr(thing, name, None) for name in _INSIDE]
+    return None

@@ -1,0 +1,1 @@
+"""Decide: from the statistics of an update to the factor of each layer. Vectors in, vectors out."""

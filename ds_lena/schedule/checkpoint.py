@@ -1,0 +1,113 @@
+"""LENA's own part of a checkpoint: plain numbers, O(L), by layer name."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..config import LenaConfig
+from ..errors import StateError
+from .clock import ClockState, RunPlan, scalar
+from .schedule import Schedule
+
+logger = logging.getLogger("ds_lena")
+
+STATE_VERSION = 1
+_VECTORS = ("weight", "progress", "gain", "warmup", "capped")
+
+
+def to_dict(schedule: Schedule) -> dict[str, Any]:
+    """Everything that a schedule remembers."""
+    clock, state = schedule.clock, schedule.state
+    vectors = {name: getattr(state, name).tolist() for name in _VECTORS}
+    averages = state.averages.T.tolist()
+    layers = {
+        name: {"averages": averages[i], **{key: vectors[key][i] for key in _VECTORS}}
+        for i, name in enumerate(schedule.table.names)
+    }
+    return {
+        "version": STATE_VERSION,
+        "variant": schedule.config.variant,
+        "base": schedule.config.base,
+        "update": clock.updates,
+        "skipped": schedule.skipped,
+        "nonfinite": int(schedule.nonfinite),
+        "n": float(schedule.n),
+        "done": float(clock.done),
+        "planned": None if clock.planned is None else float(clock.planned),
+        "planned_for": float(clock.planned_for),
+        "base_in_micro_batches": clock.k,
+        "base_samples": schedule.base_samples,
+        "total_steps": clock.plan.total_steps,
+        "planned_n": clock.plan.planned_n,
+        "micro_batch_size": clock.plan.micro_batch_size,
+        "layers": layers,
+    }
+
+
+def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
+    """Raise `StateError` for a saved state that a run with these keys cannot go on from."""
+    if saved.get("version") != STATE_VERSION:
+        raise StateError(
+            f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads version "
+            f"{STATE_VERSION}. Load it with the ds_lena that wrote it."
+        )
+    if saved["variant"] != config.variant:
+        raise StateError(
+            f'LENA: the checkpoint was written with "variant": "{saved["variant"]}", this run has '
+            f'"{config.variant}", whose averages are others. Set "variant" as in the checkpoint.'
+        )
+    if saved["base"] != config.base:
+        raise StateError(
+            f'LENA: the checkpoint was written with "base": "{saved["base"]}", this run has "{config.base}", '
+            'whose state is another. Set "base" as in the checkpoint, or load the model\'s weights only.'
+        )
+
+
+def load(schedule: Schedule, saved: dict[str, Any]) -> None:
+    """Go on from a saved state. Layers are matched by name; unknown ones start fresh, with a warning.
+
+    Raises:
+        StateError: see `require_loadable`; then nothing has changed.
+    """
+    require_loadable(saved, schedule.config)
+    device = schedule.device
+    schedule.clock = ClockState(
+        done=scalar(saved["done"], device),
+        planned=None if saved["planned"] is None else scalar(saved["planned"], device),
+        planned_for=scalar(saved["planned_for"], device),
+        updates=saved["update"],
+        k=saved["base_in_micro_batches"],
+        plan=RunPlan(saved["total_steps"], saved["planned_n"], saved["micro_batch_size"]),
+        is_resumed=True,
+    )
+    schedule.n = scalar(saved["n"], device)
+    schedule.skipped = saved["skipped"]
+    schedule.nonfinite = torch.tensor(saved["nonfinite"], dtype=torch.long, device=device)
+    if schedule.config.base_batch_size is None:
+        schedule.base_samples = saved["base_samples"]
+    _load_layers(schedule, saved["layers"])
+
+
+def _load_layers(schedule: Schedule, saved: dict[str, dict[str, Any]]) -> None:
+    names = schedule.table.names
+    missing = [name for name in names if name not in saved]
+    unused = sorted(saved.keys() - set(names))
+    if missing or unused:
+        logger.warning(
+            "LENA: the checkpoint does not fit the model's layers. Not in the checkpoint, start fresh: %s. Not in "
+            'the model, ignored: %s. Were "layer", "exclude" or the names of the parameters changed?',
+            missing or "none",
+            unused or "none",
+        )
+    found = [(i, saved[name]) for i, name in enumerate(names) if name in saved]
+    loaded = {}
+    for key in ("averages", *_VECTORS) if found else ():
+        vector = getattr(schedule.state, key).clone()
+        values = torch.tensor([layer[key] for _, layer in found], dtype=vector.dtype, device=schedule.device)
+        vector[..., [i for i, _ in found]] = values.T if key == "averages" else values
+        loaded[key] = vector
+    schedule.state = replace(schedule.state, **loaded)

@@ -1,0 +1,127 @@
+"""What LENA remembers of a run, and how one update changes it.
+
+An update is first proposed (nothing changes), then committed if it was applied, or skipped if it was thrown away, as
+DeepSpeed does with a gradient norm that is not finite. No distributed code: equal input gives equal output on every
+rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import LenaConfig
+from ..errors import ConfigError
+from ..layers import LayerTable
+from . import algorithm, authors_code, clock
+from .algorithm import LayerState, Measurement
+from .clock import ClockState, RunPlan, scalar
+
+logger = logging.getLogger("ds_lena")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One update that is not applied yet. `factor` (L + 1,): multiplies the learning rate; the last entry is 1."""
+
+    state: LayerState
+    clock: ClockState
+    measured: Measurement
+    factor: Tensor
+
+
+class Schedule:
+    """The memory of one optimizer. All of it is saved in checkpoints, layer by layer under the layer's name.
+
+    `state`: by layer. `clock`: of the run. `n` (): micro-batches of the last update. `skipped`: updates thrown away.
+    `nonfinite` (): statistics of single layers that were left out because they were not finite.
+    `base_samples`: the base batch in samples, None while unknown.
+    """
+
+    def __init__(self, config: LenaConfig, table: LayerTable, device: torch.device) -> None:
+        self.config, self.table, self.device = config, table, device
+        self._numel = torch.tensor(table.numel, dtype=torch.float64, device=device)
+        self.state = LayerState.start(table.count, 1.0 if config.warmup == "none" else 0.0, device)
+        self.clock = ClockState.start(device)
+        self.n = scalar(0.0, device)
+        self.skipped = 0
+        self.nonfinite = torch.zeros((), dtype=torch.long, device=device)
+        self.base_samples: float | None = config.base_batch_size
+
+    @property
+    def updates(self) -> int:
+        """t: applied updates."""
+        return self.clock.updates
+
+    # -- one update ---------------------------------------------------------------------------------------------------
+
+    def propose(self, measured: Measurement, plan: RunPlan) -> Proposal:
+        """The update that these measurements ask for. Nothing is changed yet."""
+        config = self.config
+        k = self.base_in_micro_batches(plan.micro_batch_size)
+        now, after = clock.advance(self.clock, measured.n, k, plan, config.variant)
+        state = self._state_in_samples_of(plan.micro_batch_size)
+        if config.variant == "authors-code":
+            state = authors_code.advance(state, measured, now, config)
+        else:
+            state = algorithm.advance(state, measured, now, k, self._numel, config)
+        factor = torch.cat((algorithm.step_factor(state, config), scalar(1.0, self.device).unsqueeze(0)))
+        return Proposal(state, after, measured, factor)
+
+    def commit(self, proposal: Proposal) -> None:
+        """The proposed update was applied."""
+        self.state, self.clock, self.n = proposal.state, proposal.clock, proposal.measured.n
+        self.nonfinite = self.nonfinite + (~proposal.measured.finite).sum()
+        micro_batch_size = self.clock.plan.micro_batch_size
+        if self.base_samples is None and micro_batch_size is not None:
+            self.base_samples = self.clock.k * micro_batch_size
+        self._log_cap_once()
+
+    def skip(self) -> None:
+        """The proposed update was thrown away."""
+        self.skipped += 1
+
+    def base_in_micro_batches(self, micro_batch_size: int | None) -> float:
+        """k. 1 unless a base batch is given, or the micro-batch size changed since the run began."""
+        if self.config.base_batch_size is not None and micro_batch_size is None:
+            raise ConfigError(
+                f'LENA: "base_batch_size": {self.config.base_batch_size} is in samples, and nobody says how many a '
+                'micro-batch holds. Give "micro_batch_size" too (under DeepSpeed it is known).'
+            )
+        if self.base_samples is None or micro_batch_size is None:
+            return 1.0
+        return self.base_samples / micro_batch_size
+
+    def noise_and_signal(self) -> Tensor:
+        """(2, L): debiased noise and signal, not floored; 0 for a layer without averages."""
+        if self.config.variant == "authors-code":
+            return authors_code.averaged_noise_and_signal(self.state.averages, self.n)
+        return algorithm.debiased(self.state.averages, self.state.weight)
+
+    def _state_in_samples_of(self, micro_batch_size: int | None) -> LayerState:
+        """The state with its noise in the present micro-batches: noise per micro-batch falls as 1 / its size."""
+        old = self.clock.plan.micro_batch_size
+        if old is None or micro_batch_size is None or old == micro_batch_size:
+            return self.state
+        return algorithm.rescale_noise(self.state, old / micro_batch_size)
+
+    def _log_cap_once(self) -> None:
+        config, total = self.config, self.clock.plan.total_steps
+        by_cap = config.warmup == "layer" and config.scaling == "gain" and config.variant == "default"
+        if not by_cap or config.warmup_cap is None or total is None:
+            return
+        if self.updates == math.ceil(config.warmup_cap * total):
+            # The one host synchronisation of a run that stock DeepSpeed does not make.
+            ended, capped = int((self.state.warmup >= 1).sum()), int(self.state.capped.sum())
+            logger.info(
+                "LENA: update %d: the warm-up of %d of %d layers has ended, of %d by warmup_cap=%g",
+                self.updates,
+                ended,
+                self.table.count,
+                capped,
+                config.warmup_cap,
+            )

@@ -1,0 +1,93 @@
+"""Applies an update: the base rule on every piece of every flat tensor, each with its own learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from .rules import Rule
+from .rules.common import Pieces
+from .segments import Cut
+
+State = Mapping[Tensor, dict[str, Any]]
+
+
+class Rates:
+    """The learning rates of one update: `factor` (P,), what multiplies a group's lr for each parameter."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+        self._known: dict[tuple[Any, torch.device], Sequence[Any]] = {}
+
+    def of(self, lr: float | Tensor, device: torch.device) -> Sequence[Any]:
+        """(P,) learning rates where the pieces are: numbers on the CPU, else 0-dim float32 tensors on `device`.
+
+        Kept for the update, since ZeRO-3 calls `step()` once for every sub-group. A GPU's rates never leave it.
+        """
+        key = id(lr) if isinstance(lr, Tensor) else lr, device
+        if key not in self._known:
+            rates = (self.factor * lr).to(device)
+            self._known[key] = rates.tolist() if device.type == "cpu" else rates.float().unbind()
+        return self._known[key]
+
+
+def prepare(state: dict[str, Any], parameter: Tensor, buffers: Sequence[str]) -> dict[str, Any]:
+    """The state of one tensor, with `step`, the count of its updates, and `buffers` made as zeros where not there.
+
+    The buffers lie in memory as the parameter does, whatever it was when they were made or saved.
+    """
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    for name in buffers:
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state[name] = lying_as(parameter, state[name])
+    return state
+
+
+def lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it with the parameter's strides: torch's fused kernels go through memory as it comes."""
+    if tensor.dim() < 2 or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
+class Applier:
+    """One base rule and the cuts of the tensors that it moves. Its state per tensor belongs to the optimizer."""
+
+    def __init__(self, rule: Rule, cuts: Mapping[Tensor, Cut]) -> None:
+        self._rule = rule
+        self._cuts = cuts
+
+    def apply(self, groups: Iterable[dict[str, Any]], state: State, rates: Rates) -> None:
+        """Move all tensors of the groups that have a gradient (modified in place, with their state)."""
+        for group in groups:
+            names = self._rule.buffers(group)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                own = prepare(state[parameter], parameter, names)
+                own["step"] += 1
+                tensors = [parameter, lying_as(parameter, parameter.grad), *(own[name] for name in names)]
+                pieces = self._pieces(tensors, group["weight_decay"])
+                self._rule.update(pieces, rates.of(group["lr"], parameter.device), own["step"], group)
+
+    def _pieces(self, tensors: Sequence[Tensor], weight_decay: float) -> list[Pieces]:
+        """What moves of one tensor: `tensors` are itself, its gradient and its buffers."""
+        cut = self._cuts.get(tensors[0])
+        if cut is None:
+            raise StateError(
+                "LENA: step() was given a tensor that did not exist when the layout was read. The optimizer's "
+                "parameters were replaced after construction; construct LENA after that."
+            )
+        split = [cut.split(tensor) for tensor in tensors]
+        found = []
+        for batch in cut.batches:
+            parameters, gradients, *buffers = [[parts[i] for i in batch.pieces] for parts in split]
+            decay = weight_decay if batch.decays else 0.0
+            found.append(Pieces(parameters, gradients, buffers, batch.rate, decay))
+        return found

@@ -1,0 +1,12 @@
+"""Update rules: how a layer moves once its learning rate is known. One file per rule, one line in `config.BASES`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ...config import BASES
+from .common import Rule, Trust
+
+RULES: dict[str, Rule] = {name: import_module(f".{name}", __name__).RULE for name in BASES}
+
+__all__ = ["RULES", "Rule", "Trust"]

@@ -1,0 +1,68 @@
+"""AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101), as torch.optim.AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .common import Group, Rule, has_fused_kernel
+
+
+def buffers(group: Group) -> tuple[str, ...]:
+    """The two moments."""
+    return ("exp_avg", "exp_avg_sq")
+
+
+def move(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: Sequence[list[Tensor]],
+    step: Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+    group: Group,
+) -> None:
+    """See `common.Rule.move`. w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w), with the bias-corrected moments."""
+    exp_avgs, exp_avg_sqs = buffers
+    beta1, beta2 = group["betas"]
+    if has_fused_kernel(parameters[0]):
+        # The kernel itself: torch.optim's function around it takes six times as long for a small tensor.
+        torch._fused_adamw_(
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            [step] * len(parameters),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        return
+    adamw(
+        parameters,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [step - 1 for _ in parameters],  # torch advances each of them by one
+        foreach=False,
+        fused=False,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+RULE = Rule(buffers=buffers, move=move)

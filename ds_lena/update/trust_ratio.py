@@ -1,0 +1,123 @@
+"""Trust ratios of whole tensors whose pieces lie on many ranks: two squared norms a tensor, one more all-reduce.
+
+All of them are known before the first `step()` of an update, since ZeRO calls it once for every group or sub-group: the
+norms of what the pieces will be moved by are taken in a pass of its own that changes nothing. So an update that is
+thrown away leaves no trace, and a sub-group can be moved as soon as its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import LenaConfig
+from ..grad_stats.norms import squared_norm
+from ..grad_stats.placement import Placement
+from ..grad_stats.reduce import Group, sum_over
+from ..layouts.layout import Layout, Segment
+from .apply import State, prepare
+from .rules import Rule, Trust
+from .rules.common import blocks
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class TrustRatios:
+    """The trust ratios of one base rule that has them, from norms of whole tensors over the ranks of `group`.
+
+    `groups_of[i]`, `decays[i]`: the parameter group of parameter i, and whether weight decay applies to it.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        trust: Trust,
+        config: LenaConfig,
+        layout: Layout,
+        placements: Sequence[Placement],
+        groups_of: Sequence[int],
+        decays: Sequence[bool],
+        group: Group | None,
+        device: torch.device,
+    ) -> None:
+        self._rule, self._trust = rule, trust
+        self._coefficient = trust.coefficient if config.trust_coefficient is None else config.trust_coefficient
+        self._clip = config.trust_clip
+        self._layout, self._group, self._device = layout, group, device
+        self._groups_of, self._decays = groups_of, decays
+        self._where = {cut.parameter: (flat, cut) for flat, segments in layout.segments() for cut in segments}
+        has_ratio = [len(placement.shape) > 1 for placement in placements]
+        self._measured_here = [has and p.counted for has, p in zip(has_ratio, placements, strict=True)]
+        self._has_ratio = torch.tensor(has_ratio, dtype=torch.bool, device=device)
+        self._decay_values: list[float] = []
+        self._decay_there = torch.zeros(0)
+
+    def measure(self, clip: Tensor | None, groups: Groups, state: State) -> Tensor:
+        """(P,): what multiplies the learning rate of each parameter in this update. Nothing but `state` is changed.
+
+        `clip` (): what the gradient will be multiplied by before `step()`, None for nothing. State that a tensor does
+        not have yet is made, as zeros.
+        """
+        squares = torch.zeros(2, len(self._measured_here), dtype=torch.float64, device=self._device)
+        of_weights, of_others = squares[0].unbind(), squares[1].unbind()
+        for index, gradient in self._layout.gradients():
+            if self._measured_here[index]:
+                totals = of_weights[index], of_others[index]
+                self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals)
+        norms = sum_over(squares, self._group).sqrt()
+        return self._ratios(norms[0], norms[1], self._weight_decays(groups))
+
+    def _measure_piece(
+        self,
+        index: int,
+        gradient: Tensor | None,
+        clip: Tensor | None,
+        group: Mapping[str, Any],
+        state: State,
+        totals: tuple[Tensor, Tensor],
+    ) -> None:
+        """Add the squares of both norms of one piece to `totals` (modified in place)."""
+        flat, segment = self._where[index]
+        names = self._rule.buffers(group)
+        own = prepare(state[flat], flat, names)
+        count, decay = own["step"] + 1, self._decay(group, index)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        given = [] if gradient is None else [gradient]
+        for block in blocks([_cut(flat, segment), *given, *(_cut(own[name], segment) for name in names)]):
+            weight, *rest = (tensor.to(wide) for tensor in block)
+            clipped = _clipped(rest.pop(0), clip) if given else torch.zeros_like(weight)
+            totals[0].add_(squared_norm(weight))
+            self._trust.add_square(totals[1], weight, clipped, rest, count, decay, group)
+
+    def _ratios(self, weight_norm: Tensor, other_norm: Tensor, weight_decay: Tensor) -> Tensor:
+        """1 for tensors of fewer than two dimensions, and where either norm is 0."""
+        has_ratio = self._has_ratio & (weight_norm > 0) & (other_norm > 0)
+        safe = torch.where(has_ratio, other_norm, 1.0)
+        ratio = self._trust.ratio(weight_norm, safe, weight_decay, self._coefficient)
+        if self._clip is not None:
+            ratio = ratio.clamp(*self._clip)
+        return torch.where(has_ratio, ratio, 1.0)
+
+    def _decay(self, group: Mapping[str, Any], index: int) -> float:
+        return group["weight_decay"] if self._decays[index] else 0.0
+
+    def _weight_decays(self, groups: Groups) -> Tensor:
+        """(P,) on the device; sent there only when a value has changed, since that waits for the device."""
+        values = [self._decay(groups[group], index) for index, group in enumerate(self._groups_of)]
+        if values != self._decay_values:
+            self._decay_values = values
+            self._decay_there = torch.tensor(values, dtype=torch.float64, device=self._device)
+        return self._decay_there
+
+
+def _cut(flat: Tensor, segment: Segment) -> Tensor:
+    """A view of the segment's elements; the tensor itself, in its own shape, where they are all of it."""
+    whole = segment.length == flat.numel()
+    return flat if whole else flat.narrow(0, segment.start, segment.length)
+
+
+def _clipped(gradient: Tensor, coefficient: Tensor | None) -> Tensor:
+    return gradient if coefficient is None else gradient * coefficient.to(gradient)
