@@ -52,6 +52,7 @@ class GradientStatistics:
         self._weights = self._counted / vector([float(p.divisor) for p in placements]) ** 2
         self._layer_of_cell = torch.tensor([layer for layer, _ in cells], dtype=torch.long, device=device)
         self._spread_of_cell = vector([float(spread) for _, spread in cells])
+        self._most_spread = vector([float(max(e for at, e in cells if at == layer)) for layer in range(layers)])
         self._is_spread = any(p.spread > 1 for p in placements)
 
     def reduce(self, squares_of_mean: Tensor, loss_scale: float = 1.0) -> tuple[Measurement, Tensor]:
@@ -88,5 +89,5 @@ class GradientStatistics:
             n=n,
             mean_square=zeros.index_add(0, self._layer_of_cell, dense),
             square_of_mean=zeros.index_add(0, self._layer_of_cell, square_of_mean),
-            fewest=zeros.index_reduce(0, self._layer_of_cell, of_cell, "amin", include_self=False),
+            fewest=n / self._most_spread,
         )

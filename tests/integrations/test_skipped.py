@@ -17,7 +17,7 @@ SKIPPING = [(1, "fp32"), (1, "bf16"), (1, "bf16-fp32"), (2, "fp32"), (2, "bf16")
 
 def state_of(engine: Any) -> dict[str, Any]:
     """All that LENA remembers, but for the count of skipped updates."""
-    return {key: value for key, value in engine.basic_optimizer.tracker.state_dict().items() if key != "skipped"}
+    return {key: value for key, value in engine.basic_optimizer.state_dict()["lena"].items() if key != "skipped"}
 
 
 def train_past_a_bad_update(stage: int, precision: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 import ds_lena
-from ds_lena.integrations import _deepspeed_private as private
+from ds_lena.integrations.deepspeed._internals.facts import read_facts
+from ds_lena.integrations.deepspeed.support import FEATURES
 from tests.integrations._engines import LENA, Net, config, engine, refusal, without_optimizer
 from tests.integrations._ranks import WORLD, Ranks
 
@@ -150,7 +151,8 @@ def test_what_is_refused_is_welcome_when_it_is_off(ranks: Ranks) -> None:
 def refusals_of_zenflow() -> list[str]:
     with engine(config(2)) as made:
         made.zenflow = True
-        return [what for is_on, what, _ in private.refusals(made) if is_on]
+        facts = read_facts(made)
+        return [feature.what for feature in FEATURES if not feature.by and feature.is_on(facts)]
 
 
 def test_zenflow_is_refused_too_though_it_cannot_start_here(ranks: Ranks) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_lena import LENA
-from ds_lena.algorithm import Measurement
 from ds_lena.config import LenaConfig
+from ds_lena.schedule.algorithm import Measurement
 
 Rows = Sequence[Sequence[float]]
 

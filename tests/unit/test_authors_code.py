@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ds_lena
-from ds_lena import authors_code
-from ds_lena.algorithm import Clock, LayerState, Measurement, step_factor
+from ds_lena.optimizer import controller_of
+from ds_lena.schedule import authors_code
+from ds_lena.schedule.algorithm import Clock, LayerState, Measurement, step_factor
 from tests.unit.support import config, measure, scalar
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,7 +88,7 @@ def test_a_training_run_of_the_authors(warmup):
 
         layers = ds_lena.report(optimizer)["layers"].values()
         flat = torch.cat([p.detach().flatten() for p in named.parameters()])
-        a, b = optimizer.tracker.state.averages
+        a, b = controller_of(optimizer).schedule.state.averages
         torch.testing.assert_close(torch.stack(losses).mean().detach(), golden["loss"][t], **CLOSE)
         torch.testing.assert_close(flat, golden["params"][t], **CLOSE)
         torch.testing.assert_close(ratio(a, b), golden["scaling_factor"][t], **CLOSE)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-import ds_lena.measure
+import ds_lena.grad_stats.statistics
 from benchmarks.memory_worker import live_bytes
 from ds_lena import LENA, ConfigError
 from ds_lena.config import BASES
@@ -25,7 +25,7 @@ from ds_lena.cost.job import blocks_of, tensors_of
 from ds_lena.cost.machines import CONSTANTS
 from ds_lena.cost.model import DEVICE_BYTES_PER_LAYER, all_reduce_seconds, collective_bytes
 from ds_lena.cost.report import seconds, size
-from ds_lena.measure import sum_over
+from ds_lena.grad_stats.statistics import sum_over
 
 ROUND = Machine(
     hook_s=1.0, norm_s=2.0, call_s=3.0, update_s=5.0, layer_s=0.5, memory_bandwidth=100.0, flops=1000.0,
@@ -229,7 +229,7 @@ def test_the_bytes_are_those_of_the_buffer_that_lena_reduces(monkeypatch, tensor
         reduced.append(buffer.numel() * buffer.element_size())
         return sum_over(buffer, group)
 
-    monkeypatch.setattr(ds_lena.measure, "sum_over", watched)
+    monkeypatch.setattr(ds_lena.grad_stats.statistics, "sum_over", watched)
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(tensors)]
     train(parameters, LENA(parameters, layer=layer, total_steps=9), updates=2)
     layers = 1 if layer == "model" else tensors

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_lena import UnsupportedError
-from ds_lena.norms import SquaredNorms, squared_norm, squared_norms
+from ds_lena.grad_stats.norms import SquaredNorms, squared_norm, squared_norms
 
 LARGE = 5_000_000
 
@@ -151,3 +151,15 @@ def test_no_wide_copy_of_a_large_tensor_is_made(normal_numbers, dtype):
 def test_a_sparse_gradient_is_refused():
     with pytest.raises(UnsupportedError, match="sparse=False"):
         SquaredNorms(1, torch.float32, torch.device("cpu")).write(0, torch.ones(3, 3).to_sparse())
+
+
+def test_a_norm_is_taken_where_its_tensor_is():
+    """As with offload: gradients on the CPU, the result on the model's device. Meta stands for that device."""
+    norms = SquaredNorms(2, torch.float32, torch.device("cpu"))
+    norms.write(0, torch.ones(3))
+    norms.write(1, torch.ones(5, device="meta"))
+    assert {device.type for device in norms._buffers} == {"cpu", "meta"}
+    elsewhere = SquaredNorms(2, torch.float32, torch.device("meta"))
+    elsewhere.write(0, torch.ones(3))
+    assert elsewhere._buffers[torch.device("cpu")][0].tolist() == [3, 0]
+    assert elsewhere.read().device.type == "meta"

@@ -10,6 +10,7 @@ from torch import nn
 import ds_lena
 from ds_lena import LENA, ConfigError, StateError
 from ds_lena.config import BASES
+from ds_lena.optimizer import controller_of
 from tests.unit.support import backward, random_gradients, train_window, vector, weights
 
 NO_WARMUP = {"warmup": "none", "max_relative_gain": None}
@@ -211,7 +212,7 @@ def test_clipping_between_the_passes_of_a_window_is_measured_as_it_is_in_the_gra
 def test_a_step_without_any_gradient_does_nothing():
     optimizer = LENA(one_weight())
     optimizer.step()
-    assert optimizer.tracker.updates == 0
+    assert controller_of(optimizer).schedule.updates == 0
 
 
 def test_gradients_that_were_filled_in_by_hand_are_an_error():
@@ -318,10 +319,11 @@ def test_the_rates_of_an_interrupted_update_are_forgotten():
     parameters = weights(3)
     optimizer = LENA(parameters, lr=0.1, warmup="none", max_relative_gain=None, smoothing=0.0, base="sgd", momentum=0)
     noisy, calm = [[vector(3, 0, 0)], [vector(-1, 0, 0)]], [[vector(1, 0, 0)], [vector(1, 0, 0)]]
-    move = optimizer._stepper._move
-    optimizer._stepper._move = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    applier = controller_of(optimizer)._applier
+    pieces = applier._pieces
+    applier._pieces = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         train_window(optimizer, parameters, noisy)
-    optimizer._stepper._move = move
+    applier._pieces = pieces
     (step,) = moved_by(parameters, lambda: train_window(optimizer, parameters, calm))
     assert step.abs().max().item() == pytest.approx(0.1)

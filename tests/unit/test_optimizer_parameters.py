@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import ds_lena
 from ds_lena import LENA, ConfigError, StateError, UnsupportedError
+from ds_lena.optimizer import controller_of
 from tests.unit.support import backward, random_gradients, train_window, vector, weights
 
 NO_WARMUP = {"warmup": "none", "max_relative_gain": None}
@@ -211,7 +212,7 @@ def test_a_gradient_scaler_that_is_switched_off_is_not_refused():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     scaler.scale(parameters[0].sum()).backward()
     scaler.step(optimizer)
-    assert optimizer.tracker.updates == 1
+    assert controller_of(optimizer).schedule.updates == 1
 
 
 def test_a_sparse_gradient_is_refused():
@@ -219,7 +220,7 @@ def test_a_sparse_gradient_is_refused():
     optimizer = LENA(embed.parameters(), **NO_WARMUP)
     with pytest.raises(UnsupportedError, match="sparse=False"):
         embed(torch.tensor([1, 2])).sum().backward()
-    assert optimizer.tracker.updates == 0
+    assert controller_of(optimizer).schedule.updates == 0
 
 
 def test_parameters_that_are_replaced_after_construction_are_refused():
@@ -272,8 +273,8 @@ def test_a_copy_is_refused():
 def test_the_statistics_follow_a_model_that_is_moved_after_construction(monkeypatch):
     parameters = weights(2)
     optimizer = LENA(parameters, warmup="none")
-    monkeypatch.setattr(optimizer, "_device", torch.device("meta"))  # as if it had been made elsewhere
+    monkeypatch.setattr(controller_of(optimizer), "_device", torch.device("meta"))  # as if it had been made elsewhere
     backward(parameters, [torch.ones(2)])
-    assert optimizer._device == parameters[0].device
+    assert controller_of(optimizer)._device == parameters[0].device
     optimizer.step()
     assert ds_lena.report(optimizer)["n"] == 1

@@ -8,6 +8,7 @@ from torch import nn
 
 import ds_lena
 from ds_lena import LENA, StateError
+from ds_lena.optimizer import controller_of
 from tests.unit.support import random_gradients, train_window, weights
 
 KEYS = {
@@ -57,7 +58,7 @@ def test_a_checkpoint_before_the_first_update():
     other = LENA(parameters, total_steps=40)
     other.load_state_dict(through_a_file(LENA(weights(5), total_steps=40).state_dict()))
     train(other, parameters, range(2))
-    assert other.tracker.updates == 2
+    assert controller_of(other).schedule.updates == 2
 
 
 def test_the_state_of_the_method_is_small_and_by_layer_name():
@@ -86,7 +87,7 @@ def test_adamw_s_checkpoint_keeps_its_moments_and_starts_lena_fresh(caplog):
     lena = LENA(ours, warmup="none", lr=1.0)
     lena.load_state_dict(through_a_file(adamw.state_dict()))
     assert "holds no LENA state" in caplog.text
-    assert lena.tracker.updates == 0
+    assert controller_of(lena).schedule.updates == 0
 
     step_of_adamw(range(5, 10))
     for t in range(5, 10):

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ds_lena
-from ds_lena import LENA, algorithm
-from ds_lena.algorithm import Clock, LayerState
+from ds_lena import LENA
+from ds_lena.schedule import algorithm
+from ds_lena.schedule.algorithm import Clock, LayerState
 from tests.unit.support import config, random_gradients, scalar, statistics, train_window, vector, weights
 
 FAR = Clock(done=scalar(1.0), planned=scalar(1e9))

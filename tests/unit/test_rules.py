@@ -8,7 +8,7 @@ import torch
 
 from ds_lena import LENA
 from ds_lena.config import BASES
-from ds_lena.rules import RULES
+from ds_lena.update.rules import RULES
 from tests.helpers import published
 
 UPDATES, SHAPE, SIZE = 6, (37, 3), 111
@@ -77,7 +77,7 @@ def by_rule(name, dtype, weight_decay, sizes, lr=learning_rate):
         if rule.trust:
             rate *= trust_ratio(rule, parameter, gradient, buffers, count, weight_decay, options)
         cut = [list(tensor.split(sizes)) for tensor in (parameter, gradient, *buffers)]
-        rule.update(cut[0], cut[1], cut[2:], count, rate, weight_decay, options)
+        rule.move(cut[0], cut[1], cut[2:], count, rate, weight_decay, options)
     return parameter.view(SHAPE)
 
 
@@ -114,7 +114,7 @@ def test_the_optimizer_without_scaling_and_warm_up_is_the_published_one(name, we
 def test_the_learning_rate_of_lars_is_inside_of_its_momentum():
     rule, parameter, velocity = RULES["lars"], torch.zeros(1), torch.zeros(1)
     for count, lr in enumerate((1.0, 10.0), start=1):
-        rule.update([parameter], [torch.ones(1)], [[velocity]], torch.tensor(float(count)), lr, 0.0, {"momentum": 0.5})
+        rule.move([parameter], [torch.ones(1)], [[velocity]], torch.tensor(float(count)), lr, 0.0, {"momentum": 0.5})
     assert velocity.item() == 0.5 * 1 + 10
     assert parameter.item() == -(1 + 10.5)
 
@@ -137,7 +137,7 @@ def test_the_count_of_updates_is_not_advanced_by_the_rule(name):
     rule, options = RULES[name.split()[0]], OPTIMIZERS[name][1]
     step, parameter = torch.tensor(3.0), torch.ones(2)
     buffers = [[torch.zeros(2)] for _ in rule.buffers(options)]
-    rule.update([parameter], [torch.ones(2)], buffers, step, 0.1, 0.0, options)
+    rule.move([parameter], [torch.ones(2)], buffers, step, 0.1, 0.0, options)
     assert step.item() == 3
 
 

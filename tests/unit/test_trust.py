@@ -6,6 +6,7 @@ from pytest import approx
 from torch import nn
 
 from ds_lena import LENA, ConfigError
+from ds_lena.optimizer import controller_of
 from tests.unit.support import backward
 
 RULES = {"lamb": {"betas": (0.8, 0.95), "eps": 1e-6}, "lars": {"momentum": 0.9, "trust_coefficient": 0.1}}
@@ -28,11 +29,12 @@ def gradient(parameter, seed=7):
 
 def step(optimizer, *gradients):
     """One update; how far each parameter moved."""
-    before = [parameter.detach().clone() for parameter in optimizer.parameters]
-    backward(optimizer.parameters, gradients)
+    parameters = controller_of(optimizer).parameters
+    before = [parameter.detach().clone() for parameter in parameters]
+    backward(parameters, gradients)
     optimizer.step()
     optimizer.zero_grad()
-    return [then - parameter.detach() for parameter, then in zip(optimizer.parameters, before, strict=True)]
+    return [then - parameter.detach() for parameter, then in zip(parameters, before, strict=True)]
 
 
 def without_ratio(parameter, base, *gradients, **keys):
@@ -101,7 +103,7 @@ def test_the_gain_of_the_layer_multiplies_it(base):
 
     plain, _ = moved()
     scaled, optimizer = moved(scaling="gain", gain_power=1.0)
-    gain = optimizer.tracker.state.gain.item()
+    gain = controller_of(optimizer).schedule.state.gain.item()
     assert 1 < gain <= 2
     torch.testing.assert_close(scaled, plain * gain)
 
@@ -213,8 +215,9 @@ def test_an_update_that_is_thrown_away_leaves_no_trace(base):
     weights = [tensor(6, 4), tensor(6, 4)]
     optimizers = [optimizer_of([w], base, weight_decay=0.1) for w in weights]
     backward(weights[:1], [gradient(weights[0], seed=9)])
-    optimizers[0].begin_update()
-    optimizers[0].end_update(applied=False)
+    thrown_away = controller_of(optimizers[0])
+    thrown_away.begin_update(optimizers[0].param_groups, optimizers[0].state)
+    thrown_away.end_update(applied=False)
     optimizers[0].zero_grad()
     moved, same = (step(o, gradient(w))[0] for o, w in zip(optimizers, weights, strict=True))
     assert torch.equal(moved, same)

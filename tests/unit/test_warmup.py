@@ -4,8 +4,8 @@ import pytest
 import torch
 from pytest import approx
 
-from ds_lena import algorithm
-from ds_lena.algorithm import Clock, LayerState
+from ds_lena.schedule import algorithm
+from ds_lena.schedule.algorithm import Clock, LayerState
 from tests.unit.support import config, scalar, statistics
 
 N, STEPS = 8, 100

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the probe sees is what it sees without, or it refuses by name."""
+"""Activation checkpointing: what the hooks see is what it sees without, or it refuses by name."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_lena import UnsupportedError
-from ds_lena.probe import Probe
+from ds_lena.grad_stats.hooks import GradientHooks
 
 
 class Model(nn.Module):
@@ -35,44 +35,44 @@ class Model(nn.Module):
 
 
 def watch(model, excluded=()):
-    """A probe of all parameters; the excluded ones are only watched."""
+    """Hooks on all parameters; the excluded ones are only watched."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    probe = Probe(parameters, names)
-    probe.measure([name not in excluded for name in names])
-    return probe
+    hooks = GradientHooks(parameters, names)
+    hooks.watch([name not in excluded for name in names])
+    return hooks
 
 
 def train(passes=3, excluded=(), **options):
-    """A probe that has watched some backward passes."""
+    """A hooks that has watched some backward passes."""
     model = Model(**options)
-    probe = watch(model, excluded)
+    hooks = watch(model, excluded)
     for seed in range(passes):
         tokens = torch.randint(7, (5,), generator=torch.Generator().manual_seed(seed))
         model(tokens).square().sum().backward()
-    return probe
+    return hooks
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared weight"])
 @pytest.mark.parametrize("head_inside", [False, True], ids=["", "head inside"])
 def test_non_reentrant_checkpointing_changes_nothing(head_inside, shared):
-    probe = train(kind="non-reentrant", shared=shared, head_inside=head_inside)
+    hooks = train(kind="non-reentrant", shared=shared, head_inside=head_inside)
     truth = train(shared=shared)
-    assert probe.passes == truth.passes == 3
-    torch.testing.assert_close(probe.sums, truth.sums)
+    assert hooks.passes == truth.passes == 3
+    torch.testing.assert_close(hooks.sums, truth.sums)
 
 
 def test_reentrant_checkpointing_between_an_embedding_and_a_head_changes_nothing():
-    probe, truth = train(kind="reentrant"), train()
-    assert probe.passes == truth.passes == 3
-    assert probe.last_pass == truth.last_pass
-    torch.testing.assert_close(probe.sums, truth.sums)
+    hooks, truth = train(kind="reentrant"), train()
+    assert hooks.passes == truth.passes == 3
+    assert hooks.last_pass == truth.last_pass
+    torch.testing.assert_close(hooks.sums, truth.sums)
 
 
 def test_callers_are_told_of_a_reentrant_pass_once():
     model, events = Model("reentrant"), []
-    probe = watch(model)
-    probe.before_pass = lambda: events.append("before")
-    probe.after_pass = lambda: events.append(f"after {sum(p.grad is not None for p in probe.parameters)} gradients")
+    hooks = watch(model)
+    hooks.before_pass = lambda: events.append("before")
+    hooks.after_pass = lambda: events.append(f"after {sum(p.grad is not None for p in hooks.parameters)} gradients")
     model(torch.arange(5)).sum().backward()
     assert events == ["before", "after 7 gradients"]
 
@@ -83,10 +83,10 @@ def test_a_weight_shared_by_reentrant_segments_is_refused_by_name():
 
 
 def test_a_shared_weight_that_is_excluded_is_not_refused():
-    probe = train(kind="reentrant", shared=True, excluded=["mix.weight"])
+    hooks = train(kind="reentrant", shared=True, excluded=["mix.weight"])
     truth = train(shared=True, excluded=["mix.weight"])
-    assert probe.passes == truth.passes == 3
-    torch.testing.assert_close(probe.sums, truth.sums)
+    assert hooks.passes == truth.passes == 3
+    torch.testing.assert_close(hooks.sums, truth.sums)
 
 
 def test_a_model_inside_of_reentrant_segments_as_a_whole_is_refused():
@@ -96,10 +96,10 @@ def test_a_model_inside_of_reentrant_segments_as_a_whole_is_refused():
 
 def test_a_refused_pass_does_not_spoil_the_next_one():
     model = Model("reentrant", head_inside=True)
-    probe = watch(model)
+    hooks = watch(model)
     with pytest.raises(UnsupportedError):
         model(torch.arange(5)).sum().backward()
-    probe.clear()
+    hooks.clear()
     model.kind = "none"
     model(torch.arange(5)).sum().backward()
-    assert probe.passes == 1
+    assert hooks.passes == 1

@@ -1,4 +1,4 @@
-"""The probe sees every micro-gradient once, counts the backward passes, and leaves no trace. Checkpointing is apart."""
+"""The hooks see every micro-gradient once, count the backward passes, and leave no trace. Checkpointing is apart."""
 
 import copy
 import gc
@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from ds_lena import LENA, StateError
-from ds_lena.probe import Probe
+from ds_lena import LENA, StateError, report
+from ds_lena.grad_stats.hooks import GradientHooks
+from ds_lena.optimizer import controller_of
 from tests.unit.support import backward, random_gradients, weights
 
 
 def watch(parameters):
     parameters = list(parameters)
-    return Probe(parameters, [f"p{i}" for i in range(len(parameters))])
+    return GradientHooks(parameters, [f"p{i}" for i in range(len(parameters))])
 
 
 def squares(gradients):
@@ -45,133 +46,133 @@ def expected_squares(model, seeds):
 
 def test_squared_norms_are_those_of_each_pass_and_not_of_the_running_sum():
     parameters = weights(4, 2)
-    probe = watch(parameters)
+    hooks = watch(parameters)
     gradients = random_gradients(parameters, n=3, seed=1)
     for each in gradients:
         backward(parameters, each)
-    assert probe.passes == 3
-    assert probe.sums[:2].tolist() == pytest.approx([squares(of_one) for of_one in zip(*gradients, strict=True)])
+    assert hooks.passes == 3
+    assert hooks.sums[:2].tolist() == pytest.approx([squares(of_one) for of_one in zip(*gradients, strict=True)])
 
 
 def test_a_real_model_accumulating_over_passes(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     truth = expected_squares(model, seeds=range(4))
     for seed in range(4):
         loss(model, seed).backward()
-    assert probe.passes == 4
-    assert probe.sums[:4].tolist() == pytest.approx(truth)
+    assert hooks.passes == 4
+    assert hooks.sums[:4].tolist() == pytest.approx(truth)
 
 
 def test_parameters_whose_norms_are_not_wanted_are_only_watched():
     parameters = weights(1, 1, 1)
-    probe = watch(parameters)
-    probe.measure([True, False, True])
+    hooks = watch(parameters)
+    hooks.watch([True, False, True])
     backward(parameters, [torch.tensor([2.0]), torch.tensor([100.0]), torch.tensor([3.0])])
-    assert probe.sums.tolist() == [4, 0, 9]
-    assert probe.last_pass == [1, 1, 1]
+    assert hooks.sums.tolist() == [4, 0, 9]
+    assert hooks.last_pass == [1, 1, 1]
 
 
 def test_clearing_starts_a_new_window():
     parameters = weights(2)
-    probe = watch(parameters)
+    hooks = watch(parameters)
     backward(parameters, [torch.ones(2)])
-    probe.clear()
-    assert (probe.passes, probe.sums.tolist(), probe.unreached()) == (0, [0], [0])
+    hooks.clear()
+    assert (hooks.passes, hooks.sums.tolist(), hooks.unreached()) == (0, [0], [0])
     backward(parameters, [torch.ones(2)])
-    assert probe.passes == 1
-    assert probe.sums.tolist() == pytest.approx([2])
+    assert hooks.passes == 1
+    assert hooks.sums.tolist() == pytest.approx([2])
 
 
 def test_parameters_that_no_pass_has_reached_are_known():
     parameters = weights(2, 2, 2)
-    probe = watch(parameters)
+    hooks = watch(parameters)
     backward(parameters, [torch.ones(2), None, None])
     backward(parameters, [torch.ones(2), None, torch.ones(2)])
-    assert probe.unreached() == [1]
-    assert probe.last_pass == [2, 0, 2]
+    assert hooks.unreached() == [1]
+    assert hooks.last_pass == [2, 0, 2]
 
 
 def test_a_tied_weight_has_one_gradient():
     embed, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
     head.weight = embed.weight
-    probe = watch([embed.weight])
+    hooks = watch([embed.weight])
     head(embed(torch.tensor([0, 3]))).square().sum().backward()
-    assert probe.passes == 1
-    assert probe.sums[0].item() == pytest.approx(squares([embed.weight.grad]), rel=1e-6)
+    assert hooks.passes == 1
+    assert hooks.sums[0].item() == pytest.approx(squares([embed.weight.grad]), rel=1e-6)
 
 
 def test_several_losses_in_one_pass_are_one_micro_gradient(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     torch.autograd.backward([loss(model, 0), loss(model, 1)])
-    assert probe.passes == 1
-    assert probe.sums[0].item() == pytest.approx(squares([model[0].weight.grad]))
+    assert hooks.passes == 1
+    assert hooks.sums[0].item() == pytest.approx(squares([model[0].weight.grad]))
 
 
 def test_two_passes_through_one_graph_are_two_micro_gradients(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     value = loss(model)
     value.backward(retain_graph=True)
     value.backward()
-    assert probe.passes == 2
+    assert hooks.passes == 2
 
 
 def test_callers_are_told_before_and_after_each_pass():
     parameters = weights(2, 2)
-    probe, events = watch(parameters), []
-    probe.before_pass = lambda: events.append(("before", parameters[1].grad is None))
-    probe.after_pass = lambda: events.append(("after", parameters[1].grad is None))
+    hooks, events = watch(parameters), []
+    hooks.before_pass = lambda: events.append(("before", parameters[1].grad is None))
+    hooks.after_pass = lambda: events.append(("after", parameters[1].grad is None))
     backward(parameters, [None, torch.ones(2)])
     backward(parameters, [None, torch.ones(2)])
     assert events == [("before", True), ("after", False), ("before", False), ("after", False)]
 
 
 def test_a_window_without_a_pass_is_an_error():
-    probe = watch(weights(2))
+    hooks = watch(weights(2))
     with pytest.raises(StateError, match="no backward pass was seen"):
-        probe.require_passes()
+        hooks.require_passes()
 
 
 # -- what is a micro-gradient, and what is not ------------------------------------------------------------------------
 
 
 def test_gradients_that_are_returned_and_not_accumulated_are_no_micro_gradient(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     torch.autograd.grad(loss(model), list(model.parameters()))
     torch.autograd.grad(loss(model), [model[0].weight])
-    assert (probe.passes, probe.sums.sum().item()) == (0, 0)
+    assert (hooks.passes, hooks.sums.sum().item()) == (0, 0)
 
 
 def test_a_gradient_penalty_is_part_of_its_pass(model):
     truth = copy.deepcopy(model)
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     for each in (model, truth):
         gradients = torch.autograd.grad(loss(each), list(each.parameters()), create_graph=True)
         (loss(each) + sum(g.square().sum() for g in gradients)).backward()
-    assert probe.passes == 1
-    assert probe.sums[0].item() == pytest.approx(squares([truth[0].weight.grad]))
+    assert hooks.passes == 1
+    assert hooks.sums[0].item() == pytest.approx(squares([truth[0].weight.grad]))
 
 
 def test_returned_gradients_between_two_passes_do_not_disturb_them(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     truth = expected_squares(model, seeds=(0, 1))
     loss(model, 0).backward()
     torch.autograd.grad(loss(model, 5), list(model.parameters()))
     loss(model, 1).backward()
-    assert probe.passes == 2
-    assert probe.sums[:4].tolist() == pytest.approx(truth)
+    assert hooks.passes == 2
+    assert hooks.sums[:4].tolist() == pytest.approx(truth)
 
 
 def test_a_pass_for_some_parameters_only_is_a_micro_gradient_of_those(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     loss(model).backward(inputs=[model[2].weight])
-    assert probe.passes == 1
-    assert probe.unreached() == [0, 1, 3]
+    assert hooks.passes == 1
+    assert hooks.unreached() == [0, 1, 3]
 
 
 def test_a_pass_that_reaches_no_watched_parameter_is_not_counted(model):
-    probe = watch(model[0].parameters())
+    hooks = watch(model[0].parameters())
     model[2](torch.ones(1, 4, dtype=torch.float64)).sum().backward()
-    assert probe.passes == 0
+    assert hooks.passes == 0
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -196,26 +197,26 @@ def fail_half_way(model):
 
 
 def test_a_pass_after_a_failed_one_is_a_pass_of_its_own(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     fail_half_way(model)
     loss(model).backward()
-    assert probe.passes == 2
+    assert hooks.passes == 2
 
 
 def test_a_failed_pass_is_forgotten_with_its_window(model):
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     truth = expected_squares(model, seeds=(0,))
     fail_half_way(model)
-    probe.clear()
+    hooks.clear()
     loss(model).backward()
-    assert probe.passes == 1
-    assert probe.sums[:4].tolist() == pytest.approx(truth)
+    assert hooks.passes == 1
+    assert hooks.sums[:4].tolist() == pytest.approx(truth)
 
 
 # -- traces -----------------------------------------------------------------------------------------------------------
 
 
-def hooks(model):
+def hooks_on(model):
     return [len(parameter._backward_hooks or {}) for parameter in model.parameters()]
 
 
@@ -223,19 +224,19 @@ def test_a_dropped_optimizer_is_gone_with_its_hooks(model):
     optimizer = LENA(model.parameters(), total_steps=5)
     loss(model).backward()
     optimizer.step()
-    assert hooks(model) == [1] * 4
+    assert hooks_on(model) == [1] * 4
     gone = weakref.ref(optimizer)
     del optimizer
     gc.collect()
     assert gone() is None
-    assert hooks(model) == [0] * 4
+    assert hooks_on(model) == [0] * 4
 
 
 def test_a_closed_optimizer_sees_nothing(model):
     optimizer = LENA(model.parameters(), total_steps=5)
-    optimizer.close()
-    optimizer.close()
-    assert hooks(model) == [0] * 4
+    controller_of(optimizer).close()
+    controller_of(optimizer).close()
+    assert hooks_on(model) == [0] * 4
     loss(model).backward()
     with pytest.raises(StateError, match="no backward pass was seen"):
         optimizer.step()
@@ -246,16 +247,16 @@ def test_a_second_optimizer_on_the_same_parameters_sees_them_as_well(model):
     loss(model).backward()
     first.step()
     second.step()
-    assert first.tracker.report() == second.tracker.report()
+    assert report(first) == report(second)
 
 
 def test_a_copied_model_has_no_hooks(model):
     optimizer = LENA(model.parameters(), total_steps=5)
     twin = copy.deepcopy(model)
-    assert hooks(twin) == [0] * 4
+    assert hooks_on(twin) == [0] * 4
     loss(twin).backward()
     optimizer.step()
-    assert optimizer.tracker.updates == 0, "the pass was the copy's"
+    assert controller_of(optimizer).schedule.updates == 0, "the pass was the copy's"
 
 
 def test_a_saved_model_has_no_hooks(model):
@@ -264,16 +265,16 @@ def test_a_saved_model_has_no_hooks(model):
     torch.save(model, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    assert hooks(loaded) == [0] * 4
-    assert hooks(model) == [1] * 4
-    optimizer.close()
+    assert hooks_on(loaded) == [0] * 4
+    assert hooks_on(model) == [1] * 4
+    controller_of(optimizer).close()
 
 
 def test_a_compiled_model(model):
     truth = expected_squares(model, seeds=(0, 1))
-    probe = watch(model.parameters())
+    hooks = watch(model.parameters())
     compiled = torch.compile(model, backend="aot_eager")
     for seed in (0, 1):
         loss(compiled, seed).backward()
-    assert probe.passes == 2
-    assert probe.sums[:4].tolist() == pytest.approx(truth)
+    assert hooks.passes == 2
+    assert hooks.sums[:4].tolist() == pytest.approx(truth)

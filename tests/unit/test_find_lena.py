@@ -6,7 +6,7 @@ import pytest
 
 import ds_lena
 from ds_lena import LENA, StateError
-from ds_lena.monitor import find_lena
+from ds_lena.report import find_lena
 from tests.unit.support import weights
 
 
@@ -24,7 +24,7 @@ from tests.unit.support import weights
 def test_lena_is_found(wrap):
     lena = LENA(weights(2))
     assert find_lena(wrap(lena)) is lena
-    assert ds_lena.report(wrap(lena)) == lena.tracker.report()
+    assert ds_lena.report(wrap(lena)) == ds_lena.report(lena)
 
 
 def test_a_circle_of_wrappers_is_no_trap():

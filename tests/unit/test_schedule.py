@@ -11,18 +11,21 @@ from pytest import approx
 
 from ds_lena import ConfigError, StateError
 from ds_lena.layers import LayerTable
-from ds_lena.tracker import Plan, Tracker
+from ds_lena.report import report_of
+from ds_lena.schedule import checkpoint
+from ds_lena.schedule.clock import RunPlan
+from ds_lena.schedule.schedule import Schedule
 from tests.unit.support import config, statistics
 
 T, N, B = 100, 8, 4
-PLAN = Plan(total_steps=T, planned_n=N, micro_batch_size=B)
-UNKNOWN = Plan(total_steps=T, planned_n=None, micro_batch_size=None)
+PLAN = RunPlan(total_steps=T, planned_n=N, micro_batch_size=B)
+UNKNOWN = RunPlan(total_steps=T, planned_n=None, micro_batch_size=None)
 
 
 def new(*names, **keys):
     names = names or ("a", "b")
     table = LayerTable(names, (3,) * len(names), tuple(range(len(names))))
-    return Tracker(config(**keys), table, torch.device("cpu"))
+    return Schedule(config(**keys), table, torch.device("cpu"))
 
 
 def some(t=0, n=N, layers=2):
@@ -30,26 +33,26 @@ def some(t=0, n=N, layers=2):
     return statistics(n, [8 + i + 0.1 * t for i in range(layers)], [2 + 0.3 * i for i in range(layers)])
 
 
-def apply(tracker, measured=None, plan=PLAN):
-    proposal = tracker.propose(measured or some(layers=tracker.table.count), plan)
-    tracker.commit(proposal)
+def apply(schedule, measured=None, plan=PLAN):
+    proposal = schedule.propose(measured or some(layers=schedule.table.count), plan)
+    schedule.commit(proposal)
     return proposal
 
 
 def trained(updates=10, plan=PLAN, n=N, **keys):
-    tracker = new(**keys)
+    schedule = new(**keys)
     for t in range(updates):
-        apply(tracker, some(t, n), plan)
-    return tracker
+        apply(schedule, some(t, n), plan)
+    return schedule
 
 
-def resumed(tracker, *names, **keys):
-    """A new tracker from the checkpoint of another, as it comes back from disk."""
+def resumed(schedule, *names, **keys):
+    """A new schedule from the checkpoint of another, as it comes back from disk."""
     file = io.BytesIO()
-    torch.save(tracker.state_dict(), file)
+    torch.save(checkpoint.to_dict(schedule), file)
     file.seek(0)
     fresh = new(*names, **keys)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    checkpoint.load(fresh, torch.load(file, weights_only=True))
     return fresh
 
 
@@ -57,30 +60,30 @@ def resumed(tracker, *names, **keys):
 
 
 def test_a_proposal_changes_nothing():
-    tracker = trained()
-    before = tracker.state_dict(), tracker.report()
-    tracker.propose(some(77), PLAN)
-    assert (tracker.state_dict(), tracker.report()) == before
+    schedule = trained()
+    before = checkpoint.to_dict(schedule), report_of(schedule)
+    schedule.propose(some(77), PLAN)
+    assert (checkpoint.to_dict(schedule), report_of(schedule)) == before
 
 
 def test_the_same_update_can_be_proposed_again():
-    tracker = trained()
-    first, second = (tracker.propose(some(77), PLAN) for _ in range(2))
+    schedule = trained()
+    first, second = (schedule.propose(some(77), PLAN) for _ in range(2))
     assert torch.equal(first.factor, second.factor)
 
 
 def test_a_committed_update_is_counted_once():
-    tracker = trained(updates=3)
-    assert tracker.updates == 3
-    assert tracker.done.item() == 3 * N
-    assert tracker.report()["n"] == N
+    schedule = trained(updates=3)
+    assert schedule.updates == 3
+    assert schedule.clock.done.item() == 3 * N
+    assert report_of(schedule)["n"] == N
 
 
 def test_a_skipped_update_is_counted_and_leaves_nothing_behind():
     skipping, steady = trained(), trained()
     skipping.propose(some(77), PLAN)
     skipping.skip()
-    assert skipping.state_dict() == steady.state_dict() | {"skipped": 1}
+    assert checkpoint.to_dict(skipping) == checkpoint.to_dict(steady) | {"skipped": 1}
     assert torch.equal(apply(skipping).factor, apply(steady).factor)
 
 
@@ -91,86 +94,86 @@ def test_the_factor_behind_the_last_layer_is_one():
 
 
 def test_statistics_that_are_not_finite_are_counted_layer_by_layer():
-    tracker = new()
-    apply(tracker, statistics(N, [8, math.nan], [2, 2]))
-    apply(tracker, statistics(N, [math.inf, math.nan], [2, 2]))
-    assert tracker.report()["nonfinite"] == 3
+    schedule = new()
+    apply(schedule, statistics(N, [8, math.nan], [2, 2]))
+    apply(schedule, statistics(N, [math.inf, math.nan], [2, 2]))
+    assert report_of(schedule)["nonfinite"] == 3
 
 
 def test_the_authors_code_is_another_method():
-    tracker = trained(variant="authors-code", warmup="none")
-    assert tracker.state.weight.tolist() == [1, 1], "not debiased"
-    assert tracker.report()["layers"]["a"]["gain"] != trained(warmup="none").report()["layers"]["a"]["gain"]
+    schedule = trained(variant="authors-code", warmup="none")
+    assert schedule.state.weight.tolist() == [1, 1], "not debiased"
+    assert report_of(schedule)["layers"]["a"]["gain"] != report_of(trained(warmup="none"))["layers"]["a"]["gain"]
 
 
 # -- the plan: H, k, and what a run is made of ------------------------------------------------------------------------
 
 
 def test_the_run_is_planned_from_its_first_update():
-    tracker = trained(updates=1)
-    assert tracker.planned.item() == T * N
-    apply(tracker, some(n=2))
-    assert tracker.planned.item() == T * N, "a short window does not change the plan"
-    assert tracker.done.item() == N + 2
+    schedule = trained(updates=1)
+    assert schedule.clock.planned.item() == T * N
+    apply(schedule, some(n=2))
+    assert schedule.clock.planned.item() == T * N, "a short window does not change the plan"
+    assert schedule.clock.done.item() == N + 2
 
 
 def test_without_a_known_length_nothing_ends():
-    tracker = new(warmup="none")
-    apply(tracker, plan=Plan(None, None, None))
-    assert tracker.planned.item() == math.inf
+    schedule = new(warmup="none")
+    apply(schedule, plan=RunPlan(None, None, None))
+    assert schedule.clock.planned.item() == math.inf
 
 
 @pytest.mark.parametrize(
     ("plan", "n", "keys", "planned"),
     [
         pytest.param(PLAN, N, {}, T * N, id="the same"),
-        pytest.param(Plan(T, 16, B), 16, {}, 10 * N + 90 * 16, id="n"),
-        pytest.param(Plan(T, 16, B), 3, {}, 10 * N + 90 * 16, id="n, in a short window"),
-        pytest.param(Plan(60, N, B), N, {}, 10 * N + 50 * N, id="T"),
-        pytest.param(Plan(5, N, B), N, {}, 10 * N, id="T, already over"),
+        pytest.param(RunPlan(T, 16, B), 16, {}, 10 * N + 90 * 16, id="n"),
+        pytest.param(RunPlan(T, 16, B), 3, {}, 10 * N + 90 * 16, id="n, in a short window"),
+        pytest.param(RunPlan(60, N, B), N, {}, 10 * N + 50 * N, id="T"),
+        pytest.param(RunPlan(5, N, B), N, {}, 10 * N, id="T, already over"),
         pytest.param(PLAN, N, {"base_batch_size": 8}, 10 * N + 90 * N / 2, id="k"),
-        pytest.param(Plan(T, N, 8), N, {}, 10 * N + 90 * N * 2, id="b"),
+        pytest.param(RunPlan(T, N, 8), N, {}, 10 * N + 90 * N * 2, id="b"),
     ],
 )
 def test_a_run_that_is_resumed_with_another_plan_goes_on_from_where_it_is(plan, n, keys, planned):
-    tracker = resumed(trained(updates=10), **keys)
-    apply(tracker, some(n=n), plan)
-    assert tracker.planned.item() == planned
+    schedule = resumed(trained(updates=10), **keys)
+    apply(schedule, some(n=n), plan)
+    assert schedule.clock.planned.item() == planned
 
 
 def test_a_new_plan_is_made_once():
-    tracker = resumed(trained(updates=10))
+    schedule = resumed(trained(updates=10))
     for n in (16, 16, 5):
-        apply(tracker, some(n=n), Plan(T, 16, B))
-        assert tracker.planned.item() == 10 * N + 90 * 16
+        apply(schedule, some(n=n), RunPlan(T, 16, B))
+        assert schedule.clock.planned.item() == 10 * N + 90 * 16
 
 
 @pytest.mark.parametrize("begin", [trained, lambda: resumed(trained())], ids=["new", "resumed"])
 def test_a_plan_that_changes_without_a_resume_leaves_the_run_as_it_was_planned(begin):
-    tracker = begin()
-    for plan in (PLAN, Plan(2 * T, 16, B)):
-        apply(tracker, plan=plan)
-        assert tracker.planned.item() == T * N
+    schedule = begin()
+    for plan in (PLAN, RunPlan(2 * T, 16, B)):
+        apply(schedule, plan=plan)
+        assert schedule.clock.planned.item() == T * N
 
 
 def test_the_authors_code_counts_micro_batches_whatever_they_hold():
-    tracker = resumed(trained(variant="authors-code"), variant="authors-code")
-    apply(tracker, plan=Plan(T, N, 8))
-    assert tracker.done.item() == 11 * N
+    schedule = resumed(trained(variant="authors-code"), variant="authors-code")
+    apply(schedule, plan=RunPlan(T, N, 8))
+    assert schedule.clock.done.item() == 11 * N
 
 
 def test_where_nobody_knows_n_beforehand_a_resumed_run_is_planned_from_the_n_that_it_shows():
-    tracker = resumed(trained(updates=10, plan=UNKNOWN))
-    apply(tracker, some(n=16), UNKNOWN)
-    assert tracker.planned.item() == 10 * N + 90 * 16
+    schedule = resumed(trained(updates=10, plan=UNKNOWN))
+    apply(schedule, some(n=16), UNKNOWN)
+    assert schedule.clock.planned.item() == 10 * N + 90 * 16
 
 
 def test_a_short_last_window_before_a_checkpoint_does_not_change_the_plan():
-    tracker = trained(updates=9, plan=UNKNOWN)
-    apply(tracker, some(n=3), UNKNOWN)
-    tracker = resumed(tracker)
-    apply(tracker, some(n=N), UNKNOWN)
-    assert tracker.planned.item() == T * N
+    schedule = trained(updates=9, plan=UNKNOWN)
+    apply(schedule, some(n=3), UNKNOWN)
+    schedule = resumed(schedule)
+    apply(schedule, some(n=N), UNKNOWN)
+    assert schedule.clock.planned.item() == T * N
 
 
 def test_without_a_base_batch_k_is_one_micro_batch():
@@ -179,10 +182,10 @@ def test_without_a_base_batch_k_is_one_micro_batch():
 
 
 def test_a_base_batch_in_samples_is_divided_by_the_micro_batch():
-    tracker = new(base_batch_size=2)
-    apply(tracker)
-    assert tracker.k == 0.5
-    assert tracker.planned.item() == T * N / 0.5
+    schedule = new(base_batch_size=2)
+    apply(schedule)
+    assert schedule.clock.k == 0.5
+    assert schedule.clock.planned.item() == T * N / 0.5
 
 
 def test_a_base_batch_in_samples_needs_the_size_of_a_micro_batch():
@@ -191,23 +194,23 @@ def test_a_base_batch_in_samples_needs_the_size_of_a_micro_batch():
 
 
 def test_a_resumed_run_keeps_its_base_batch_in_samples_and_derives_k_again():
-    tracker = resumed(trained())
-    assert tracker.state_dict()["base_samples"] == B
-    apply(tracker, plan=Plan(T, N, 8))
-    assert tracker.report()["base"] == 0.5
+    schedule = resumed(trained())
+    assert checkpoint.to_dict(schedule)["base_samples"] == B
+    apply(schedule, plan=RunPlan(T, N, 8))
+    assert report_of(schedule)["base"] == 0.5
 
 
 def test_a_base_batch_that_is_given_on_resume_wins():
-    tracker = resumed(trained(), base_batch_size=16)
-    apply(tracker)
-    assert tracker.report()["base"] == 4
+    schedule = resumed(trained(), base_batch_size=16)
+    apply(schedule)
+    assert report_of(schedule)["base"] == 4
 
 
 def test_another_micro_batch_size_rescales_the_noise_that_is_remembered():
-    tracker = trained(smoothing=0.5)
-    noise, signal = tracker.noise_and_signal()
-    apply(tracker, statistics(1, [9, 9], [9, 9]), Plan(T, N, 8))  # n = 1 adds nothing new
-    after_noise, after_signal = tracker.noise_and_signal()
+    schedule = trained(smoothing=0.5)
+    noise, signal = schedule.noise_and_signal()
+    apply(schedule, statistics(1, [9, 9], [9, 9]), RunPlan(T, N, 8))  # n = 1 adds nothing new
+    after_noise, after_signal = schedule.noise_and_signal()
     torch.testing.assert_close(after_noise, noise / 2)
     torch.testing.assert_close(after_signal, signal)
 
@@ -220,44 +223,44 @@ def test_another_micro_batch_size_rescales_the_noise_that_is_remembered():
 )
 def test_a_resumed_run_goes_on_bit_for_bit(keys):
     steady = trained(**keys)
-    tracker = resumed(steady, **keys)
-    assert tracker.state_dict() == steady.state_dict()
-    assert tracker.report() == steady.report()
+    schedule = resumed(steady, **keys)
+    assert checkpoint.to_dict(schedule) == checkpoint.to_dict(steady)
+    assert report_of(schedule) == report_of(steady)
     for t in range(10, 40):
-        assert torch.equal(apply(tracker, some(t)).factor, apply(steady, some(t)).factor)
-    assert tracker.state_dict() == steady.state_dict()
+        assert torch.equal(apply(schedule, some(t)).factor, apply(steady, some(t)).factor)
+    assert checkpoint.to_dict(schedule) == checkpoint.to_dict(steady)
 
 
 def test_a_state_of_no_updates_can_be_resumed():
-    tracker = resumed(new())
-    assert torch.equal(apply(tracker).factor, apply(new()).factor)
+    schedule = resumed(new())
+    assert torch.equal(apply(schedule).factor, apply(new()).factor)
 
 
 def test_the_state_is_plain_numbers_by_layer_name():
-    state = trained().state_dict()
+    state = checkpoint.to_dict(trained())
     assert set(state["layers"]) == {"a", "b"}
     assert json.loads(json.dumps(state)) == state
 
 
 def test_a_saved_state_does_not_change_with_the_run():
-    tracker = trained()
-    state = tracker.state_dict()
+    schedule = trained()
+    state = checkpoint.to_dict(schedule)
     text = json.dumps(state)
-    apply(tracker)
+    apply(schedule)
     assert json.dumps(state) == text
 
 
 def test_layers_are_matched_by_name_and_not_by_place():
     steady, turned = trained(), resumed(trained(), "b", "a")
-    assert turned.report()["layers"] == steady.report()["layers"]
+    assert report_of(turned)["layers"] == report_of(steady)["layers"]
 
 
 def test_layers_that_are_not_in_the_checkpoint_start_fresh_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="ds_lena"):
-        tracker = resumed(trained(), "a", "new")
-    layers = tracker.report()["layers"]
-    assert layers["a"] == trained().report()["layers"]["a"]
-    assert layers["new"] == new("new").report()["layers"]["new"]
+        schedule = resumed(trained(), "a", "new")
+    layers = report_of(schedule)["layers"]
+    assert layers["a"] == report_of(trained())["layers"]["a"]
+    assert layers["new"] == report_of(new("new"))["layers"]["new"]
     (record,) = caplog.records
     assert all(word in record.getMessage() for word in ("start fresh", "['new']", "['b']"))
 
@@ -270,7 +273,7 @@ def test_a_checkpoint_that_fits_is_loaded_without_a_word(caplog):
 @pytest.mark.parametrize("version", [None, 0, 2, "1"])
 def test_a_checkpoint_of_another_version_is_refused(version):
     with pytest.raises(StateError, match=f"has version {version!r}; this ds_lena reads version 1"):
-        new().load_state_dict(trained().state_dict() | {"version": version})
+        checkpoint.load(new(), checkpoint.to_dict(trained()) | {"version": version})
 
 
 def test_a_checkpoint_of_the_other_variant_is_refused():
@@ -282,7 +285,7 @@ def test_a_checkpoint_of_the_other_variant_is_refused():
 
 
 def test_the_report_before_the_first_update():
-    report = new().report()
+    report = report_of(new())
     layer = {"gain": 1, "factor": 0, "warmup": 0, "state": 0, "noise": 0, "signal": 0, "noise_scale": math.inf}
     assert report.pop("layers") == dict.fromkeys("ab", layer | {"capped": False})
     assert report == {
@@ -292,9 +295,9 @@ def test_the_report_before_the_first_update():
 
 def test_the_report_after_an_update():
     # n = 4: layer a has s2 = 4, m2 = 3; layer b s2 = 8, m2 = -1. Both: s2 = 12, m2 = 2, r = (12 + 2) / (3 + 2).
-    tracker = new(total_steps=T, max_factor=2, max_relative_gain=None)
-    apply(tracker, statistics(4, [7, 7], [4, 1]), Plan(T, 4, None))
-    report = tracker.report()
+    schedule = new(total_steps=T, max_factor=2, max_relative_gain=None)
+    apply(schedule, statistics(4, [7, 7], [4, 1]), RunPlan(T, 4, None))
+    report = report_of(schedule)
     assert (report["update"], report["n"], report["base"]) == (1, 4, 1)
     assert report["gain"] == approx(14 / 5)
     assert report["noise_scale"] == approx(12 / 2)
@@ -309,22 +312,22 @@ def test_the_report_after_an_update():
 
 
 def test_the_report_holds_plain_numbers():
-    report = trained().report()
+    report = report_of(trained())
     assert json.loads(json.dumps(report)) == report
     assert all(type(layer["capped"]) is bool for layer in report["layers"].values())
 
 
 def test_the_end_of_the_warm_ups_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="ds_lena"):
-        tracker = new(warmup_cap=0.25)
+        schedule = new(warmup_cap=0.25)
         for _ in range(60):
-            apply(tracker, statistics(N, [N, 2], [1, 2]))
+            apply(schedule, statistics(N, [N, 2], [1, 2]))
     (record,) = caplog.records
     assert "2 of 2 layers has ended, of 1 by warmup_cap=0.25" in record.getMessage()
-    assert tracker.report()["layers"]["b"]["capped"]
+    assert report_of(schedule)["layers"]["b"]["capped"]
 
 
 def test_a_checkpoint_of_another_base_rule_is_refused():
-    saved = new(base="sgd").state_dict()
+    saved = checkpoint.to_dict(new(base="sgd"))
     with pytest.raises(StateError, match=r'"base": "sgd".*this run has "adamw"'):
-        new().load_state_dict(saved)
+        checkpoint.load(new(), saved)
