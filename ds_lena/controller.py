@@ -27,7 +27,7 @@ from .layers import LayerTable, build_table, matches, unmatched_patterns
 from .schedule import checkpoint
 from .schedule.clock import RunPlan
 from .schedule.schedule import Proposal, Schedule
-from .update.apply import Applier, Rates, State
+from .update.apply import Applier, Rates, State, prepare
 from .update.rules import RULES
 from .update.segments import cut_flat
 from .update.trust_ratio import TrustRatios
@@ -164,6 +164,14 @@ class Controller:
     def apply(self, groups: Sequence[dict[str, Any]], state: State) -> None:
         """Move the tensors of the groups (modified in place, with their state). Once for each group or sub-group."""
         self._applier.apply(groups, state, self._rates)
+
+    def make_state(self, groups: Sequence[dict[str, Any]], state: State) -> None:
+        """Make the base rule's state as it is before the first update, of every parameter that has a gradient."""
+        rule = RULES[self.config.base]
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    prepare(state[parameter], parameter, rule.buffers(group))
 
     def end_update(self, applied: bool) -> None:
         """The update was applied, or thrown away (then nothing of it stays)."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import count
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from .errors import StateError, UnsupportedError
 from .grad_stats.reduce import Group
 from .layers import canonical_names
 from .parameters import require_supported, split_names
-from .schedule import checkpoint
+from .schedule import carrier, checkpoint
 
 logger = logging.getLogger("ds_lena")
 
+P = ParamSpec("P")
 _UNSET: Any = object()
 _instances: weakref.WeakSet[LENA] = weakref.WeakSet()
 _dormant: ContextVar[bool] = ContextVar("ds_lena_dormant", default=False)
@@ -51,6 +53,21 @@ def train_in_plain_pytorch(parameters: Iterable[Tensor]) -> bool:
     return any(not c.is_managed and any(id(p) in wanted for p in c.parameters) for c in controllers)
 
 
+def _reads_keys(init: Callable[P, None]) -> Callable[P, None]:
+    """Have the keys checked as they were written, before `init`, which lists them for readers and their tools.
+
+    `init` itself cannot tell a key that was left out from one given at its default, and Python's error for an unknown
+    one does not name the nearest.
+    """
+
+    @functools.wraps(init)
+    def read(self: LENA, params: Iterable[Any], lr: Any = _UNSET, *, process_group: Any = _UNSET, **keys: Any) -> None:
+        self._config = LenaConfig.from_keys(keys if lr is _UNSET else {"lr": lr, **keys})
+        init(self, params, process_group=process_group)  # type: ignore[arg-type]
+
+    return read  # type: ignore[return-value]
+
+
 class LENA(torch.optim.Optimizer):
     """Layer-wise scaling of the learning rate by gradient variance, with a warm-up that each layer ends by itself.
 
@@ -58,8 +75,9 @@ class LENA(torch.optim.Optimizer):
         params: parameters, parameter groups, or `model.named_parameters()`. Groups may set their own `lr`,
             `weight_decay`, the base rule's keys, and `"lena": False` (factor 1, no statistics). Without names a layer
             is called `param_0`, `param_1`, … until an engine gives names.
+        lr, …, variant: the keys of the JSON entry, see docs/keys.md. None for a key of some base rules only counts as
+            not given.
         process_group: plain PyTorch only: the ranks over which gradients are averaged; all ranks unless given.
-        **keys: the keys of the JSON entry, see `config.KEYS`.
 
     Method: Ko, Lee, Kim, WWW 2022, https://doi.org/10.1145/3485447.3511989; `algorithm.py` has the equations.
 
@@ -68,22 +86,51 @@ class LENA(torch.optim.Optimizer):
         UnsupportedError: parameters in a form for which LENA would not be exact.
 
     Saved in `state_dict()`: the base rule's state per parameter, and under "lena" the O(L) state by layer name. Not
-    saved: the statistics of a window that is not finished.
+    saved: the statistics of a window that is not finished. In plain PyTorch `torch.distributed.checkpoint.state_dict`
+    keeps all of it.
     """
 
-    def __init__(self, params: Iterable[Any], *, process_group: Group | None = _UNSET, **keys: Any) -> None:
-        self.config = LenaConfig.from_keys(keys)
+    _config: LenaConfig
+
+    @_reads_keys
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        base: str = "adamw",
+        weight_decay: float | None = None,
+        betas: Sequence[float] | None = (0.9, 0.999),
+        eps: float | None = 1e-8,
+        momentum: float | None = 0.9,
+        nesterov: bool | None = False,
+        trust_coefficient: float | None = None,
+        trust_clip: Sequence[float] | None = None,
+        layer: str = "tensor",
+        scaling: str = "gain",
+        gain_power: float | None = None,
+        max_relative_gain: float | None = 4.0,
+        max_factor: float | None = None,
+        smoothing: float | None = None,
+        base_batch_size: float | None = None,
+        micro_batch_size: float | None = None,
+        warmup: str = "layer",
+        warmup_fraction: float = 0.05,
+        warmup_cap: float | None = 0.25,
+        total_steps: float | None = None,
+        exclude: Sequence[str] = (),
+        no_decay: Sequence[str] = (),
+        variant: str = "default",
+        process_group: Group | None = _UNSET,
+    ) -> None:
+        config = self._config
         groups, names = split_names(params)
-        defaults = {key: getattr(self.config, key) for key in group_keys(self.config.base)}
-        super().__init__(groups, defaults)
+        super().__init__(groups, {key: getattr(config, key) for key in group_keys(config.base)})
         for group in self.param_groups:
-            check_group(group, self.config)
-        self._controller = Controller(
-            self.config,
-            self._watched(names),
-            None if process_group is _UNSET else process_group,
-            process_group is not _UNSET,
-        )
+            check_group(group, config)
+        is_given = process_group is not _UNSET
+        self._controller = Controller(config, self._watched(names), process_group if is_given else None, is_given)
+        carrier.empty(self.param_groups, is_managed=False)
         _instances.add(self)
 
     def _watched(self, names: dict[int, str]) -> Watched:
@@ -130,11 +177,26 @@ class LENA(torch.optim.Optimizer):
             controller.apply(self.param_groups, self.state)
         elif any(p.grad is not None for p in controller.parameters):
             self._refuse_grad_scaler()
+            if self._is_asked_for_state_alone():
+                controller.make_state(self.param_groups, self.state)
+                return loss
             controller.hooks.require_passes()
             controller.begin_update(self.param_groups, self.state)
             controller.apply(self.param_groups, self.state)
             controller.end_update(applied=True)
         return loss
+
+    def _is_asked_for_state_alone(self) -> bool:
+        """Whether this is torch.distributed.checkpoint: it has state made by a first step with lr 0 and zero gradients.
+
+        That step can move nothing, so it needs no statistics.
+        """
+        return (
+            self._controller.hooks.passes == 0
+            and not self.state
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and not any(bool(p.grad.any()) for p in self._controller.parameters if p.grad is not None)
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; in plain PyTorch it also throws away the statistics of the window."""
@@ -145,22 +207,51 @@ class LENA(torch.optim.Optimizer):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's `state_dict` and, under "lena", LENA's own state: plain numbers by layer name, O(L)."""
-        return {**super().state_dict(), "lena": checkpoint.to_dict(self._controller.schedule)}
+        """torch's `state_dict` and, under "lena", LENA's own state: plain numbers by layer name, O(L).
+
+        In plain PyTorch every parameter group holds that state, too, as text: see `schedule/carrier.py`.
+        """
+
+        def add(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            packed["lena"] = checkpoint.to_dict(self._controller.schedule)
+            if not self._controller.is_managed:
+                carrier.fill(packed["param_groups"], packed["lena"])
+
+        with self.register_state_dict_post_hook(add, prepend=True):  # the user's own hooks see all of it
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict()`. One without "lena", of AdamW say, keeps its moments and starts LENA fresh."""
-        saved = state_dict.get("lena")
-        if saved is not None:
-            checkpoint.require_loadable(saved, self.config)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "lena"})
-        for parameter, state in self.state.items():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].to(parameter.device, torch.float32)
-        if saved is None:
-            logger.warning("LENA: the checkpoint holds no LENA state; statistics and warm-up start fresh.")
-            return
-        checkpoint.load(self._controller.schedule, saved)
+        """Go on from `state_dict()`. One without "lena", of AdamW say, keeps its moments and starts LENA fresh.
+
+        Raises:
+            StateError: a state that these keys cannot go on from; then nothing has changed.
+        """
+        saved: dict[str, Any] | None = None
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            nonlocal saved
+            saved = carrier.own_state(given)
+            if saved is not None:
+                checkpoint.require_loadable(saved, self._config)
+
+        def go_on(_: torch.optim.Optimizer) -> None:
+            carrier.empty(self.param_groups, self._controller.is_managed)
+            for parameter, state in self.state.items():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].to(parameter.device, torch.float32)
+            if saved is None:
+                logger.warning("LENA: the checkpoint holds no LENA state; statistics and warm-up start fresh.")
+            else:
+                checkpoint.load(self._controller.schedule, saved)
+
+        # After the user's hooks that may change what is loaded, and before those that look at the result.
+        with (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(go_on, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     _step_supports_amp_scaling = True  # makes torch.amp.GradScaler show itself, see below
 

@@ -17,6 +17,7 @@ from ...errors import ConfigError, StateError, UnsupportedError
 from ...grad_stats.placement import data_parallel
 from ...layers import named_parameters
 from ...optimizer import LENA, controller_of, dormant
+from ...schedule import carrier
 from ...schedule.clock import RunPlan
 from .. import _transformers_internals as hf
 from . import ownership
@@ -80,6 +81,7 @@ def attach(engine: Any, lena: LENA) -> None:
     ownership.require_free(engine, view.module, controller.parameters)
     ownership.take(engine, controller.parameters)
     controller.manage(binding)
+    carrier.empty(lena.param_groups, is_managed=True)
 
     def release() -> None:
         ownership.release(engine, controller.parameters)
