@@ -6,7 +6,7 @@
 from ._registration import register
 from .errors import ConfigError, LenaError, StateError, UnsupportedError
 from .optimizer import LENA
-from .report import report
+from .reporting import report
 from .version import __version__
 
 __all__ = ["LENA", "ConfigError", "LenaError", "StateError", "UnsupportedError", "__version__", "report"]

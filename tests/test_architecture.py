@@ -25,7 +25,7 @@ FLOORS = (
     {"update.trust_ratio", "cost", "cost.report"},
     {"controller"},
     {"optimizer"},
-    {"report", "integrations", "integrations._transformers_internals"},
+    {"reporting", "integrations", "integrations._transformers_internals"},
     {"integrations.transformers",
      *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.facts", "_internals.flat",
                                                      "_internals.seam", "ownership"))},

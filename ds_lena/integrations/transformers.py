@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from ..optimizer import controller_of
-from ..report import events, find_lena, layer_events, report_of
+from ..reporting import events, find_lena, layer_events, report_of
 
 
 class LenaCallback(TrainerCallback):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import ds_lena
+from ds_lena.optimizer import controller_of
+from ds_lena.schedule import checkpoint
 from tests.integrations._engines import config, engine, moved, train
 from tests.integrations._ranks import Ranks
 
@@ -17,7 +19,8 @@ SKIPPING = [(1, "fp32"), (1, "bf16"), (1, "bf16-fp32"), (2, "fp32"), (2, "bf16")
 
 def state_of(engine: Any) -> dict[str, Any]:
     """All that LENA remembers, but for the count of skipped updates."""
-    return {key: value for key, value in engine.basic_optimizer.state_dict()["lena"].items() if key != "skipped"}
+    saved = checkpoint.to_dict(controller_of(engine.basic_optimizer).schedule)
+    return {key: value for key, value in saved.items() if key != "skipped"}
 
 
 def train_past_a_bad_update(stage: int, precision: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 
 import ds_lena
 from ds_lena import LENA, StateError
-from ds_lena.report import find_lena
+from ds_lena.reporting import find_lena
 from tests.unit.support import weights
 
 

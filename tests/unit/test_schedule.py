@@ -11,7 +11,7 @@ from pytest import approx
 
 from ds_lena import ConfigError, StateError
 from ds_lena.layers import LayerTable
-from ds_lena.report import report_of
+from ds_lena.reporting import report_of
 from ds_lena.schedule import checkpoint
 from ds_lena.schedule.clock import RunPlan
 from ds_lena.schedule.schedule import Schedule

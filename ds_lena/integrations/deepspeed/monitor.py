@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...controller import Controller
-from ...report import events, layer_events, report, report_of
+from ...reporting import events, layer_events, report, report_of
 from ._internals.engine import write_events
 
 

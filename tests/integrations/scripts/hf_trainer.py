@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 import ds_lena
 from benchmarks.command import leave
 from ds_lena.integrations.transformers import LenaCallback
+from ds_lena.reporting import find_lena
 
 SAMPLES, BATCH, ACCUMULATION, EPOCHS = 28, 2, 2, 2  # on 2 ranks: 7 micro-batches an epoch, the last window has 1
 SAVED_AFTER = 3
@@ -96,7 +97,7 @@ def train(folder, seed=0, resume=None, layers=None, **more):
         LenaCallback.add_to(trainer, layers)
     remember.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
-    lena = ds_lena.report.find_lena(trainer)
+    lena = find_lena(trainer)
     return {
         "updates": trainer.state.global_step,
         "n": remember.n,
@@ -128,7 +129,7 @@ def train_with_accelerate():
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    lena = ds_lena.report.find_lena(net)
+    lena = find_lena(net)
     return {
         "report": ds_lena.report(net),
         "report of optimizer": ds_lena.report(optimizer),
