@@ -20,7 +20,7 @@ from .controller import Controller
 from .errors import StateError, UnsupportedError
 from .grad_stats.reduce import Group
 from .layers import canonical_names
-from .parameters import require_supported, split_names
+from .parameters import read_names, require_supported
 from .schedule import carrier, checkpoint
 
 logger = logging.getLogger("ds_lena")
@@ -96,7 +96,7 @@ class LENA(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         base: str = "adamw",
         weight_decay: float | None = None,
@@ -124,7 +124,7 @@ class LENA(torch.optim.Optimizer):
         process_group: Group | None = _UNSET,
     ) -> None:
         config = self._config
-        groups, names = split_names(params)
+        groups, names = read_names(params)
         super().__init__(groups, {key: getattr(config, key) for key in group_keys(config.base)})
         for group in self.param_groups:
             check_group(group, config)
@@ -237,8 +237,8 @@ class LENA(torch.optim.Optimizer):
         def go_on(_: torch.optim.Optimizer) -> None:
             carrier.empty(self.param_groups, self._controller.is_managed)
             for parameter, state in self.state.items():
-                if isinstance(state.get("step"), Tensor):
-                    state["step"] = state["step"].to(parameter.device, torch.float32)
+                if "step" in state:  # in a checkpoint of others it may be a number, or of another type or device
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
             if saved is None:
                 logger.warning("LENA: the checkpoint holds no LENA state; statistics and warm-up start fresh.")
             else:
