@@ -61,7 +61,7 @@ def _reads_keys(init: Callable[P, None]) -> Callable[P, None]:
     """
 
     @functools.wraps(init)
-    def read(self: LENA, params: Iterable[Any], lr: Any = _UNSET, *, process_group: Any = _UNSET, **keys: Any) -> None:
+    def read(self: LENA, params: Iterable[Any], lr: Any = _UNSET, *, process_group: Any = None, **keys: Any) -> None:
         self._config = LenaConfig.from_keys(keys if lr is _UNSET else {"lr": lr, **keys})
         init(self, params, process_group=process_group)  # type: ignore[arg-type]
 
@@ -77,7 +77,7 @@ class LENA(torch.optim.Optimizer):
             is called `param_0`, `param_1`, … until an engine gives names.
         lr, …, variant: the keys of the JSON entry, see docs/keys.md. None for a key of some base rules only counts as
             not given.
-        process_group: plain PyTorch only: the ranks over which gradients are averaged; all ranks unless given.
+        process_group: plain PyTorch only: the ranks over which gradients are averaged; None: all ranks.
 
     Method: Ko, Lee, Kim, WWW 2022, https://doi.org/10.1145/3485447.3511989; `algorithm.py` has the equations.
 
@@ -121,15 +121,14 @@ class LENA(torch.optim.Optimizer):
         exclude: Sequence[str] = (),
         no_decay: Sequence[str] = (),
         variant: str = "default",
-        process_group: Group | None = _UNSET,
+        process_group: Group | None = None,
     ) -> None:
         config = self._config
         groups, names = read_names(params)
         super().__init__(groups, {key: getattr(config, key) for key in group_keys(config.base)})
         for group in self.param_groups:
             check_group(group, config)
-        is_given = process_group is not _UNSET
-        self._controller = Controller(config, self._watched(names), process_group if is_given else None, is_given)
+        self._controller = Controller(config, self._watched(names), process_group)
         carrier.empty(self.param_groups, is_managed=False)
         _instances.add(self)
 
