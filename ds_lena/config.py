@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from .errors import ConfigError
 
 SCALINGS = ("gain", "linear", "sqrt", "none")
@@ -69,6 +71,11 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
+def _number_in(value: Any) -> Any:
+    """What a tensor of one element holds, as torch's optimizers take it for a learning rate; else the value itself."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
 def _not_negative(value: Any) -> bool:
     return _number(value) and value >= 0
 
@@ -103,7 +110,7 @@ def _words(choices: Iterable[str]) -> str:
 
 
 KEYS: dict[str, Key] = {
-    "lr": Key(1e-3, "a number > 0", _positive),
+    "lr": Key(1e-3, "a number > 0", lambda v: _positive(_number_in(v))),
     "base": Key("adamw", _words(BASES), _one_of(BASES)),
     "weight_decay": Key(None, "null or a number >= 0", _null_or(_not_negative)),
     "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas),
@@ -139,7 +146,7 @@ class LenaConfig:
     updates; `warmup_fraction`, `warmup_cap` as shares of the run.
     """
 
-    lr: float
+    lr: float | Tensor
     base: str
     weight_decay: float
     betas: tuple[float, float]
@@ -280,12 +287,10 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
                 f'LENA: a parameter group has "{name}": {group[name]!r}, which is not a key of a group with "base": '
                 f'"{config.base}". A group may have {", ".join(mine)} and "lena".'
             )
-        if name == "lr" and hasattr(group[name], "item"):
-            continue  # a tensor learning rate, as torch's optimizers take
         # A scheduler may put a group's lr to 0, so only the first entry, config.lr, has to be positive.
         at_least_zero = name in ("lr", "weight_decay")
         accepts = _not_negative if at_least_zero else KEYS[name].accepts
-        if not accepts(group[name]):
+        if not accepts(_number_in(group[name]) if name == "lr" else group[name]):
             allowed = "a number >= 0" if at_least_zero else KEYS[name].allowed
             raise ConfigError(f'LENA: a parameter group has "{name}": {group[name]!r}; allowed is {allowed}.')
     if not isinstance(group.get("lena", True), bool):

@@ -41,15 +41,15 @@ _CALLBACKS_TO_WAIT = 2
 class Controller:
     """Runs the updates of one optimizer, which calls `begin_update`, `apply` for its groups, and `end_update`.
 
-    `group`: plain PyTorch only: the ranks over which gradients are averaged, where `group_is_given`, else all ranks.
+    `group`: plain PyTorch only: the ranks over which gradients are averaged; None: all ranks.
     `binding`: what runs the updates. `is_managed`: whether that is an engine. `schedule`: what is remembered.
     """
 
-    def __init__(self, config: LenaConfig, watched: Watched, group: Group | None, group_is_given: bool) -> None:
+    def __init__(self, config: LenaConfig, watched: Watched, group: Group | None) -> None:
         self.config = config
         self.hooks = GradientHooks(watched.parameters, watched.names)
         self._watched = watched
-        self._group, self._group_is_given = group, group_is_given
+        self._group = group
         self._has_names = watched.has_names
         self._warned_of_scheduler = False
         self._proposal: Proposal | None = None
@@ -224,7 +224,7 @@ class Controller:
         self.schedule.clock = replace(self.schedule.clock, is_resumed=is_resumed)
 
     def _plain_group(self) -> Group | None:
-        return self._group if self._group_is_given else default_group()
+        return default_group() if self._group is None else self._group
 
     def _after_plain_pass(self) -> None:
         self._read_mean_later(_CALLBACKS_TO_WAIT)

@@ -20,7 +20,7 @@ from .controller import Controller
 from .errors import StateError, UnsupportedError
 from .grad_stats.reduce import Group
 from .layers import canonical_names
-from .parameters import require_supported, split_names
+from .parameters import read_names, require_supported
 from .schedule import carrier, checkpoint
 
 logger = logging.getLogger("ds_lena")
@@ -61,7 +61,7 @@ def _reads_keys(init: Callable[P, None]) -> Callable[P, None]:
     """
 
     @functools.wraps(init)
-    def read(self: LENA, params: Iterable[Any], lr: Any = _UNSET, *, process_group: Any = _UNSET, **keys: Any) -> None:
+    def read(self: LENA, params: Iterable[Any], lr: Any = _UNSET, *, process_group: Any = None, **keys: Any) -> None:
         self._config = LenaConfig.from_keys(keys if lr is _UNSET else {"lr": lr, **keys})
         init(self, params, process_group=process_group)  # type: ignore[arg-type]
 
@@ -77,7 +77,7 @@ class LENA(torch.optim.Optimizer):
             is called `param_0`, `param_1`, … until an engine gives names.
         lr, …, variant: the keys of the JSON entry, see docs/keys.md. None for a key of some base rules only counts as
             not given.
-        process_group: plain PyTorch only: the ranks over which gradients are averaged; all ranks unless given.
+        process_group: plain PyTorch only: the ranks over which gradients are averaged; None: all ranks.
 
     Method: Ko, Lee, Kim, WWW 2022, https://doi.org/10.1145/3485447.3511989; `algorithm.py` has the equations.
 
@@ -96,7 +96,7 @@ class LENA(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         base: str = "adamw",
         weight_decay: float | None = None,
@@ -121,15 +121,14 @@ class LENA(torch.optim.Optimizer):
         exclude: Sequence[str] = (),
         no_decay: Sequence[str] = (),
         variant: str = "default",
-        process_group: Group | None = _UNSET,
+        process_group: Group | None = None,
     ) -> None:
         config = self._config
-        groups, names = split_names(params)
+        groups, names = read_names(params)
         super().__init__(groups, {key: getattr(config, key) for key in group_keys(config.base)})
         for group in self.param_groups:
             check_group(group, config)
-        is_given = process_group is not _UNSET
-        self._controller = Controller(config, self._watched(names), process_group if is_given else None, is_given)
+        self._controller = Controller(config, self._watched(names), process_group)
         carrier.empty(self.param_groups, is_managed=False)
         _instances.add(self)
 
@@ -237,8 +236,8 @@ class LENA(torch.optim.Optimizer):
         def go_on(_: torch.optim.Optimizer) -> None:
             carrier.empty(self.param_groups, self._controller.is_managed)
             for parameter, state in self.state.items():
-                if isinstance(state.get("step"), Tensor):
-                    state["step"] = state["step"].to(parameter.device, torch.float32)
+                if "step" in state:  # in a checkpoint of others it may be a number, or of another type or device
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
             if saved is None:
                 logger.warning("LENA: the checkpoint holds no LENA state; statistics and warm-up start fresh.")
             else:

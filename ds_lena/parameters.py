@@ -12,30 +12,28 @@ from torch import Tensor
 from .errors import ConfigError, UnsupportedError
 
 
-def split_names(params: Iterable[Any]) -> tuple[list[Any], dict[int, str]]:
-    """torch's `params` without names, and the names by id of the parameter. Named or not named, not both."""
+def read_names(params: Iterable[Any]) -> tuple[Any, dict[int, str]]:
+    """torch's `params`, read once, and the names by id of the parameter. Named or not named, not both.
+
+    What torch refuses, as one tensor alone or a set, is left for torch to refuse.
+    """
+    if isinstance(params, Tensor):
+        return params, {}
     groups: list[Any] = []
-    names: dict[int, str] = {}
-
-    def plain(entry: Any) -> Any:
-        if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
-            names[id(entry[1])] = entry[0]
-            return entry[1]
-        return entry
-
-    count = 0
+    everything: list[Any] = []
     for entry in params:
         if isinstance(entry, dict):
             inside = entry["params"]
-            inside = [inside] if isinstance(inside, Tensor) else [plain(p) for p in inside]
+            inside = inside if isinstance(inside, (Tensor, set)) else list(inside)
             groups.append({**entry, "params": inside})
-            count += len(inside)
+            everything.extend([inside] if isinstance(inside, Tensor) else inside)
         else:
-            groups.append(plain(entry))
-            count += 1
-    if names and len(names) != count:
+            groups.append(entry)
+            everything.append(entry)
+    names = {id(entry[1]): entry[0] for entry in everything if isinstance(entry, tuple)}
+    if names and len(names) != len(everything):
         raise ConfigError(
-            f"LENA: {len(names)} of {count} parameters have names. Give names for all of them, or for none."
+            f"LENA: {len(names)} of {len(everything)} parameters have names. Give names for all of them, or for none."
         )
     twice = sorted(name for name, uses in Counter(names.values()).items() if uses > 1)
     if twice:

@@ -1,6 +1,7 @@
 """Every key of the JSON entry: its default, what is accepted, and what is refused with which words."""
 
 import dataclasses
+import inspect
 import math
 import re
 
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ds_lena import ConfigError
+from ds_lena import LENA, ConfigError
 from ds_lena.config import KEYS, LenaConfig, bases_of, check_group
-from tests.unit.support import config
+from tests.unit.support import config, weights
 
 NAN, INF = math.nan, math.inf
 NOT_NUMBERS = [NAN, INF, -INF, True, "0.5", "auto", [0.5], {}]
@@ -257,3 +258,31 @@ def test_a_good_parameter_group_is_accepted(group):
 def test_a_key_that_a_group_cannot_have_is_refused(group):
     with pytest.raises(ConfigError, match=r"not a key of a group.*lr, weight_decay, betas, eps"):
         check_group(group, config())
+
+
+# -- as arguments of the class ----------------------------------------------------------------------------------------
+
+ARGUMENTS = inspect.signature(LENA).parameters
+
+
+def test_the_arguments_of_the_class_are_the_keys_with_their_defaults():
+    keys = {name: argument.default for name, argument in ARGUMENTS.items() if name not in ("params", "process_group")}
+    assert keys == {name: key.default for name, key in KEYS.items()}
+    assert list(keys) == list(KEYS)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_an_argument_allows_null_where_the_key_does(name):
+    null_is_allowed = KEYS[name].accepts(None) or bool(bases_of(name))
+    assert ARGUMENTS[name].annotation.endswith("| None") == null_is_allowed
+
+
+def test_an_argument_at_its_default_is_given_all_the_same():
+    with pytest.raises(ConfigError, match='"betas" belongs to'):
+        LENA(weights(2), base="sgd", betas=(0.9, 0.999))
+
+
+def test_the_learning_rate_may_stand_second_as_in_torch():
+    assert LENA(weights(2), 0.5).param_groups[0]["lr"] == 0.5
+    with pytest.raises(ConfigError, match='"lr": 0 is not allowed'):
+        LENA(weights(2), 0)
