@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS = hf,examples,compare,test,lint
 
 MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := .ci/lock-py$(MINOR).txt
@@ -27,10 +26,10 @@ endef
 
 # $(call everything,FOLDER,OPTIONS OF PIP): all that the targets need. Without isolation, packages are built by the
 # tools and the torch of `base`, not by the newest of the day. fairscale is the AdaScale that the tests compare with;
-# timm has their LAMB and LARS. timm comes without its dependencies: PyPI's torchvision does not fit a CPU build of torch.
+# timm has their LAMB and LARS. timm comes without its dependencies: PyPI's torchvision does not fit torch's CPU build.
 define everything
 	$(call base,$(1),$(2))
-	$(1)/bin/pip install --quiet $(2) --no-build-isolation -e ".[$(EXTRAS)]"
+	$(1)/bin/pip install --quiet $(2) --no-build-isolation -e ".[hf,examples,compare,test,lint]"
 	$(1)/bin/pip install --quiet $(2) --no-build-isolation --no-deps fairscale timm
 endef
 
@@ -49,7 +48,7 @@ newest:
 	rm -rf $(NEWEST)
 	$(call everything,$(NEWEST))
 
-test-newest: newest $(LOCK)
+test-newest: $(LOCK) newest
 	@echo "Other than in $(LOCK):"
 	@$(call freeze,$(NEWEST)) | diff $(LOCK) - | grep '^[<>] [^#]' || echo "nothing"
 	$(IN) $(NEWEST) python -m pytest
