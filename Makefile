@@ -40,8 +40,9 @@ $(VENV)/installed: setup.py Makefile $(LOCK)
 	$(call everything,$(VENV),--constraint $(LOCK))
 	touch $@
 
+ALLOWED = allowed: $(LOCKED), for example by make PYTHON=python$(lastword $(LOCKED))
 $(LOCK):
-	$(error No lock for PYTHON=$(PYTHON), Python $(or $(MINOR),?). Locked: $(LOCKED). Use: make PYTHON=python$(lastword $(LOCKED)))
+	$(error PYTHON=$(PYTHON) is Python $(or $(MINOR),?), which has no lock; $(ALLOWED))
 
 # The newest versions that setup.py allows, but for torch: `make test-newest TORCH=torch` takes its newest too.
 newest:
