@@ -59,7 +59,7 @@ lock: newest
 	@echo "# Made by make lock: the newest versions of the day that setup.py allows." > $(LOCK)
 	$(call freeze,$(NEWEST)) >> $(LOCK)
 
-# Nothing is installed but what the lock says. (What torch brings for a GPU, torch pins itself.)
+# Nothing is installed but what the lock says, and what a CUDA build of torch brings for itself.
 lock-check: $(VENV)/installed
 	@! $(call freeze,$(VENV)) | grep -vxFf $(LOCK) | grep -v '^nvidia-\|^cuda-\|^triton=' \
 		|| { echo "lock-check: the above is installed and not in $(LOCK); run make lock" >&2; false; }
