@@ -1,7 +1,7 @@
 """The keys of `"optimizer": {"type": "LENA", "params": {…}}`: defaults, ranges, and the errors for everything else.
 
-A `LenaConfig` is checked when it is born and never changes afterwards. `KEYS` is the one table of what is allowed;
-README's table of keys is tested against it.
+`LenaConfig.from_keys` checks all keys. A `LenaConfig` never changes afterwards. `KEYS` is the one table of what is
+allowed; docs/keys.md is made from it.
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ BASES = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its default, a test of a value, and the same test in words.
+    """One key of the optimizer entry.
 
-    `None` is always understood as "not given" for the keys that belong to some bases only.
+    `allowed`: what `accepts` tests, in words. `meaning`: one cell of docs/keys.md, in Markdown.
+    For a key of some base rules only, `None` means "not given".
     """
 
     default: Any
     allowed: str
     accepts: Callable[[Any], bool]
+    meaning: str
 
 
 def _number(value: Any) -> bool:
@@ -103,30 +105,130 @@ def _words(choices: Iterable[str]) -> str:
 
 
 KEYS: dict[str, Key] = {
-    "lr": Key(1e-3, "a number > 0", _positive),
-    "base": Key("adamw", _words(BASES), _one_of(BASES)),
-    "weight_decay": Key(None, "null or a number >= 0", _null_or(_not_negative)),
-    "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas),
-    "eps": Key(1e-8, "a number >= 0", _not_negative),
-    "momentum": Key(0.9, "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1),
-    "nesterov": Key(False, "true or false", lambda v: isinstance(v, bool)),
-    "trust_coefficient": Key(None, "null or a number > 0", _null_or(_positive)),
-    "trust_clip": Key(None, "null or [min, max] with 0 <= min <= max", _null_or(_clip_range)),
-    "layer": Key("tensor", _words(LAYERS), _one_of(LAYERS)),
-    "scaling": Key("gain", _words(SCALINGS), _one_of(SCALINGS)),
-    "gain_power": Key(None, "null or a number > 0", _null_or(_positive)),
-    "max_relative_gain": Key(4.0, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
-    "max_factor": Key(None, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
-    "smoothing": Key(None, "null or a number in [0, 1)", _null_or(lambda v: _number(v) and 0 <= v < 1)),
-    "base_batch_size": Key(None, "null or a number of samples > 0", _null_or(_positive)),
-    "micro_batch_size": Key(None, "null or a whole number of samples > 0", _null_or(_whole_positive)),
-    "warmup": Key("layer", _words(WARMUPS), _one_of(WARMUPS)),
-    "warmup_fraction": Key(0.05, "a number in (0, 1]", lambda v: _positive(v) and v <= 1),
-    "warmup_cap": Key(0.25, "null or a number in [warmup_fraction, 1]", _null_or(lambda v: _positive(v) and v <= 1)),
-    "total_steps": Key(None, "null or a whole number of updates > 0", _null_or(_whole_positive)),
-    "exclude": Key((), "a list of fnmatch patterns of parameter names", _patterns),
-    "no_decay": Key((), "a list of fnmatch patterns of parameter names", _patterns),
-    "variant": Key("default", _words(VARIANTS), _one_of(VARIANTS)),
+    "lr": Key(1e-3, "a number > 0", _positive, "The learning rate, tuned for the base batch."),
+    "base": Key("adamw", _words(BASES), _one_of(BASES), "The update rule that LENA scales."),
+    "weight_decay": Key(
+        None,
+        "null or a number >= 0",
+        _null_or(_not_negative),
+        "Decoupled for adamw and lamb. A layer's factor scales it as it scales the update. "
+        "null is 0.01 for adamw and lamb, 0 for sgd and lars.",
+    ),
+    "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas, "adamw and lamb: as in `torch.optim.AdamW`."),
+    "eps": Key(1e-8, "a number >= 0", _not_negative, "adamw and lamb: as in `torch.optim.AdamW`."),
+    "momentum": Key(
+        0.9,
+        "a number in [0, 1)",
+        lambda v: _number(v) and 0 <= v < 1,
+        "sgd: as in `torch.optim.SGD`. lars: the velocity contains the learning rate.",
+    ),
+    "nesterov": Key(False, "true or false", lambda v: isinstance(v, bool), "sgd: as in `torch.optim.SGD`."),
+    "trust_coefficient": Key(
+        None,
+        "null or a number > 0",
+        _null_or(_positive),
+        "lars and lamb: c in the trust ratio. null is 1e-3 for lars, 1 for lamb.",
+    ),
+    "trust_clip": Key(
+        None,
+        "null or [min, max] with 0 <= min <= max",
+        _null_or(_clip_range),
+        "lars and lamb: bounds of the trust ratio. null sets no bounds.",
+    ),
+    "layer": Key(
+        "tensor",
+        _words(LAYERS),
+        _one_of(LAYERS),
+        "What shares one gain: a parameter tensor, the parameters of one `nn.Module`, a numbered block such as "
+        "`transformer.h.3`, or the whole model.",
+    ),
+    "scaling": Key(
+        "gain",
+        _words(SCALINGS),
+        _one_of(SCALINGS),
+        "`gain` is LENA. `linear` (R), `sqrt` (√R) and `none` (1) are fixed rules. They still measure and report.",
+    ),
+    "gain_power": Key(
+        None,
+        "null or a number > 0",
+        _null_or(_positive),
+        "The exponent p, used with `gain` only. null is 0.85 for adamw and lamb, and the paper's 1 for sgd and lars.",
+    ),
+    "max_relative_gain": Key(
+        4.0,
+        "null or a number >= 1",
+        _null_or(lambda v: _number(v) and v >= 1),
+        "Upper bound of a layer's gain, as a multiple of the whole model's gain. null sets no bound.",
+    ),
+    "max_factor": Key(
+        None,
+        "null or a number >= 1",
+        _null_or(lambda v: _number(v) and v >= 1),
+        "Upper bound of r^p. null sets no bound.",
+    ),
+    "smoothing": Key(
+        None,
+        "null or a number in [0, 1)",
+        _null_or(lambda v: _number(v) and 0 <= v < 1),
+        "Weight of the past in the moving averages. null is the paper's max(1 - n/1000, 0).",
+    ),
+    "base_batch_size": Key(
+        None,
+        "null or a number of samples > 0",
+        _null_or(_positive),
+        "The batch, in samples, that `lr` was tuned for. null is one micro-batch.",
+    ),
+    "micro_batch_size": Key(
+        None,
+        "null or a whole number of samples > 0",
+        _null_or(_whole_positive),
+        "Samples in one micro-batch. DeepSpeed knows it. Plain PyTorch needs it with `base_batch_size`.",
+    ),
+    "warmup": Key(
+        "layer",
+        _words(WARMUPS),
+        _one_of(WARMUPS),
+        "`layer`: each layer ends its warm-up by its own training state. `fixed`: linear over `warmup_fraction` of the "
+        "run. `none`: no warm-up.",
+    ),
+    "warmup_fraction": Key(
+        0.05,
+        "a number in (0, 1]",
+        lambda v: _positive(v) and v <= 1,
+        "Length of the warm-up, as a share of the run in updates of the base batch.",
+    ),
+    "warmup_cap": Key(
+        0.25,
+        "null or a number in [warmup_fraction, 1]",
+        _null_or(lambda v: _positive(v) and v <= 1),
+        "Share of the run after which every warm-up has ended. null is the paper's: no cap. If it is not given, a "
+        "larger `warmup_fraction` raises it.",
+    ),
+    "total_steps": Key(
+        None,
+        "null or a whole number of updates > 0",
+        _null_or(_whole_positive),
+        "Planned updates of the run. null takes `total_num_steps` of DeepSpeed's scheduler, or the HF Trainer's count. "
+        "A run needs one of them unless `warmup` is `none`.",
+    ),
+    "exclude": Key(
+        (),
+        "a list of fnmatch patterns of parameter names",
+        _patterns,
+        "Parameters with factor 1 and no statistics.",
+    ),
+    "no_decay": Key(
+        (),
+        "a list of fnmatch patterns of parameter names",
+        _patterns,
+        "Parameters without weight decay.",
+    ),
+    "variant": Key(
+        "default",
+        _words(VARIANTS),
+        _one_of(VARIANTS),
+        "`authors-code` computes what the authors' published code computes.",
+    ),
 }
 
 
