@@ -118,7 +118,7 @@ class EngineView:
 
 
 def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None:
-    """Write `values()` to the engine's monitors, as DeepSpeed writes its own. Only rank 0 writes, and calls `values`."""
+    """Write `values()` to the engine's monitors, as DeepSpeed does. Only rank 0 calls `values`, and writes."""
     if engine.monitor.enabled and engine.global_rank == 0:
         engine.monitor.write_events(
             [(f"Train/{name}", value, engine.global_samples) for name, value in values().items()]
