@@ -1,4 +1,4 @@
-"""The keys of `"optimizer": {"type": "LENA", "params": {…}}`: defaults, ranges, and the errors for everything else.
+"""The keys of `"optimizer": {"type": "LENA", "params": {…}}`: defaults, allowed values, and errors for all others.
 
 `LenaConfig.from_keys` checks all keys. A `LenaConfig` never changes afterwards. `KEYS` is the one table of what is
 allowed; docs/keys.md is made from it.
@@ -23,10 +23,12 @@ VARIANTS = ("default", "authors-code")
 
 @dataclass(frozen=True)
 class Base:
-    """What a base rule adds to the keys: its own ones, those that parameter groups may not set, two defaults.
+    """The keys of one base rule, and its defaults of two keys.
 
-    The default gain power is 1 where a step is proportional to the gradient, as the gain's theory has it. Adam divides
-    by the gradient's size, which takes a part of the gain back; docs/comparison.md has the evidence.
+    `group_keys`: keys that a parameter group may set for itself. `other_keys`: keys that it may not set.
+
+    The theory of the gain assumes steps that are proportional to the gradient. There the default gain power is 1. Adam
+    divides by the gradient's size, which takes back a part of the gain; docs/comparison.md has the evidence.
     """
 
     group_keys: tuple[str, ...]
@@ -46,7 +48,7 @@ BASES = {
     "lars": Base(("momentum",), _TRUST),
     "lamb": Base(("betas", "eps"), _TRUST, weight_decay=0.01, gain_power=0.85),
 }
-"""The base rules. `rules/NAME.py` has what each does."""
+"""The base rules. `update/rules/NAME.py` has what each does."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +236,7 @@ KEYS: dict[str, Key] = {
 
 @dataclass(frozen=True)
 class LenaConfig:
-    """The checked keys, with what a null stands for filled in where it needs nothing else (`weight_decay`,
-    `gain_power`).
+    """The checked keys. A null `weight_decay` or `gain_power` is replaced by the base rule's default.
 
     Units: `lr` per update of the base batch; `base_batch_size`, `micro_batch_size` in samples; `total_steps` in
     updates; `warmup_fraction`, `warmup_cap` as shares of the run.
@@ -269,7 +270,7 @@ class LenaConfig:
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> LenaConfig:
-        """Check the keys as a user wrote them, raise `ConfigError` on the first that is wrong."""
+        """Check the keys as a user wrote them. Raise `ConfigError` for the first that is wrong."""
         for key, value in keys.items():
             _check_value(key, value)
         base = keys.get("base", KEYS["base"].default)
@@ -321,7 +322,7 @@ class LenaConfig:
 
 
 def _given(keys: Mapping[str, Any]) -> set[str]:
-    """The keys that count as given: a null for a key of some bases only does not."""
+    """The keys that count as given. A null for a key of some base rules only does not count."""
     return {name for name, value in keys.items() if not (value is None and bases_of(name))}
 
 
@@ -361,7 +362,7 @@ def _check_belongs(given: set[str], base: str) -> None:
 
 
 def bases_of(key: str) -> tuple[str, ...]:
-    """The base rules that a key belongs to; none for a key of all."""
+    """The base rules that a key belongs to. Empty for a key of all rules."""
     return tuple(name for name, base in BASES.items() if key in base.keys)
 
 
@@ -384,7 +385,7 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
             )
         if name == "lr" and hasattr(group[name], "item"):
             continue  # a tensor learning rate, as torch's optimizers take
-        # A scheduler may put a group's lr to 0, so only the first entry, config.lr, has to be positive.
+        # A scheduler may set a group's lr to 0, so only config.lr has to be positive.
         at_least_zero = name in ("lr", "weight_decay")
         accepts = _not_negative if at_least_zero else KEYS[name].accepts
         if not accepts(group[name]):
@@ -395,7 +396,7 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
 
 
 def unknown_total_steps() -> ConfigError:
-    """The error for a run of unknown length, for every place that can find it out."""
+    """The error for a run of unknown length."""
     return ConfigError(
         'LENA: "total_steps" is not known: it is null, there is no scheduler with total_num_steps, and no HF Trainer. '
         'The warm-up is a share of the run, so it is needed. Give "total_steps" (planned updates), or "warmup": "none".'

@@ -1,4 +1,4 @@
-"""The forms in which users hand over parameters, and those that are refused."""
+"""The forms in which a user may hand over parameters, and the forms that are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from .errors import ConfigError, UnsupportedError
 
 
 def split_names(params: Iterable[Any]) -> tuple[list[Any], dict[int, str]]:
-    """torch's `params` without names, and the names by id of the parameter. Named or not named, not both."""
+    """torch's `params` without names, and the names by id of the parameter.
+
+    Raises:
+        ConfigError: only some parameters have names, or two have the same name.
+    """
     groups: list[Any] = []
     names: dict[int, str] = {}
 
@@ -47,7 +51,7 @@ def split_names(params: Iterable[Any]) -> tuple[list[Any], dict[int, str]]:
 
 
 def require_supported(parameters: Sequence[Tensor]) -> None:
-    """Raise `UnsupportedError` for parameters of a form, type or place for which LENA would not be exact."""
+    """Raise `UnsupportedError` for parameters of a form, type or device for which LENA would not be exact."""
     for parameter in parameters:
         _require_form(parameter)
     devices = sorted({str(parameter.device) for parameter in parameters})
