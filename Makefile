@@ -11,7 +11,7 @@ BARE = $(VENV)-bare
 IN = .ci/in-env
 RUN = $(IN) $(VENV)
 
-.PHONY: demo demo-quick test test-all lint format bench bench-quick bench-scaling compare compare-report clean
+.PHONY: demo demo-quick test test-all lint format bench bench-quick bench-scaling compare compare-report docs clean
 .PHONY: lock lock-check newest test-newest wheel-check
 .DEFAULT_GOAL := test
 
@@ -110,6 +110,10 @@ compare: $(VENV)/installed
 
 compare-report: $(VENV)/installed
 	$(RUN) python -m examples.compare report
+
+# docs/keys.md and docs/support.md, from the tables in the code.
+docs: $(VENV)/installed
+	$(RUN) python docs/generate.py
 
 clean:
 	rm -rf $(VENV) $(NEWEST) $(BARE) build outputs

@@ -1,6 +1,6 @@
-"""ds_lena: LENA (WWW 2022), layer-wise learning rates from gradient variance, as an optimizer for DeepSpeed.
+"""LENA (WWW 2022), layer-wise learning rates from gradient variance, as an optimizer for DeepSpeed.
 
-`import ds_lena` is all that a script needs for `"optimizer": {"type": "LENA", "params": {…}}`.
+A script needs `import ds_lena`, and `"optimizer": {"type": "LENA", "params": {…}}` in the DeepSpeed JSON.
 """
 
 from ._registration import register

@@ -1,4 +1,7 @@
-"""Makes `"type": "LENA"` known, without importing DeepSpeed or transformers: each is prepared when it is imported."""
+"""Makes `"type": "LENA"` known to DeepSpeed and transformers, without importing them.
+
+An action runs right after a script imports one of them, or now if it is imported already.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def register() -> None:
     """Called by `import ds_lena`. Calling it again changes nothing."""
     if getattr(torch.optim, LENA.__name__, None) is LENA:
         return
-    torch.optim.LENA = LENA  # type: ignore[attr-defined]  # where DeepSpeed looks up the names that are not its own
+    torch.optim.LENA = LENA  # type: ignore[attr-defined]  # DeepSpeed looks up there the names that are not its own
     _when_imported("deepspeed.runtime.engine", _prepare_deepspeed)
     _when_imported("transformers.integrations.deepspeed", _prepare_transformers)
 
@@ -37,7 +40,7 @@ def _prepare_transformers(module: ModuleType) -> None:
 
 
 def _when_imported(name: str, action: Action) -> None:
-    """Run `action(module)` now if the module is there, else right after its import."""
+    """Run `action(module)` now if the module is imported, else right after its import."""
     if name in sys.modules:
         action(sys.modules[name])
     else:
@@ -45,7 +48,7 @@ def _when_imported(name: str, action: Action) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as Python would, and lets an action follow its execution."""
+    """Finds one module as Python does, and has an action run after the module's code."""
 
     def __init__(self, name: str, action: Action) -> None:
         self._name, self._action = name, action

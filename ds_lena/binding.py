@@ -1,4 +1,4 @@
-"""What the controller is told: which parameters there are, and what runs their updates."""
+"""What a controller gets: the parameters, and a description of what runs their updates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from .schedule.clock import RunPlan
 
 @dataclass(frozen=True)
 class Binding:
-    """All that a controller learns from what runs its updates.
+    """All that a controller knows of what runs its updates: an engine, or plain PyTorch.
 
-    `layout`: where memory is. `placements[i]`: whose gradient that of parameter i is. `order`: parameter numbers in
-    the order of the model. `group`: the ranks that hold all replicas and parts of the model, None for this process.
-    `run()`: what is known of the run at an update. `clip(norm)`: what a gradient of this norm () is multiplied by
-    between the measurement and `step()`, None for nothing.
+    `layout`: where memory is. `placements[i]`: where parameter i stands in the parallel grid.
+    `order`: parameter numbers in the order of the model.
+    `group`: the ranks that hold all replicas and parts of the model, None for this process alone.
+    `run()`: what is known of the run at an update.
+    `clip(norm)`: what a gradient of this norm () is multiplied by between the measurement and `step()`, None for
+    nothing.
     """
 
     layout: Layout
@@ -36,8 +38,8 @@ class Binding:
 class Watched:
     """The parameters of one optimizer that need a gradient, in the order of its groups.
 
-    `names`: given by the user (`has_names`) or made. `groups_of`: the group of each. `left_out`: of a group with
-    `"lena": false`. `lr_at_start`: of each group.
+    `names`: from the user if `has_names`, else made. `groups_of[i]`: the group of parameter i.
+    `left_out[i]`: parameter i is in a group with `"lena": false`. `lr_at_start`: the learning rate of each group.
     """
 
     parameters: Sequence[Tensor]
@@ -49,7 +51,7 @@ class Watched:
 
 
 def plain_binding(parameters: Sequence[Tensor], names: Sequence[str], group: Group | None) -> Binding:
-    """Plain PyTorch, where `group` averages the gradients."""
+    """The binding to plain PyTorch. The ranks of `group` average the gradients."""
     ranks = world_size(group)
     return Binding(
         layout=PlainLayout(parameters, rank_in(group), ranks),

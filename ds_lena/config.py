@@ -1,7 +1,7 @@
-"""The keys of `"optimizer": {"type": "LENA", "params": {…}}`: defaults, ranges, and the errors for everything else.
+"""The keys of `"optimizer": {"type": "LENA", "params": {…}}`: defaults, allowed values, and errors for all others.
 
-A `LenaConfig` is checked when it is born and never changes afterwards. `KEYS` is the one table of what is allowed;
-README's table of keys is tested against it.
+`LenaConfig.from_keys` checks all keys. A `LenaConfig` never changes afterwards. `KEYS` is the one table of what is
+allowed; docs/keys.md is made from it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ VARIANTS = ("default", "authors-code")
 
 @dataclass(frozen=True)
 class Base:
-    """What a base rule adds to the keys: its own ones, those that parameter groups may not set, two defaults.
+    """The keys of one base rule, and its defaults of two keys.
 
-    The default gain power is 1 where a step is proportional to the gradient, as the gain's theory has it. Adam divides
-    by the gradient's size, which takes a part of the gain back; docs/comparison.md has the evidence.
+    `group_keys`: keys that a parameter group may set for itself. `other_keys`: keys that it may not set.
+
+    The theory of the gain assumes steps that are proportional to the gradient. There the default gain power is 1. Adam
+    divides by the gradient's size, which takes back a part of the gain; docs/comparison.md has the evidence.
     """
 
     group_keys: tuple[str, ...]
@@ -48,19 +50,21 @@ BASES = {
     "lars": Base(("momentum",), _TRUST),
     "lamb": Base(("betas", "eps"), _TRUST, weight_decay=0.01, gain_power=0.85),
 }
-"""The base rules. `rules/NAME.py` has what each does."""
+"""The base rules. `update/rules/NAME.py` has what each does."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its default, a test of a value, and the same test in words.
+    """One key of the optimizer entry.
 
-    `None` is always understood as "not given" for the keys that belong to some bases only.
+    `allowed`: what `accepts` tests, in words. `meaning`: one cell of docs/keys.md, in Markdown.
+    For a key of some base rules only, `None` means "not given".
     """
 
     default: Any
     allowed: str
     accepts: Callable[[Any], bool]
+    meaning: str
 
 
 def _number(value: Any) -> bool:
@@ -110,37 +114,141 @@ def _words(choices: Iterable[str]) -> str:
 
 
 KEYS: dict[str, Key] = {
-    "lr": Key(1e-3, "a number > 0", lambda v: _positive(_number_in(v))),
-    "base": Key("adamw", _words(BASES), _one_of(BASES)),
-    "weight_decay": Key(None, "null or a number >= 0", _null_or(_not_negative)),
-    "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas),
-    "eps": Key(1e-8, "a number >= 0", _not_negative),
-    "momentum": Key(0.9, "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1),
-    "nesterov": Key(False, "true or false", lambda v: isinstance(v, bool)),
-    "trust_coefficient": Key(None, "null or a number > 0", _null_or(_positive)),
-    "trust_clip": Key(None, "null or [min, max] with 0 <= min <= max", _null_or(_clip_range)),
-    "layer": Key("tensor", _words(LAYERS), _one_of(LAYERS)),
-    "scaling": Key("gain", _words(SCALINGS), _one_of(SCALINGS)),
-    "gain_power": Key(None, "null or a number > 0", _null_or(_positive)),
-    "max_relative_gain": Key(4.0, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
-    "max_factor": Key(None, "null or a number >= 1", _null_or(lambda v: _number(v) and v >= 1)),
-    "smoothing": Key(None, "null or a number in [0, 1)", _null_or(lambda v: _number(v) and 0 <= v < 1)),
-    "base_batch_size": Key(None, "null or a number of samples > 0", _null_or(_positive)),
-    "micro_batch_size": Key(None, "null or a whole number of samples > 0", _null_or(_whole_positive)),
-    "warmup": Key("layer", _words(WARMUPS), _one_of(WARMUPS)),
-    "warmup_fraction": Key(0.05, "a number in (0, 1]", lambda v: _positive(v) and v <= 1),
-    "warmup_cap": Key(0.25, "null or a number in [warmup_fraction, 1]", _null_or(lambda v: _positive(v) and v <= 1)),
-    "total_steps": Key(None, "null or a whole number of updates > 0", _null_or(_whole_positive)),
-    "exclude": Key((), "a list of fnmatch patterns of parameter names", _patterns),
-    "no_decay": Key((), "a list of fnmatch patterns of parameter names", _patterns),
-    "variant": Key("default", _words(VARIANTS), _one_of(VARIANTS)),
+    "lr": Key(
+        1e-3,
+        "a number > 0",
+        lambda v: _positive(_number_in(v)),
+        "The learning rate, tuned for the base batch. In Python also a tensor of one element.",
+    ),
+    "base": Key("adamw", _words(BASES), _one_of(BASES), "The update rule that LENA scales."),
+    "weight_decay": Key(
+        None,
+        "null or a number >= 0",
+        _null_or(_not_negative),
+        "Decoupled for adamw and lamb. A layer's factor scales it as it scales the update. "
+        "null is 0.01 for adamw and lamb, 0 for sgd and lars.",
+    ),
+    "betas": Key((0.9, 0.999), "two numbers in [0, 1)", _betas, "adamw and lamb: as in `torch.optim.AdamW`."),
+    "eps": Key(1e-8, "a number >= 0", _not_negative, "adamw and lamb: as in `torch.optim.AdamW`."),
+    "momentum": Key(
+        0.9,
+        "a number in [0, 1)",
+        lambda v: _number(v) and 0 <= v < 1,
+        "sgd: as in `torch.optim.SGD`. lars: the velocity contains the learning rate.",
+    ),
+    "nesterov": Key(False, "true or false", lambda v: isinstance(v, bool), "sgd: as in `torch.optim.SGD`."),
+    "trust_coefficient": Key(
+        None,
+        "null or a number > 0",
+        _null_or(_positive),
+        "lars and lamb: c in the trust ratio. null is 1e-3 for lars, 1 for lamb.",
+    ),
+    "trust_clip": Key(
+        None,
+        "null or [min, max] with 0 <= min <= max",
+        _null_or(_clip_range),
+        "lars and lamb: bounds of the trust ratio. null sets no bounds.",
+    ),
+    "layer": Key(
+        "tensor",
+        _words(LAYERS),
+        _one_of(LAYERS),
+        "What shares one gain: a parameter tensor, the parameters of one `nn.Module`, a numbered block such as "
+        "`transformer.h.3`, or the whole model.",
+    ),
+    "scaling": Key(
+        "gain",
+        _words(SCALINGS),
+        _one_of(SCALINGS),
+        "`gain` is LENA. `linear` (R), `sqrt` (√R) and `none` (1) are fixed rules. They still measure and report.",
+    ),
+    "gain_power": Key(
+        None,
+        "null or a number > 0",
+        _null_or(_positive),
+        "The exponent p, used with `gain` only. null is 0.85 for adamw and lamb, and the paper's 1 for sgd and lars.",
+    ),
+    "max_relative_gain": Key(
+        4.0,
+        "null or a number >= 1",
+        _null_or(lambda v: _number(v) and v >= 1),
+        "Upper bound of a layer's gain, as a multiple of the whole model's gain. null sets no bound.",
+    ),
+    "max_factor": Key(
+        None,
+        "null or a number >= 1",
+        _null_or(lambda v: _number(v) and v >= 1),
+        "Upper bound of r^p. null sets no bound.",
+    ),
+    "smoothing": Key(
+        None,
+        "null or a number in [0, 1)",
+        _null_or(lambda v: _number(v) and 0 <= v < 1),
+        "Weight of the past in the moving averages. null is the paper's max(1 - n/1000, 0).",
+    ),
+    "base_batch_size": Key(
+        None,
+        "null or a number of samples > 0",
+        _null_or(_positive),
+        "The batch, in samples, that `lr` was tuned for. null is one micro-batch.",
+    ),
+    "micro_batch_size": Key(
+        None,
+        "null or a whole number of samples > 0",
+        _null_or(_whole_positive),
+        "Samples in one micro-batch. DeepSpeed knows it. Plain PyTorch needs it with `base_batch_size`.",
+    ),
+    "warmup": Key(
+        "layer",
+        _words(WARMUPS),
+        _one_of(WARMUPS),
+        "`layer`: each layer ends its warm-up by its own training state. `fixed`: linear over `warmup_fraction` of the "
+        "run. `none`: no warm-up.",
+    ),
+    "warmup_fraction": Key(
+        0.05,
+        "a number in (0, 1]",
+        lambda v: _positive(v) and v <= 1,
+        "Length of the warm-up, as a share of the run in updates of the base batch.",
+    ),
+    "warmup_cap": Key(
+        0.25,
+        "null or a number in [warmup_fraction, 1]",
+        _null_or(lambda v: _positive(v) and v <= 1),
+        "Share of the run after which every warm-up has ended. null is the paper's: no cap. If it is not given, a "
+        "larger `warmup_fraction` raises it.",
+    ),
+    "total_steps": Key(
+        None,
+        "null or a whole number of updates > 0",
+        _null_or(_whole_positive),
+        "Planned updates of the run. null takes `total_num_steps` of DeepSpeed's scheduler, or the HF Trainer's count. "
+        "A run needs one of them unless `warmup` is `none`.",
+    ),
+    "exclude": Key(
+        (),
+        "a list of fnmatch patterns of parameter names",
+        _patterns,
+        "Parameters with factor 1 and no statistics.",
+    ),
+    "no_decay": Key(
+        (),
+        "a list of fnmatch patterns of parameter names",
+        _patterns,
+        "Parameters without weight decay.",
+    ),
+    "variant": Key(
+        "default",
+        _words(VARIANTS),
+        _one_of(VARIANTS),
+        "`authors-code` computes what the authors' published code computes.",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class LenaConfig:
-    """The checked keys, with what a null stands for filled in where it needs nothing else (`weight_decay`,
-    `gain_power`).
+    """The checked keys. A null `weight_decay` or `gain_power` is replaced by the base rule's default.
 
     Units: `lr` per update of the base batch; `base_batch_size`, `micro_batch_size` in samples; `total_steps` in
     updates; `warmup_fraction`, `warmup_cap` as shares of the run.
@@ -174,7 +282,7 @@ class LenaConfig:
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> LenaConfig:
-        """Check the keys as a user wrote them, raise `ConfigError` on the first that is wrong."""
+        """Check the keys as a user wrote them. Raise `ConfigError` for the first that is wrong."""
         for key, value in keys.items():
             _check_value(key, value)
         base = keys.get("base", KEYS["base"].default)
@@ -226,7 +334,7 @@ class LenaConfig:
 
 
 def _given(keys: Mapping[str, Any]) -> set[str]:
-    """The keys that count as given: a null for a key of some bases only does not."""
+    """The keys that count as given. A null for a key of some base rules only does not count."""
     return {name for name, value in keys.items() if not (value is None and bases_of(name))}
 
 
@@ -266,7 +374,7 @@ def _check_belongs(given: set[str], base: str) -> None:
 
 
 def bases_of(key: str) -> tuple[str, ...]:
-    """The base rules that a key belongs to; none for a key of all."""
+    """The base rules that a key belongs to. Empty for a key of all rules."""
     return tuple(name for name, base in BASES.items() if key in base.keys)
 
 
@@ -287,7 +395,9 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
                 f'LENA: a parameter group has "{name}": {group[name]!r}, which is not a key of a group with "base": '
                 f'"{config.base}". A group may have {", ".join(mine)} and "lena".'
             )
-        # A scheduler may put a group's lr to 0, so only the first entry, config.lr, has to be positive.
+        if name == "lr" and hasattr(group[name], "item"):
+            continue  # a tensor learning rate, as torch's optimizers take
+        # A scheduler may set a group's lr to 0, so only config.lr has to be positive.
         at_least_zero = name in ("lr", "weight_decay")
         accepts = _not_negative if at_least_zero else KEYS[name].accepts
         if not accepts(_number_in(group[name]) if name == "lr" else group[name]):
@@ -298,7 +408,7 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
 
 
 def unknown_total_steps() -> ConfigError:
-    """The error for a run of unknown length, for every place that can find it out."""
+    """The error for a run of unknown length."""
     return ConfigError(
         'LENA: "total_steps" is not known: it is null, there is no scheduler with total_num_steps, and no HF Trainer. '
         'The warm-up is a share of the run, so it is needed. Give "total_steps" (planned updates), or "warmup": "none".'

@@ -1,8 +1,8 @@
-"""One update from end to end: measure, propose, apply, commit. What runs it is a `Binding`.
+"""One update from end to end: measure, propose, apply, commit. A `Binding` describes what runs it.
 
-Until an engine takes over, a controller is bound to plain PyTorch. There a user may clip or unscale `p.grad` between
-backward and step, so the averaged gradient is read at the end of every backward pass, after DDP's reduction; the
-reading that counts is the last one before the step. Under an engine it is read once, when the engine asks.
+A controller is bound to plain PyTorch until an engine takes over. In plain PyTorch a user may clip or unscale `p.grad`
+between backward and step. So the averaged gradient is measured at the end of every backward pass, after DDP's
+reduction, and the last measurement before the step counts. Under an engine it is measured once per update.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from .update.trust_ratio import TrustRatios
 
 logger = logging.getLogger("ds_lena")
 
-# DDP finishes its reduction in a callback at the end of backward, or, with static_graph, in a callback of a callback.
+# DDP finishes its reduction in a callback at the end of backward. With static_graph that callback queues another one.
 _CALLBACKS_TO_WAIT = 2
 
 
 class Controller:
-    """Runs the updates of one optimizer, which calls `begin_update`, `apply` for its groups, and `end_update`.
+    """Runs the updates of one optimizer: `begin_update`, then `apply` for the groups, then `end_update`.
 
-    `group`: plain PyTorch only: the ranks over which gradients are averaged; None: all ranks.
-    `binding`: what runs the updates. `is_managed`: whether that is an engine. `schedule`: what is remembered.
+    `group`: for plain PyTorch, the ranks that average the gradients. None is all ranks.
+    `binding`: describes what runs the updates. `is_managed`: an engine runs them. `schedule`: what is remembered.
     """
 
     def __init__(self, config: LenaConfig, watched: Watched, group: Group | None) -> None:
@@ -60,26 +60,26 @@ class Controller:
 
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """The parameters that are watched, in the order of the optimizer's groups."""
+        """The parameters that need a gradient, in the order of the optimizer's groups."""
         return self._watched.parameters
 
     @property
     def names(self) -> list[str]:
-        """Their names: the user's, an engine's, or `param_0`, `param_1`, … by their place in the groups."""
+        """Their names, from the user or an engine, else `param_0`, `param_1`, … by their place in the groups."""
         return self.hooks.names
 
     @property
     def has_trust_ratios(self) -> bool:
-        """Whether the base rule has them: then it needs to know how gradients will be clipped."""
+        """Whether the base rule has trust ratios. They depend on how gradients will be clipped."""
         return RULES[self.config.base].trust is not None
 
     def manage(self, binding: Binding) -> None:
-        """Have an engine run the updates from now on."""
+        """Let an engine run the updates from now on."""
         self.is_managed = self._has_names = True
         self.bind(binding)
 
     def close(self) -> None:
-        """Take the hooks off the parameters. Nothing is seen afterwards."""
+        """Remove the hooks from the parameters. Gradients are not seen afterwards."""
         self.hooks.close()
 
     def bind(self, binding: Binding) -> None:
@@ -109,7 +109,7 @@ class Controller:
             self._warn_of_patterns()
 
     def _make_update(self, table: LayerTable, names: Sequence[str]) -> None:
-        """Cut the flat tensors: parameters of one layer move with one rate, unless each has its own trust ratio."""
+        """Cut the flat tensors. The parameters of one layer share a learning rate, unless each has a trust ratio."""
         binding, rule = self.binding, RULES[self.config.base]
         decays = [not matches(name, self.config.no_decay) for name in names]
         first: dict[int, int] = {}
@@ -136,9 +136,9 @@ class Controller:
 
     @torch.no_grad()
     def begin_update(self, groups: Sequence[dict[str, Any]], state: State) -> Proposal:
-        """Measure, and compute this update's factors, before any clipping by an engine.
+        """Measure, and compute this update's factors. An engine calls it before it clips.
 
-        One all-reduce, and a second one for a base rule with trust ratios.
+        It makes one all-reduce, and a second one for a base rule with trust ratios.
         """
         self.look_at_scheduler(groups)
         if not self._patterns_are_checked:
@@ -158,11 +158,11 @@ class Controller:
 
     @property
     def is_in_update(self) -> bool:
-        """Whether an update has begun and not ended."""
+        """Whether an update has begun and has not ended."""
         return self._proposal is not None
 
     def apply(self, groups: Sequence[dict[str, Any]], state: State) -> None:
-        """Move the tensors of the groups (modified in place, with their state). Once for each group or sub-group."""
+        """Move the tensors of the groups (modified in place, with their state). Called once per group or sub-group."""
         self._applier.apply(groups, state, self._rates)
 
     def make_state(self, groups: Sequence[dict[str, Any]], state: State) -> None:
@@ -174,7 +174,7 @@ class Controller:
                     prepare(state[parameter], parameter, rule.buffers(group))
 
     def end_update(self, applied: bool) -> None:
-        """The update was applied, or thrown away (then nothing of it stays)."""
+        """End the update. If it was not applied, nothing of it stays but the count of skipped updates."""
         proposal, self._proposal = self._proposal, None
         self.hooks.clear()
         if proposal is None:
@@ -196,14 +196,14 @@ class Controller:
         self._squares_of_mean = squared_norms(self.binding.layout.gradients(), self._mean_norms)
 
     def _clear_stale(self) -> None:
-        """After the first pass of a window."""
+        """After the first pass of a window: clear what the wrapper still holds of older windows."""
         if self.hooks.passes == 1:
             self.binding.layout.clear_stale(self.hooks.unreached())
 
     # -- plain PyTorch ------------------------------------------------------------------------------------------------
 
     def _before_plain_pass(self) -> None:
-        # Gradients that were set to None without this optimizer's zero_grad(), by model.zero_grad() say.
+        # Gradients may have been set to None without this optimizer's zero_grad(), for example by model.zero_grad().
         reached = zip(self.parameters, self.hooks.last_pass, strict=True)
         if any(last and parameter.grad is None for parameter, last in reached):
             self.hooks.clear()
@@ -211,7 +211,7 @@ class Controller:
             self._follow()
 
     def _follow(self) -> None:
-        """The model may have been moved since construction, by accelerate say, or torch.distributed started."""
+        """Bind anew if the model was moved since construction, as accelerate does, or torch.distributed was started."""
         group = self._plain_group()
         if self.parameters[0].device == self._device and group is self.binding.group:
             return
@@ -239,7 +239,7 @@ class Controller:
     # -- warnings -----------------------------------------------------------------------------------------------------
 
     def look_at_scheduler(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Warn once of a scheduler that warms up too: before the first update its lr is below the one given."""
+        """Warn once of a scheduler that warms up too. Its lr before the first update is below the given lr."""
         if self._warned_of_scheduler or self.schedule.updates or self.config.warmup == "none":
             return
         for start, group in zip(self._watched.lr_at_start, groups, strict=False):
@@ -280,7 +280,7 @@ def _layers(
 
 
 def _unscaled(clip: Tensor | None, loss_scale: float) -> Tensor | None:
-    """`clip` with the loss scale taken out of the gradient, too."""
+    """`clip`, divided by the loss scale that is still in the gradient."""
     if loss_scale == 1.0:
         return clip
     return torch.tensor(1 / loss_scale) if clip is None else clip / loss_scale

@@ -2,7 +2,7 @@
 
 
 class LenaError(Exception):
-    """Base of every error raised on purpose by ds_lena."""
+    """Base class of every error that ds_lena raises on purpose."""
 
 
 class ConfigError(LenaError, ValueError):
@@ -10,8 +10,8 @@ class ConfigError(LenaError, ValueError):
 
 
 class UnsupportedError(LenaError, NotImplementedError):
-    """A layout in which LENA would not be exact, and which it therefore refuses."""
+    """A feature is in use under which LENA would not be exact. LENA refuses it."""
 
 
 class StateError(LenaError, RuntimeError):
-    """Calls came in an order in which no right result exists, or a checkpoint does not fit."""
+    """Calls came in an order that has no right result, or a checkpoint does not fit."""

@@ -12,7 +12,7 @@ _COMPILED = "_orig_mod"
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """`named_parameters()` of the user's own model, seen through DDP, DataParallel and torch.compile wrappers.
+    """`named_parameters()` of the user's own model, without the wrappers of DDP, DataParallel and torch.compile.
 
     A tied parameter is listed once, under its first name.
     """
@@ -27,12 +27,12 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def without_compiled(name: str) -> str:
-    """The name without the part that torch.compile puts in, wherever it stands."""
+    """The name without the parts that torch.compile inserts."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def canonical_names(names: Sequence[str]) -> list[str]:
-    """Names as a user passed them, `module.` stripped where all of them carry it (a DDP model's own names)."""
+    """The user's names, without `module.` if all of them start with it, as the names of a DDP model do."""
     names = [without_compiled(name) for name in names]
     while names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]
@@ -40,10 +40,10 @@ def canonical_names(names: Sequence[str]) -> list[str]:
 
 
 def layer_name(parameter_name: str, granularity: str) -> str:
-    """The layer of one parameter, for `"layer"`: tensor, module, block or model (see the README's table of keys).
+    """The name of the layer of one parameter. `granularity`: the key `"layer"`, see docs/keys.md.
 
-    The `block` is the shortest prefix of the owning module's path that ends in a number, else the module; the module
-    of a parameter that the outermost module owns itself is `root`.
+    A block is the shortest prefix of the module's path that ends in a number; without a number it is the module. A
+    parameter of the outermost module itself belongs to the module `root`.
     """
     if granularity == "model":
         return "model"
@@ -58,21 +58,21 @@ def layer_name(parameter_name: str, granularity: str) -> str:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a parameter's name matches one of the fnmatch patterns (case-sensitive)."""
+    """Whether a parameter's name matches one of the fnmatch patterns. Case matters."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def unmatched_patterns(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The patterns that match no name: most likely a slip of the user's."""
+    """The patterns that match no name. Most likely they are a mistake."""
     return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """Layers of a model, in the order of their first parameters.
+    """The L layers of a model, in the order of their first parameters.
 
-    `names`: the L layer names; `numel`: their logical numbers of elements; `of_parameter`: for each parameter its
-    layer's index, or L for a parameter that takes no part (`exclude`, or a group with `"lena": false`).
+    `names`: the name of each layer. `numel`: its number of elements, in whole tensors. `of_parameter[i]`: the layer of
+    parameter i, or L for a parameter that takes no part (`exclude`, or a group with `"lena": false`).
     """
 
     names: tuple[str, ...]
@@ -81,12 +81,15 @@ class LayerTable:
 
     @property
     def count(self) -> int:
-        """L. It is also the index that stands for "no layer"."""
+        """L. As an index it means "no layer"."""
         return len(self.names)
 
 
 def build_table(names: Sequence[str], numels: Sequence[int], excluded: Sequence[bool], granularity: str) -> LayerTable:
-    """Group parameters (name, logical size, excluded or not, in the model's order) into layers."""
+    """Group parameters into layers.
+
+    `names`, `numels`, `excluded`: of each parameter, in the model's order. `numels` are those of whole tensors.
+    """
     sizes: dict[str, int] = {}
     owner: list[str | None] = []
     for name, numel, left_out in zip(names, numels, excluded, strict=True):

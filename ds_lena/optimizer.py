@@ -1,4 +1,4 @@
-"""`LENA`, a torch optimizer with a learning rate scaled layer by layer. What an update does is in `controller.py`."""
+"""`LENA`, a torch optimizer that scales the learning rate layer by layer. `controller.py` runs its updates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _dormant: ContextVar[bool] = ContextVar("ds_lena_dormant", default=False)
 
 @contextlib.contextmanager
 def dormant() -> Iterator[None]:
-    """Within it `LENA.step()` does nothing: for wrappers that call it at construction, with zero gradients."""
+    """Within it `LENA.step()` does nothing. Some wrappers call it at construction, with gradients of zeros."""
     token = _dormant.set(True)
     try:
         yield
@@ -42,12 +42,12 @@ def dormant() -> Iterator[None]:
 
 
 def controller_of(lena: LENA) -> Controller:
-    """What runs the updates of an optimizer: for integrations, which users need not see."""
+    """The controller of an optimizer. It is for integrations, and not part of the user's interface."""
     return lena._controller
 
 
 def train_in_plain_pytorch(parameters: Iterable[Tensor]) -> bool:
-    """Whether a LENA that no engine manages holds one of these parameters."""
+    """Whether a LENA in plain PyTorch, which no engine manages, holds one of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
     controllers = [controller_of(lena) for lena in _instances]
     return any(not c.is_managed and any(id(p) in wanted for p in c.parameters) for c in controllers)
@@ -79,7 +79,7 @@ class LENA(torch.optim.Optimizer):
             not given.
         process_group: plain PyTorch only: the ranks over which gradients are averaged; None: all ranks.
 
-    Method: Ko, Lee, Kim, WWW 2022, https://doi.org/10.1145/3485447.3511989; `algorithm.py` has the equations.
+    Method: Ko, Lee, Kim, WWW 2022, https://doi.org/10.1145/3485447.3511989; `schedule/algorithm.py` has the equations.
 
     Raises:
         ConfigError: a key or value is not allowed.
@@ -147,7 +147,7 @@ class LENA(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not after construction: the layers are known from the start."""
+        """Refused after construction, since the layers are then known."""
         if hasattr(self, "_controller"):
             raise UnsupportedError(
                 "LENA: add_param_group() after construction is not supported. Give all parameters, the frozen ones "
@@ -157,11 +157,11 @@ class LENA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Move the parameters. In plain PyTorch this is the whole update; under an engine only the moving.
+        """Move the parameters. In plain PyTorch this is the whole update. Under an engine it is the last part of one.
 
         Raises:
-            StateError: gradients that no backward pass made, or, under an engine, a call outside of its own step.
-            ConfigError: plain PyTorch, first step: `total_steps` or `micro_batch_size` is needed and not given.
+            StateError: no backward pass made the gradients, or it was called outside an engine's own step.
+            ConfigError: in plain PyTorch, at the first step: `total_steps` or `micro_batch_size` is needed.
         """
         if _dormant.get():
             return None
@@ -198,7 +198,7 @@ class LENA(torch.optim.Optimizer):
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; in plain PyTorch it also throws away the statistics of the window."""
+        """As torch does. In plain PyTorch it also throws away the statistics of the window."""
         super().zero_grad(set_to_none)
         if not self._controller.is_managed:
             self._controller.hooks.clear()
@@ -252,7 +252,7 @@ class LENA(torch.optim.Optimizer):
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    _step_supports_amp_scaling = True  # makes torch.amp.GradScaler show itself, see below
+    _step_supports_amp_scaling = True  # so torch.amp.GradScaler sets found_inf, by which it is recognized
 
     def _refuse_grad_scaler(self) -> None:
         if getattr(self, "found_inf", None) is not None:

@@ -1,4 +1,4 @@
-"""The forms in which users hand over parameters, and those that are refused."""
+"""The forms in which a user may hand over parameters, and the forms that are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .errors import ConfigError, UnsupportedError
 
 
 def read_names(params: Iterable[Any]) -> tuple[Any, dict[int, str]]:
-    """torch's `params`, read once, and the names by id of the parameter. Named or not named, not both.
+    """torch's `params`, read once, and the names by id of the parameter.
+
+    Raises:
+        ConfigError: only some parameters have names, or two have the same name.
 
     What torch refuses, as one tensor alone or a set, is left for torch to refuse.
     """
@@ -45,7 +48,7 @@ def read_names(params: Iterable[Any]) -> tuple[Any, dict[int, str]]:
 
 
 def require_supported(parameters: Sequence[Tensor]) -> None:
-    """Raise `UnsupportedError` for parameters of a form, type or place for which LENA would not be exact."""
+    """Raise `UnsupportedError` for parameters of a form, type or device for which LENA would not be exact."""
     for parameter in parameters:
         _require_form(parameter)
     devices = sorted({str(parameter.device) for parameter in parameters})

@@ -1,4 +1,4 @@
-"""What LENA measured and decided in the last applied update: `report`, one plain dict, and numbers for loggers."""
+"""What LENA measured and decided in the last applied update: `report`, a plain dictionary, and numbers for loggers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ _INSIDE = ("basic_optimizer", "optimizer", "deepspeed", "model_wrapped")
 
 
 def report(source: Any) -> dict[str, Any]:
-    """The state of LENA after the last applied update; the same on every rank. No collective: any one rank may call it.
+    """The state of LENA after the last applied update. It is the same on every rank.
+
+    There is no collective in it, so one rank alone may call it.
 
     Args:
         source: a DeepSpeed engine, an HF Trainer, an optimizer wrapper, or a `LENA`.
 
     Returns:
-        `update` t, `n` micro-gradients of it, `base` k, `skipped` and `nonfinite` counts over the run, `noise_scale`
-        (in micro-batches, inf where the signal is not positive) and `gain` of the model as one layer, and `layers`: by
-        layer name `gain` r, `factor` (what multiplied the learning rate), `warmup` f, `state` S, `noise` s2,
-        `signal` m2, `noise_scale`, `capped`. Before the first update: update 0, gains 1.
+        A plain dictionary. Before the first update: update 0, gains 1.
+
+        - `update`: t, the applied updates. `n`: micro-batches of the last one. `base`: k.
+        - `skipped`, `nonfinite`: counts over the run, of skipped updates, and of layers with statistics not finite.
+        - `gain`, `noise_scale`: those of the model as one layer. A noise scale is in micro-batches, and inf if the
+          signal is not positive.
+        - `layers`: by layer name, `gain` r, `factor` (what multiplied the learning rate), `warmup` f, `state` S,
+          `noise` s2, `signal` m2, `noise_scale`, `capped`.
 
     Raises:
         StateError: `source` holds no LENA.
@@ -39,7 +45,7 @@ def report(source: Any) -> dict[str, Any]:
 
 
 def report_of(schedule: Schedule) -> dict[str, Any]:
-    """See `report`. The numbers come from the device here."""
+    """See `report`. This waits for the numbers from the device."""
     state = schedule.state
     noise, signal = schedule.noise_and_signal()
     all_noise, all_signal = (float(x) for x in algorithm.model_noise_and_signal(noise, signal, state.weight))
@@ -72,8 +78,9 @@ def _noise_scale(noise: float, signal: float) -> float:
 
 
 def events(report: Mapping[str, Any]) -> dict[str, float]:
-    """What a report says of the model, as flat names and numbers: `lena/gain`, `lena/noise_scale` (left out where it is
-    infinite) and `lena/warmup`, the mean warm-up factor of the layers.
+    """The numbers of the model in a report, under flat names: `lena/gain`, `lena/noise_scale`, and `lena/warmup`.
+
+    `lena/warmup` is the mean of the layers' warm-up factors. An infinite number is left out.
     """
     parts = report["layers"]
     warmup = sum(layer["warmup"] for layer in parts.values()) / max(len(parts), 1)
@@ -81,7 +88,7 @@ def events(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def layer_events(report: Mapping[str, Any]) -> dict[str, float]:
-    """The same three of every layer, and of nothing else: `lena/layers/NAME/gain` and so on."""
+    """The same of every layer: `lena/layers/NAME/gain`, `…/noise_scale`, `…/warmup`. An infinite number is left out."""
     keys = ("gain", "noise_scale", "warmup")
     return _finite(
         {f"lena/layers/{name}/{key}": layer[key] for name, layer in report["layers"].items() for key in keys}
@@ -93,7 +100,7 @@ def _finite(found: Mapping[str, float]) -> dict[str, float]:
 
 
 def find_lena(source: Any) -> LENA | None:
-    """The LENA inside of an engine, Trainer or wrapper, None where there is none."""
+    """The LENA inside an engine, Trainer or wrapper. None if there is none."""
     seen: set[int] = set()
     waiting = [source]
     while waiting:

@@ -1,4 +1,4 @@
-"""`deepspeed --module ds_lena.run script.py …`: run somebody's unmodified script with `"type": "LENA"` known."""
+"""`deepspeed --module ds_lena.run script.py …`: runs an unmodified script with `"type": "LENA"` known."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from . import _registration
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the first argument that is not an option as `__main__`; it gets all other arguments.
+    """Run the first argument that is not an option as `__main__`. It gets all other arguments.
 
-    The launcher puts `--local_rank=N` before the script's name; the script sees it as if it were launched itself.
+    The launcher puts `--local_rank=N` before the script's name. The script gets it too, as if it were launched itself.
     """
     position = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), None)
     if position is None:

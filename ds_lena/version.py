@@ -1,3 +1,3 @@
-"""The version, read by setup.py without importing anything."""
+"""The version. setup.py reads it without an import."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""Measure: squared norms of micro-gradients and of their average, whatever wrapper or engine they come from."""
+"""Measure: squared norms of micro-gradients and of their average, under any optimizer wrapper and any engine."""

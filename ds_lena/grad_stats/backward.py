@@ -1,7 +1,7 @@
-"""What autograd does not say in public: which backward pass runs, and what becomes of its gradients.
+"""What autograd does not say in public: which backward pass runs, and whether its gradients are accumulated.
 
-The only file with private names of autograd. `tests/unit/test_hooks.py` and `test_checkpointing.py` hold it to its
-word.
+This is the only file with private names of autograd. `tests/unit/test_hooks.py` and
+`tests/unit/test_hooks_checkpointing.py` test it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 NO_TASK = -2
-"""No graph task at all. Autograd's own answer outside of backward is -1."""
+"""No graph task. Outside of backward, autograd itself answers -1."""
 
 
 def current_task() -> int:
-    """The number of the graph task that runs now: one for each call of backward, nested ones apart."""
+    """The number of the running graph task. Each call of backward has its own, a nested call too."""
     return torch._C._current_graph_task_id()
 
 
 def when_task_ends(action: Callable[[], None]) -> None:
-    """Run `action` at the end of the present graph task, after the callbacks that are queued already."""
+    """Run `action` at the end of the running graph task, after the callbacks that are already queued."""
     torch.autograd.Variable._execution_engine.queue_callback(action)
 
 
 def accumulates(parameter: Tensor) -> bool:
-    """Whether the running graph task will add to `parameter.grad` (and is not a torch.autograd.grad call)."""
+    """Whether the running graph task adds to `parameter.grad`. A torch.autograd.grad call does not."""
     node = torch.autograd.graph.get_gradient_edge(parameter).node
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch's answer for a leaf whose gradient torch.autograd.grad returns
+    except RuntimeError:  # torch raises it for a leaf whose gradient torch.autograd.grad returns
         return False
 
 

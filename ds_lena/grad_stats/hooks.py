@@ -1,7 +1,7 @@
-"""Hooks that see every micro-gradient on this rank, before any reduction, and add up squared norms.
+"""Hooks that see every micro-gradient of this rank, before any reduction, and add up the squared norms.
 
-A tensor hook on each parameter is called by autograd with the full gradient of one backward pass, whatever DDP or ZeRO
-does with it afterwards. Backward passes are counted here too, since n is counted and not read from a config.
+Autograd calls a tensor hook on each parameter with the full gradient of one backward pass. DDP and ZeRO reduce it only
+afterwards. The hooks count the backward passes too: LENA counts n and does not read it from a configuration.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .placement import Join
 class GradientHooks:
     """Squared norms of the micro-gradients of `parameters`, summed over the backward passes of a window.
 
-    `sums` (P,) float64: sum over this window's backward passes of the squared norms, by parameter; 0 for parameters
-    that are watched for their presence only.
+    `sums` (P,) float64: for each parameter, the sum of the squared norms over the backward passes of this window.
+    It is 0 for a parameter whose norms are not wanted.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
-    `before_pass()`, `after_pass()`: called, where set, around every pass.
+    `before_pass()`, `after_pass()`: called around every pass, if set.
     """
 
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -41,7 +41,9 @@ class GradientHooks:
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
     def watch(self, wanted: Sequence[bool], joins: Sequence[Join | None] | None = None) -> None:
-        """Say whose norms are wanted, and how a gradient is completed first. Starts a window, where parameters are."""
+        """Set which parameters' norms are wanted, and the `join` of each placement. Starts a window, on the
+        parameters' device.
+        """
         self._wanted = list(wanted)
         self._joins = list(joins) if joins is not None else [None] * len(self.parameters)
         self._norms = self.new_norms()
@@ -49,24 +51,24 @@ class GradientHooks:
         self.clear()
 
     def new_norms(self) -> SquaredNorms:
-        """Room for one squared norm of each parameter."""
+        """A buffer for one squared norm of each parameter."""
         first = self.parameters[0].device if self.parameters else torch.device("cpu")
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         return SquaredNorms(len(self.parameters), torch.float64 if double else torch.float32, first)
 
     def clear(self) -> None:
-        """Forget the window: its sums, its passes, and who was reached."""
+        """Forget the window: its sums, its passes, and which parameters they reached."""
         self.sums.zero_()
         self.passes = 0
         self.last_pass = [0] * len(self.parameters)
         self._in_pass = False
 
     def close(self) -> None:
-        """Take the hooks off. Nothing is seen afterwards."""
+        """Remove the hooks. Gradients are not seen afterwards."""
         self._finalizer()
 
     def unreached(self) -> list[int]:
-        """Indices of the parameters that no pass of this window has reached so far."""
+        """Indices of the parameters that no pass of this window has reached yet."""
         return [i for i, last in enumerate(self.last_pass) if last == 0]
 
     def require_passes(self) -> None:
@@ -104,7 +106,7 @@ class GradientHooks:
             self._norms.write(index, whole)
 
     def _enter(self, task: int, index: int) -> None:
-        """A graph task that was not seen before: a new backward pass, a part of the present one, or none at all."""
+        """Classify a new graph task: a new backward pass, a part of the running pass, or no backward pass."""
         if backward.inside_function_backward():
             if self._in_pass:
                 self._nested_task = task
@@ -114,7 +116,7 @@ class GradientHooks:
                 "activation checkpointing, so passes cannot be counted. Use checkpointing with use_reentrant=False, "
                 "or keep the last layer outside the checkpointed segment."
             )
-        # torch.autograd.grad also runs tensor hooks, but accumulates nothing: it is no micro-gradient.
+        # torch.autograd.grad runs tensor hooks too, but accumulates nothing: its gradients are no micro-gradients.
         if not backward.accumulates(self.parameters[index]):
             self._ignored_task = task
             return
@@ -134,7 +136,7 @@ class GradientHooks:
 
 
 def _hook(hooks: GradientHooks, index: int) -> torch.utils.hooks.RemovableHandle:
-    """Hook one parameter. The hook holds its owner weakly, so that a dropped optimizer is really gone."""
+    """Hook one parameter. The hook refers to `hooks` weakly, so that Python can free a dropped optimizer."""
     reference = weakref.ref(hooks)
 
     def hook(gradient: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Squared norms of gradients: one pass, accurate for tensors of any size, no wide copy of them.
+"""Squared norms of gradients: one pass over each tensor, accurate for any size, without a copy in a wider type.
 
-On a GPU every norm is one kernel that writes into a shared buffer; nothing waits.
+On a GPU every norm is one kernel that writes into a shared buffer. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 
-# torch's CPU kernel for norms adds all squares of a row in float32, one after the other: on 40 M normal elements it is
-# wrong by half a percent. A dot product adds in many lanes and reads faster; in blocks of this size it is right to
-# 2e-6, and half-precision input that is widened block by block stays in the caches.
+# torch's CPU kernel for norms adds all squares of a row one after the other in float32. On 40 M normal elements its
+# result is wrong by half a percent. A dot product adds in many lanes and reads faster. In blocks of this size its
+# error is 2e-6, and half-precision input, widened block by block, stays in the caches.
 _BLOCK = 1 << 16
 _DENSE = torch.strided
 
@@ -22,9 +22,9 @@ _DENSE = torch.strided
 class SquaredNorms:
     """Squared L2 norms of `count` tensors, written one at a time and read together.
 
-    Squares are added up in float32 or wider, blocks of them in float64. `dtype`: float64 where a tensor is.
-    Each norm is taken on its tensor's device, so that a gradient offloaded to the CPU is not copied. `device` is that
-    of the result.
+    Squares are added up in float32 or wider, and the sums of blocks in float64. `dtype`: float64 if any tensor is.
+    Each norm is computed on its tensor's device, so a gradient that lies on the CPU is not copied. The result is on
+    `device`.
     """
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class SquaredNorms:
         return self._buffers[device]
 
     def write(self, index: int, gradient: Tensor) -> None:
-        """Take the squared norm of `gradient` as number `index`."""
+        """Write the squared norm of `gradient` at `index`."""
         if gradient.layout is not _DENSE:
             raise UnsupportedError(
                 f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
@@ -60,7 +60,7 @@ class SquaredNorms:
             torch.dot(flat, flat, out=slot)
 
     def clear(self) -> None:
-        """Set all of them to 0."""
+        """Set all norms to 0."""
         for written, _ in self._buffers.values():
             written.zero_()
 
@@ -74,7 +74,7 @@ class SquaredNorms:
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
-    """Squared L2 norm of one tensor, a 0-dim float64 tensor on its device."""
+    """Squared L2 norm of one tensor: a 0-dim float64 tensor on the same device."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
     if tensor.device.type != "cpu":
         return torch.linalg.vector_norm(tensor, dtype=wide).double().square()
@@ -85,7 +85,7 @@ def squared_norm(tensor: Tensor) -> Tensor:
 
 
 def squared_norms(pieces: Iterable[tuple[int, Tensor | None]], into: SquaredNorms) -> Tensor:
-    """(count,) float64: squared norms of (number, tensor) pairs, 0 for None and for numbers that do not occur."""
+    """(count,) float64: squared norms of (index, tensor) pairs. 0 for None, and for an index that does not occur."""
     into.clear()
     for index, piece in pieces:
         if piece is not None:
@@ -94,7 +94,7 @@ def squared_norms(pieces: Iterable[tuple[int, Tensor | None]], into: SquaredNorm
 
 
 def _square_of_long(tensor: Tensor, wide: torch.dtype) -> Tensor:
-    """On the CPU: squared norms of blocks in `wide`, added up in float64."""
+    """On the CPU: squared norms of the blocks in the type `wide`, added up in float64."""
     blocks = _flat(tensor).split(_BLOCK)
     squares = torch.empty(len(blocks), dtype=wide)
     for block, slot in zip(blocks, squares.unbind(), strict=True):
@@ -104,7 +104,7 @@ def _square_of_long(tensor: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """All elements in a row, in the order of memory where that saves a copy."""
+    """All elements as one row. The order is that of memory if this saves a copy."""
     if tensor.ndim == 2 and tensor.stride(0) == 1:
         tensor = tensor.t()
     return tensor.reshape(-1)

@@ -1,4 +1,7 @@
-"""The only core file that talks to torch.distributed: the sum of one small buffer over the ranks of a group."""
+"""The sum of one small buffer over the ranks of a group.
+
+No other file outside `integrations/` uses torch.distributed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ Group = dist.ProcessGroup
 
 
 def world_size(group: Group | None) -> int:
-    """Ranks of the group; None stands for this process alone."""
+    """The number of ranks in the group. None stands for this process alone."""
     return 1 if group is None else dist.get_world_size(group)
 
 
@@ -19,14 +22,14 @@ def rank_in(group: Group | None) -> int:
 
 
 def sum_over(buffer: Tensor, group: Group | None) -> Tensor:
-    """Sum of `buffer` over the group, in place, by one all-reduce (none for a group of one rank)."""
+    """Sum `buffer` over the group, in place, by one all-reduce. A group of one rank needs none."""
     if world_size(group) > 1:
         dist.all_reduce(buffer, group=group)
     return buffer
 
 
 def default_group() -> Group | None:
-    """All ranks where torch.distributed runs, else this process alone."""
+    """All ranks if torch.distributed is initialized, else this process alone."""
     if dist.is_available() and dist.is_initialized():
         return dist.group.WORLD
     return None

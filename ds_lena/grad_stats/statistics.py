@@ -1,6 +1,6 @@
-"""From local squared norms to the statistics of one update by layer, with one all-reduce.
+"""From local squared norms to the statistics of each layer in one update, by one all-reduce.
 
-Knows tensors and placements, no wrapper and no engine.
+This file knows tensors and placements. It knows no optimizer wrapper and no engine.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from .reduce import Group, sum_over, world_size
 
 
 class GradientStatistics:
-    """A and B of every layer, over the ranks of `group`, which hold all replicas and all parts of the model.
+    """A and B of every layer. The ranks of `group` hold all replicas and all parts of the model.
 
-    `layer_of[i]`: the layer of parameter i, or `layers` for one that takes no part.
+    `layer_of[i]`: the layer of parameter i, or `layers` for a parameter that takes no part.
 
-    Parameters of one layer whose micro-gradients hold different numbers of micro-batches are summed apart, in cells
-    (layer, spread), and folded after the reduction. Without experts a cell is a layer.
+    The parameters of one layer may differ in `spread`, the number of micro-batches in a micro-gradient. They are summed
+    in separate cells (layer, spread), which are folded into the layer after the reduction. Without experts a cell is a
+    layer.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class GradientStatistics:
         self._is_spread = any(p.spread > 1 for p in placements)
 
     def reduce(self, squares_of_mean: Tensor, loss_scale: float = 1.0) -> tuple[Measurement, Tensor]:
-        """The statistics by layer, and the squared norm () of the whole averaged gradient, excluded parameters too.
+        """The statistics of each layer, and the squared norm () of the averaged gradient of all parameters, excluded
+        ones too.
 
-        `squares_of_mean` (P,): this rank's share of the squared norms of the averaged gradient. `loss_scale`: what all
-        gradients of this window are still multiplied by.
+        `squares_of_mean` (P,): this rank's share of the squared norms of the averaged gradient.
+        `loss_scale`: the factor that is still in all gradients of this window.
         """
         cells = self._cells
         squares = self._by_cell(self._hooks.sums * self._weights)[:cells]
@@ -74,11 +76,11 @@ class GradientStatistics:
         return self._fold(n, mean_square, square_of_mean[:cells]), square_of_mean.sum()
 
     def _by_cell(self, of_parameters: Tensor) -> Tensor:
-        """(cells + 1,): sums over the parameters of each cell. The last entry is for those of no layer."""
+        """(cells + 1,): the sum over the parameters of each cell. The last entry sums the parameters of no layer."""
         return of_parameters.new_zeros(self._cells + 1).index_add_(0, self._cell_of, of_parameters)
 
     def _fold(self, n: Tensor, mean_square: Tensor, square_of_mean: Tensor) -> Measurement:
-        """From cells to layers. A of a cell becomes what a dense layer of the same noise and signal would show."""
+        """From cells to layers. A of a cell becomes the A of a dense layer that has the same noise and signal."""
         if not self._is_spread:
             return Measurement(n, mean_square, square_of_mean)
         of_cell = n / self._spread_of_cell

@@ -1,1 +1,1 @@
-"""Where LENA meets other libraries. Nothing here is imported before the library itself is."""
+"""LENA inside other libraries. Nothing here is imported before the library itself."""

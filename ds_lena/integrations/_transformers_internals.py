@@ -1,4 +1,4 @@
-"""HF Trainer knows the number of updates of a run before it makes the DeepSpeed engine; we remember it from there."""
+"""Takes the number of updates from HF Trainer, which knows it before it makes the DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..optimizer import LENA, train_in_plain_pytorch
 
 _planned: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""HF's DeepSpeed configuration object -> updates that its Trainer plans."""
+"""HF's DeepSpeed configuration object -> the updates that its Trainer plans."""
 
 
 def install(module: ModuleType) -> None:
@@ -35,7 +35,7 @@ def install(module: ModuleType) -> None:
 
 
 def _refuse_another_length(optimizer: dict[str, Any], planned: int) -> None:
-    """`planned` is 0 where nothing is trained."""
+    """Raise `ConfigError` if the entry's `total_steps` is not `planned`, which is 0 if nothing is trained."""
     params = optimizer.get("params") if optimizer.get("type") == LENA.__name__ else None
     given = (params or {}).get("total_steps")
     if planned > 0 and isinstance(given, (int, float)) and given != planned:
@@ -47,7 +47,7 @@ def _refuse_another_length(optimizer: dict[str, Any], planned: int) -> None:
 
 
 def planned_updates(deepspeed_config: Any) -> int | None:
-    """The updates planned by the HF Trainer whose DeepSpeed configuration dict this very object is."""
+    """The updates that an HF Trainer plans, found by its DeepSpeed configuration: this very dict, not an equal one."""
     for config, updates in _planned.items():
         if config.config is deepspeed_config and updates > 0:
             return updates

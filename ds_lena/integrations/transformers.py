@@ -1,4 +1,4 @@
-"""HF Trainer's logs with LENA's gain, noise scale and warm-up in them, for whatever `report_to` names.
+"""LENA's gain, noise scale and warm-up in HF Trainer's logs, and so in all that `report_to` names.
 
 from ds_lena.integrations.transformers import LenaCallback
 LenaCallback.add_to(trainer)
@@ -15,10 +15,10 @@ from ..reporting import events, find_lena, layer_events, report_of
 
 
 class LenaCallback(TrainerCallback):
-    """Adds `lena/gain`, `lena/noise_scale` and `lena/warmup` to every log of training; nothing where there is no LENA.
+    """Adds `lena/gain`, `lena/noise_scale` and `lena/warmup` to every log of training. Adds nothing without a LENA.
 
     Args:
-        layers: also `lena/layers/NAME/…` for every layer.
+        layers: add `lena/layers/NAME/…` for every layer too.
     """
 
     def __init__(self, layers: bool = False) -> None:
@@ -26,13 +26,13 @@ class LenaCallback(TrainerCallback):
 
     @classmethod
     def add_to(cls, trainer: Trainer, layers: bool = False) -> LenaCallback:
-        """Put a new callback before all others of the Trainer, so that TensorBoard's and the like see what it adds."""
+        """Put a new callback before all others of the Trainer, so that TensorBoard and others get what it adds."""
         callback = cls(layers)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Called by the Trainer on every rank. The numbers come from the device here, and only here."""
+        """Called by the Trainer on every rank. Only here do the numbers come from the device."""
         lena = find_lena(kwargs.get("optimizer"))
         if lena is None or logs is None or "loss" not in logs:
             return

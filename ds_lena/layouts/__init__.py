@@ -1,1 +1,1 @@
-"""Where memory is: this rank's pieces of each parameter, and their averaged gradient."""
+"""Where memory is: this rank's pieces of each parameter, and the averaged gradient of each piece."""

@@ -1,7 +1,7 @@
 """What a layout says: where memory is in one optimizer wrapper.
 
-ZeRO gives the optimizer flat tensors that hold pieces of many parameters, and padding. A parameter may straddle ranks.
-One class per wrapper: `plain.py` here, DeepSpeed's in `integrations/deepspeed/_internals/`.
+ZeRO gives the optimizer flat tensors. They hold pieces of many parameters, and padding. The pieces of one parameter may
+lie on several ranks. Each wrapper has one class: `plain.py` here, DeepSpeed's in `integrations/deepspeed/_internals/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` elements of a flat tensor from `start` on are those of a parameter (its number) from `offset` on."""
+    """A piece of a parameter in a flat tensor. All but `parameter` count elements.
+
+    `parameter`: the parameter's number in the optimizer. `start`: where the piece begins in the flat tensor.
+    `offset`: where it begins in the parameter.
+    """
 
     parameter: int
     start: int
@@ -29,29 +33,31 @@ GradientPieces = Iterator[tuple[int, Tensor | None]]
 class Layout(Protocol):
     """Where one optimizer wrapper keeps weights and gradients on this rank. No statistics, no facts of the run.
 
-    Parameters are known by their number in the optimizer.
+    A parameter is known by its number in the optimizer.
     """
 
     def segments(self) -> list[tuple[Tensor, list[Segment]]]:
-        """For each tensor that `step()` will be given: the pieces of parameters in it, in order."""
+        """Each tensor that `step()` gets, with the pieces of parameters in it, in the order of memory."""
         ...
 
     def gradients(self) -> GradientPieces:
-        """This rank's share of the averaged gradient that `step()` will move by, before any clipping.
+        """This rank's share of the averaged gradient, before any clipping, as (parameter, piece).
 
-        (parameter, piece); None for a piece that is moved with a gradient of zeros. Over all ranks each element comes
-        once. A piece belongs to the parameter's only segment on this rank.
+        The piece is None if `step()` will move with a gradient of zeros. Each element of the averaged gradient comes
+        once over all ranks. A rank has at most one segment of a parameter; the piece is that segment's gradient.
         """
         ...
 
     def model_values(self, parameter: Tensor, segment: Segment) -> Tensor:
-        """The model's own weights for a segment, to check that the layout was understood."""
+        """The model's own weights of a segment, to check the layout against."""
         return parameter.data.reshape(-1).narrow(0, segment.offset, segment.length)
 
     def loss_scale(self) -> float:
-        """What the gradients of this window, local ones too, are still multiplied by."""
+        """The factor that is still in the gradients of this window, the local ones too."""
         return 1.0
 
     def clear_stale(self, parameters: Iterable[int]) -> None:
-        """Clear what the wrapper keeps of older windows for parameters that the first pass of a window left alone."""
+        """Clear the gradients of older windows that the wrapper still holds, for parameters that the first pass of a
+        window has not reached.
+        """
         return None

@@ -1,4 +1,4 @@
-"""Plain PyTorch, one process or DDP: the gradient is `p.grad`, the same on every rank after backward."""
+"""Plain PyTorch, in one process or DDP: the gradient is `p.grad`, the same on every rank after backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .layout import GradientPieces, Layout, Segment
 
 
 class PlainLayout(Layout):
-    """Every rank holds all of everything. Rank `rank` of `ranks` measures its share of the parameters."""
+    """Every rank holds all parameters and gradients. Rank `rank` of `ranks` measures its share of the parameters."""
 
     def __init__(self, parameters: Sequence[Tensor], rank: int, ranks: int) -> None:
         self._parameters = parameters
@@ -21,5 +21,5 @@ class PlainLayout(Layout):
 
     def gradients(self) -> GradientPieces:
         for i, parameter in enumerate(self._parameters):
-            if parameter.grad is not None and i % self._ranks == self._rank:  # torch does not step one of None
+            if parameter.grad is not None and i % self._ranks == self._rank:  # torch does not move it if it is None
                 yield i, parameter.grad

@@ -1,1 +1,1 @@
-"""Decide: from the statistics of an update to the factor of each layer. Vectors in, vectors out."""
+"""Decide: from the statistics of an update to the factor of each layer. Vectors go in, vectors come out."""

@@ -1,25 +1,25 @@
 """The method on one page: pure functions on vectors with one entry per layer. No distributed code, no DeepSpeed.
 
 Source: Ko, Lee, Kim, "Not All Layers Are Equal: A Layer-Wise Adaptive Approach Toward Large-Scale DNN Training",
-WWW 2022, https://doi.org/10.1145/3485447.3511989 (equations 4-8, Algorithm 1). What is ours: the averages of noise
-and signal in place of those of A and B, their debiasing, the bound by the model's gain, and the warm-up cap.
+WWW 2022, https://doi.org/10.1145/3485447.3511989 (equations 4-8, Algorithm 1). Ours are: the averages of noise and
+signal, where the paper averages A and B; their debiasing; the bound by the model's gain; the warm-up cap.
 
 | symbol  | shape | here                | meaning                                                                     |
 |---------|-------|---------------------|-----------------------------------------------------------------------------|
-| n       | ()    | `n`                 | micro-gradients averaged in this update                                      |
-| k       |       | `k`                 | base batch in micro-batches, for which the learning rate was tuned           |
+| n       | ()    | `n`                 | micro-batches averaged in this update                                        |
+| k       |       | `k`                 | base batch, in micro-batches: the batch that the learning rate was tuned for |
 | R       | ()    | `largest_gain`      | max(n / k, 1)                                                                |
 | A       | (L,)  | `mean_square`       | mean of the squared norms of the micro-gradients                             |
 | B       | (L,)  | `square_of_mean`    | squared norm of the averaged gradient, B <= A                                |
 | s2, m2  | (L,)  | `noise`, `signal`   | s2 = n/(n-1) (A - B), m2 = B - s2/n: E[A] = s2 + m2, E[B] = s2/n + m2        |
-| W       | (L,)  | `weight`            | weight of all values so far in the moving averages (1 = fully debiased)      |
+| W       | (L,)  | `weight`            | weight of all values so far in the moving averages; 1 once they have no bias |
 | r       | (L,)  | `gain`              | in [1, R]                                                                    |
 | S       | (L,)  | `progress`          | training state, in base-batch iterations                                     |
-| P, H    | ()    | `done`, `planned`   | base-batch iterations of the run: so far, in all                             |
+| P, H    | ()    | `done`, `planned`   | base-batch iterations of the run: so far, and planned for the whole run      |
 | f       | (L,)  | `warmup`            | warm-up factor in [0, 1]                                                     |
 
-Every quantity is a float64 tensor on the device of the model (a scalar is a 0-dim tensor), so that an update needs no
-host synchronisation. Squared norms are in the units of the squared gradient.
+Every quantity is a float64 tensor on the model's device, and a scalar is a 0-dim tensor, so an update does not wait for
+the device. Squared norms are in the units of the squared gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from ..config import LenaConfig
 
 RELATIVE_FLOOR = 1e-8
-"""e of the gain, as a share of the model's mean square gradient per element: below it a layer shows rounding only."""
+"""e of the gain, as a share of the model's mean squared gradient per element. A layer below it shows rounding only."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Measurement:
     """What one update measured, without loss scale and before any clipping.
 
     `n` (): micro-batches averaged in the update. `mean_square` A (L,), `square_of_mean` B (L,).
-    `fewest` (L,): micro-gradients averaged in the layer, the fewest of its parameters; None where that is n everywhere.
+    `fewest` (L,): for each layer, the smallest number of micro-gradients averaged in one of its parameters. None if it
+    is n in every layer.
     """
 
     n: Tensor
@@ -60,13 +61,13 @@ class Measurement:
 
     @property
     def has_noise(self) -> Tensor:
-        """(L,) bool: the layer was seen in more than one micro-gradient, so noise can be told from signal."""
+        """(L,) bool: the layer was seen in more than one micro-gradient, so its noise can be told from its signal."""
         return self.seen & ((self.n if self.fewest is None else self.fewest) > 1)
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Base-batch iterations of the run, () each: `done` P after this update, `planned` H."""
+    """Base-batch iterations of the run, () each: `done` P includes this update, `planned` H."""
 
     done: Tensor
     planned: Tensor
@@ -74,11 +75,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class LayerState:
-    """All that LENA remembers, O(L). Saved in checkpoints by layer name.
+    """All that LENA remembers of the layers, O(L). Checkpoints hold it by layer name.
 
-    `averages` (2, L): moving averages of noise and of signal (of A and of B in the authors' variant), not debiased;
-    `weight` (L,) W; `progress` (L,) S; `gain` (L,) r; `warmup` (L,) f; `capped` (L,) bool, the cap's term of the
-    warm-up was the larger one (frozen when the warm-up ends).
+    `averages` (2, L): moving averages of noise and signal, not debiased; those of A and B in the authors' variant.
+    `weight` (L,) W. `progress` (L,) S. `gain` (L,) r. `warmup` (L,) f.
+    `capped` (L,) bool: the cap's term of the warm-up is the larger one. It stays as it is once the warm-up has ended.
     """
 
     averages: Tensor
@@ -90,7 +91,9 @@ class LayerState:
 
     @classmethod
     def start(cls, layers: int, warmup: float, device: torch.device | str = "cpu") -> LayerState:
-        """The state before the first update: no averages, gains 1, warm-up factors `warmup` (0, or 1 for none)."""
+        """The state before the first update: no averages, gains 1. `warmup`: the warm-up factors, 1 without a warm-up,
+        else 0.
+        """
 
         def full(value: float) -> Tensor:
             return torch.full((layers,), value, dtype=torch.float64, device=device)
@@ -106,21 +109,24 @@ class LayerState:
 
 
 def noise_and_signal(mean_square: Tensor, square_of_mean: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """s2 = n/(n-1) (A - B) and m2 = B - s2/n, (L,) each, for n > 1 (n = 1 is computed as n = 2, to be masked)."""
+    """s2 = n/(n-1) (A - B) and m2 = B - s2/n, (L,) each, for n > 1.
+
+    n = 1 gives finite numbers without a meaning, which the caller masks.
+    """
     n = n.clamp(min=2)
     noise = n / (n - 1) * (mean_square - square_of_mean)
     return noise, square_of_mean - noise / n
 
 
 def new_value_weight(n: Tensor, smoothing: float | None) -> Tensor:
-    """Weight w of the new value in the moving averages: 1 - smoothing, or min(n/1000, 1), the paper's."""
+    """Weight w of the new value in the moving averages: 1 - smoothing, or the paper's min(n/1000, 1) for None."""
     if smoothing is None:
         return (n / 1000).clamp(max=1)
     return torch.full_like(n, 1 - smoothing)
 
 
 def averaged(state: LayerState, measured: Measurement, smoothing: float | None) -> tuple[Tensor, Tensor]:
-    """Moving averages (2, L) and their weights W (L,) with this update in them, where it has a value."""
+    """Moving averages (2, L) and their weights W (L,) after this update. A layer without a new value keeps both."""
     new = torch.stack(noise_and_signal(measured.mean_square, measured.square_of_mean, measured.n))
     w = new_value_weight(measured.n, smoothing)
     has_value = measured.has_noise
@@ -130,7 +136,7 @@ def averaged(state: LayerState, measured: Measurement, smoothing: float | None) 
 
 
 def debiased(averages: Tensor, weight: Tensor) -> Tensor:
-    """(2, L): noise and signal, averages / W; 0 where W = 0."""
+    """(2, L): noise and signal, as averages / W. 0 where W = 0."""
     return torch.where(weight > 0, averages / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0.0)
 
 
@@ -140,7 +146,7 @@ def largest_gain(n: Tensor, k: float) -> Tensor:
 
 
 def gain_ratio(noise: Tensor, signal: Tensor, floor: Tensor | float, n: Tensor, k: float) -> Tensor:
-    """(s2/k + m2' + e) / (s2/n + m2' + e), m2' = max(m2, 0), clamped to [1, R]; 1 where the denominator is not > 0."""
+    """(s2/k + m2' + e) / (s2/n + m2' + e) with m2' = max(m2, 0), clamped to [1, R]. 1 if the denominator is not > 0."""
     signal = signal.clamp(min=0)
     denominator = noise / n + signal + floor
     positive = denominator > 0
@@ -150,13 +156,13 @@ def gain_ratio(noise: Tensor, signal: Tensor, floor: Tensor | float, n: Tensor, 
 
 
 def model_noise_and_signal(noise: Tensor, signal: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of s2 and of m2 over the layers that have averages, () each, not floored."""
+    """Sums of s2 and of m2 over the layers that have averages, () each. The sum of m2 may be negative."""
     known = weight > 0
     return torch.where(known, noise, 0.0).sum(), torch.where(known, signal, 0.0).sum()
 
 
 def model_gain(noise: Tensor, signal: Tensor, weight: Tensor, n: Tensor, k: float) -> Tensor:
-    """r_model, (): the gain of all layers taken as one; with one layer and no warm-up this is AdaScale's gain."""
+    """r_model, (): the gain of all layers taken as one layer, as in AdaScale."""
     return gain_ratio(*model_noise_and_signal(noise, signal, weight), 0.0, n, k)
 
 
@@ -179,7 +185,7 @@ def layer_gain(
 
 
 def warmup_factor(progress: Tensor, clock: Clock, config: LenaConfig) -> tuple[Tensor, Tensor]:
-    """f (L,), not yet bounded by 1, and whether the cap's term is the larger one, (L,) bool (equations 7 and 8)."""
+    """f (L,) before its bound of 1, and (L,) bool: whether the cap's term is the larger one (equations 7 and 8)."""
     none = torch.zeros_like(progress, dtype=torch.bool)
     if config.warmup == "none":
         return torch.ones_like(progress), none
@@ -196,9 +202,9 @@ def warmup_factor(progress: Tensor, clock: Clock, config: LenaConfig) -> tuple[T
 def advance(
     state: LayerState, measured: Measurement, clock: Clock, k: float, numel: Tensor, config: LenaConfig
 ) -> LayerState:
-    """One update of the method (Algorithm 1): the state after it, from which `step_factor` is taken.
+    """The state after one update of the method (Algorithm 1). `step_factor` gives the factors from it.
 
-    A layer without a gradient keeps averages, W and S; one with a non-finite statistic keeps everything.
+    A layer without a gradient keeps averages, W and S. A layer with a statistic that is not finite keeps everything.
     """
     averages, weight = averaged(state, measured, config.smoothing)
     noise, signal = debiased(averages, weight)
@@ -230,12 +236,12 @@ def _scaling_gain(
 
 
 def step_factor(state: LayerState, config: LenaConfig) -> Tensor:
-    """(L,): what multiplies the learning rate of each layer, min(r^p, max_factor) x f; p applies to "gain" alone."""
+    """(L,): the factor of each layer's learning rate, min(r^p, max_factor) x f. p applies to scaling "gain" only."""
     gain = state.gain**config.gain_power if config.scaling == "gain" else state.gain
     return (gain if config.max_factor is None else gain.clamp(max=config.max_factor)) * state.warmup
 
 
 def rescale_noise(state: LayerState, ratio: float) -> LayerState:
-    """The state in another unit of noise: s2 x ratio, where ratio = old / new micro-batch size."""
+    """The state for another micro-batch size: s2 x ratio, with ratio = old size / new size."""
     scale = torch.tensor([[ratio], [1.0]], dtype=state.averages.dtype, device=state.averages.device)
     return replace(state, averages=state.averages * scale)

@@ -1,9 +1,9 @@
 """`variant: "authors-code"`: what the authors' published code computes, for comparison with published work.
 
-Source: https://github.com/yy-ko/lena-www22 at a4c121c. It differs from `algorithm.advance`: averages of A and B that
-start at zero and are not debiased, an absolute epsilon, the warm-up factor taken from S *before* this update is added,
-and a layer whose gain reaches n counts the whole model's gain instead of its own. With `layer: "tensor"` it is the
-authors' LENA, with `layer: "model"` their AdaScale.
+Source: https://github.com/yy-ko/lena-www22 at a4c121c. It differs from `algorithm.advance` in four ways. It averages A
+and B, from zero and without debiasing. Its epsilon is absolute. The warm-up factor comes from S *before* this update.
+A layer whose gain reaches n adds the whole model's gain to S instead of its own. With `layer: "tensor"` it is the
+authors' LENA, and with `layer: "model"` their AdaScale.
 """
 
 from __future__ import annotations
@@ -44,5 +44,5 @@ def _ratio(averages: Tensor) -> Tensor:
 
 
 def averaged_noise_and_signal(averages: Tensor, n: Tensor) -> Tensor:
-    """(2, L): noise and signal that the averages of A and B stand for, for the report."""
+    """(2, L): noise and signal from the averages of A and B, for the report."""
     return torch.stack(noise_and_signal(averages[0], averages[1], n))

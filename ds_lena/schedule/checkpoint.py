@@ -1,4 +1,4 @@
-"""LENA's own part of a checkpoint: plain numbers, O(L), by layer name."""
+"""LENA's own part of a checkpoint: O(L) plain numbers, by layer name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VECTORS = ("weight", "progress", "gain", "warmup", "capped")
 
 
 def to_dict(schedule: Schedule) -> dict[str, Any]:
-    """Everything that a schedule remembers."""
+    """All that a schedule remembers."""
     clock, state = schedule.clock, schedule.state
     vectors = {name: getattr(state, name).tolist() for name in _VECTORS}
     averages = state.averages.T.tolist()
@@ -49,7 +49,7 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
 
 
 def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
-    """Raise `StateError` for a saved state that a run with these keys cannot go on from."""
+    """Raise `StateError` if a run with these keys cannot resume from the saved state."""
     if saved.get("version") != STATE_VERSION:
         raise StateError(
             f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads version "
@@ -68,10 +68,10 @@ def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
 
 
 def load(schedule: Schedule, saved: dict[str, Any]) -> None:
-    """Go on from a saved state. Layers are matched by name; unknown ones start fresh, with a warning.
+    """Resume from a saved state. Layers are matched by name. A layer that is not in it starts fresh, with a warning.
 
     Raises:
-        StateError: see `require_loadable`; then nothing has changed.
+        StateError: see `require_loadable`. Nothing has changed then.
     """
     require_loadable(saved, schedule.config)
     device = schedule.device

@@ -1,4 +1,4 @@
-"""The clock of a run in base-batch iterations: what is done, what is planned, and when it is planned anew."""
+"""The clock of a run, in base-batch iterations: how many are done and planned, and when the rest is planned anew."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .algorithm import Clock
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is known of the run at an update, None where it is not.
+    """What is known of the run at an update. None for what is not known.
 
     `total_steps`: planned updates T. `planned_n`: micro-batches of a full update as configured now.
     `micro_batch_size`: samples in a micro-batch.
@@ -29,9 +29,10 @@ class RunPlan:
 class ClockState:
     """What the clock remembers.
 
-    `done` P, `planned` H or None before the first update, `planned_for`: the n that H was planned for; () each.
-    `updates` t. `k`: base batch in micro-batches at the last update. `plan`: of the last update.
-    `is_resumed`: no update was applied since this was loaded from a checkpoint.
+    `done` (): P. `planned` (): H, None before the first update. `planned_for` (): the n that H was planned for.
+    `updates`: t, the applied updates. `k`: the base batch in micro-batches at the last update.
+    `plan`: the run as known at the last update.
+    `is_resumed`: this was loaded from a checkpoint, and no update has been applied since.
     """
 
     done: Tensor
@@ -49,17 +50,17 @@ class ClockState:
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
-    """() float64. A fill, not a copy from the host, which would wait for the GPU."""
+    """() float64. A fill does not wait for the GPU, as a copy from the CPU would."""
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def largest_step(n: Tensor, k: float, variant: str) -> Tensor:
-    """Base-batch iterations that one update of n micro-batches is worth at most, ()."""
+    """(): the most base-batch iterations that one update of n micro-batches can be worth."""
     return n if variant == "authors-code" else algorithm.largest_gain(n, k)
 
 
 def advance(state: ClockState, n: Tensor, k: float, plan: RunPlan, variant: str) -> tuple[Clock, ClockState]:
-    """P and H at an update of n micro-batches, and the state if the update is applied."""
+    """P and H at an update of n micro-batches, and the clock's state if that update is applied."""
     largest = largest_step(n, k, variant)
     planned, planned_for = _planned(state, n, largest, k, plan, variant)
     done = state.done + largest
@@ -71,8 +72,8 @@ def _planned(
 ) -> tuple[Tensor, Tensor]:
     """H, and the n that it was planned for.
 
-    H is T x R at the start. A run that is resumed with another n, k or T is planned anew. There the configured n
-    decides, since one window can be short by chance. Where no n is configured, that of the first update decides.
+    At the start, H is T x R. A run that resumes with another n, k or T is planned anew, for the configured n: the n of
+    a single window can be short by chance. If no n is configured, the n of the first update is taken.
     """
     device = n.device
     if plan.total_steps is None:

@@ -1,8 +1,8 @@
 """What LENA remembers of a run, and how one update changes it.
 
-An update is first proposed (nothing changes), then committed if it was applied, or skipped if it was thrown away, as
-DeepSpeed does with a gradient norm that is not finite. No distributed code: equal input gives equal output on every
-rank.
+An update is first proposed, which changes nothing. It is committed if it was applied. It is skipped if it was thrown
+away, as DeepSpeed does when the gradient's norm is not finite. There is no distributed code here: equal input gives
+equal output on every rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ logger = logging.getLogger("ds_lena")
 
 @dataclass(frozen=True)
 class Proposal:
-    """One update that is not applied yet. `factor` (L + 1,): multiplies the learning rate; the last entry is 1."""
+    """One update that is not applied yet.
+
+    `factor` (L + 1,): what multiplies the learning rate of each layer. The last entry is 1, for parameters of no layer.
+    """
 
     state: LayerState
     clock: ClockState
@@ -35,11 +38,11 @@ class Proposal:
 
 
 class Schedule:
-    """The memory of one optimizer. All of it is saved in checkpoints, layer by layer under the layer's name.
+    """The memory of one optimizer. Checkpoints hold all of it, each layer under its name.
 
     `state`: by layer. `clock`: of the run. `n` (): micro-batches of the last update. `skipped`: updates thrown away.
-    `nonfinite` (): statistics of single layers that were left out because they were not finite.
-    `base_samples`: the base batch in samples, None while unknown.
+    `nonfinite` (): how often a layer was left out of an update because its statistics were not finite.
+    `base_samples`: the base batch in samples, None while it is not known.
     """
 
     def __init__(self, config: LenaConfig, table: LayerTable, device: torch.device) -> None:
@@ -60,7 +63,7 @@ class Schedule:
     # -- one update ---------------------------------------------------------------------------------------------------
 
     def propose(self, measured: Measurement, plan: RunPlan) -> Proposal:
-        """The update that these measurements ask for. Nothing is changed yet."""
+        """The update that follows from these measurements. Nothing changes yet."""
         config = self.config
         k = self.base_in_micro_batches(plan.micro_batch_size)
         now, after = clock.advance(self.clock, measured.n, k, plan, config.variant)
@@ -86,7 +89,7 @@ class Schedule:
         self.skipped += 1
 
     def base_in_micro_batches(self, micro_batch_size: int | None) -> float:
-        """k. 1 unless a base batch is given, or the micro-batch size changed since the run began."""
+        """k. It is 1 unless a base batch is given, or the micro-batch size has changed since the run began."""
         if self.config.base_batch_size is not None and micro_batch_size is None:
             raise ConfigError(
                 f'LENA: "base_batch_size": {self.config.base_batch_size} is in samples, and nobody says how many a '
@@ -97,13 +100,13 @@ class Schedule:
         return self.base_samples / micro_batch_size
 
     def noise_and_signal(self) -> Tensor:
-        """(2, L): debiased noise and signal, not floored; 0 for a layer without averages."""
+        """(2, L): debiased noise and signal. Signal may be negative. Both are 0 for a layer without averages."""
         if self.config.variant == "authors-code":
             return authors_code.averaged_noise_and_signal(self.state.averages, self.n)
         return algorithm.debiased(self.state.averages, self.state.weight)
 
     def _state_in_samples_of(self, micro_batch_size: int | None) -> LayerState:
-        """The state with its noise in the present micro-batches: noise per micro-batch falls as 1 / its size."""
+        """The state with the noise of a micro-batch of this size. Noise falls as 1 / size."""
         old = self.clock.plan.micro_batch_size
         if old is None or micro_batch_size is None or old == micro_batch_size:
             return self.state
@@ -115,7 +118,7 @@ class Schedule:
         if not by_cap or config.warmup_cap is None or total is None:
             return
         if self.updates == math.ceil(config.warmup_cap * total):
-            # The one host synchronisation of a run that stock DeepSpeed does not make.
+            # This waits for the device, once in a run.
             ended, capped = int((self.state.warmup >= 1).sum()), int(self.state.capped.sum())
             logger.info(
                 "LENA: update %d: the warm-up of %d of %d layers has ended, of %d by warmup_cap=%g",

@@ -1,1 +1,1 @@
-"""Move: the base rule on all pieces of a flat tensor, each with a learning rate of its own."""
+"""Move: the base rule on all pieces of a flat tensor, with a learning rate for each piece."""

@@ -1,4 +1,4 @@
-"""Applies an update: the base rule on every piece of every flat tensor, each with its own learning rate."""
+"""Applies an update: the base rule on every piece of every flat tensor, with a learning rate for each piece."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ State = Mapping[Tensor, dict[str, Any]]
 
 
 class Rates:
-    """The learning rates of one update: `factor` (P,), what multiplies a group's lr for each parameter."""
+    """The learning rates of one update. `factor` (P,): what multiplies the group's lr for each parameter."""
 
     def __init__(self, factor: Tensor) -> None:
         self.factor = factor
         self._known: dict[tuple[Any, torch.device], Sequence[Any]] = {}
 
     def of(self, lr: float | Tensor, device: torch.device) -> Sequence[Any]:
-        """(P,) learning rates where the pieces are: numbers on the CPU, else 0-dim float32 tensors on `device`.
+        """(P,) learning rates on the device of the pieces: numbers on the CPU, else 0-dim float32 tensors on `device`.
 
-        Kept for the update, since ZeRO-3 calls `step()` once for every sub-group. A GPU's rates never leave it.
+        They are kept for the whole update, since ZeRO-3 calls `step()` once per sub-group. Rates on a GPU stay there.
         """
         key = id(lr) if isinstance(lr, Tensor) else lr, device
         if key not in self._known:
@@ -36,9 +36,9 @@ class Rates:
 
 
 def prepare(state: dict[str, Any], parameter: Tensor, buffers: Sequence[str]) -> dict[str, Any]:
-    """The state of one tensor, with `step`, the count of its updates, and `buffers` made as zeros where not there.
+    """The state of one tensor. Makes what it does not have yet: `step`, the count of its updates, and zero `buffers`.
 
-    The buffers lie in memory as the parameter does, whatever it was when they were made or saved.
+    The buffers get the parameter's present strides, also if they were made or saved with others.
     """
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -50,14 +50,14 @@ def prepare(state: dict[str, Any], parameter: Tensor, buffers: Sequence[str]) ->
 
 
 def lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it with the parameter's strides: torch's fused kernels go through memory as it comes."""
+    """`tensor`, or a copy of it with the parameter's strides. torch's fused kernels ignore strides."""
     if tensor.dim() < 2 or tensor.stride() == parameter.stride():
         return tensor
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 class Applier:
-    """One base rule and the cuts of the tensors that it moves. Its state per tensor belongs to the optimizer."""
+    """One base rule, and the cuts of the tensors that it moves. The optimizer owns the state of each tensor."""
 
     def __init__(self, rule: Rule, cuts: Mapping[Tensor, Cut]) -> None:
         self._rule = rule
@@ -77,7 +77,7 @@ class Applier:
                 self._rule.update(pieces, rates.of(group["lr"], parameter.device), own["step"], group)
 
     def _pieces(self, tensors: Sequence[Tensor], weight_decay: float) -> list[Pieces]:
-        """What moves of one tensor: `tensors` are itself, its gradient and its buffers."""
+        """The pieces of one tensor that move. `tensors`: the tensor, its gradient and its buffers."""
         cut = self._cuts.get(tensors[0])
         if cut is None:
             raise StateError(

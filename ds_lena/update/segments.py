@@ -1,4 +1,4 @@
-"""How a flat tensor is cut for the update: what moves with one learning rate moves in one call."""
+"""How a flat tensor is cut for the update: all pieces with one learning rate move in one call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ..layouts.layout import Segment
 
 @dataclass(frozen=True)
 class Batch:
-    """Pieces of one flat tensor that move with the rate of parameter `rate`: positions in the split of the tensor."""
+    """Pieces of one flat tensor that move alike.
+
+    `rate`: the parameter whose learning rate they have. `decays`: whether they have weight decay.
+    `pieces`: their positions in `Cut.split`.
+    """
 
     rate: int
     decays: bool
@@ -21,21 +25,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cut:
-    """How one tensor is cut for the update: the sizes of all its parts, padding included, and what moves together."""
+    """How one tensor is cut: the `sizes` of all its parts, padding included, and the `batches` that move together."""
 
     sizes: tuple[int, ...]
     batches: tuple[Batch, ...]
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views of the parts of `tensor`; the tensor itself, in its own shape, where it is one part."""
+        """Views of the parts of `tensor`. If it is one part: the tensor itself, in its own shape."""
         return (tensor,) if len(self.sizes) == 1 else tensor.split(self.sizes)
 
 
 def cut_flat(numel: int, segments: Sequence[Segment], rates: Sequence[int], decays: Sequence[bool]) -> Cut:
-    """Cut a flat tensor of `numel` elements at the borders of its segments; neighbours that move alike stay whole.
+    """Cut a flat tensor of `numel` elements at the borders of its segments. Neighbours that move alike stay one part.
 
-    `rates[i]`: the parameter whose rate parameter i moves with, one for each layer say. `decays[i]`: whether it has
-    weight decay.
+    `rates[i]`: the parameter whose learning rate parameter i has, for example the first parameter of its layer.
+    `decays[i]`: whether parameter i has weight decay.
     """
     sizes: list[int] = []
     moving: dict[tuple[int, bool], list[int]] = {}

@@ -1,8 +1,8 @@
-"""Trust ratios of whole tensors whose pieces lie on many ranks: two squared norms a tensor, one more all-reduce.
+"""Trust ratios of whole tensors whose pieces lie on many ranks: two squared norms per tensor, one more all-reduce.
 
-All of them are known before the first `step()` of an update, since ZeRO calls it once for every group or sub-group: the
-norms of what the pieces will be moved by are taken in a pass of its own that changes nothing. So an update that is
-thrown away leaves no trace, and a sub-group can be moved as soon as its turn comes.
+ZeRO calls `step()` once per group or sub-group, so all ratios must be known before the first call. A pass of its own
+computes the norms of the weights and of what will move them. It changes neither weights nor moments, so an update that
+is thrown away leaves no trace.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 class TrustRatios:
-    """The trust ratios of one base rule that has them, from norms of whole tensors over the ranks of `group`.
+    """The trust ratios of one base rule, from norms of whole tensors over the ranks of `group`.
 
-    `groups_of[i]`, `decays[i]`: the parameter group of parameter i, and whether weight decay applies to it.
+    `groups_of[i]`: the parameter group of parameter i. `decays[i]`: whether parameter i has weight decay.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class TrustRatios:
         self._decay_there = torch.zeros(0)
 
     def measure(self, clip: Tensor | None, groups: Groups, state: State) -> Tensor:
-        """(P,): what multiplies the learning rate of each parameter in this update. Nothing but `state` is changed.
+        """(P,): the trust ratio of each parameter in this update. It multiplies the parameter's learning rate.
 
-        `clip` (): what the gradient will be multiplied by before `step()`, None for nothing. State that a tensor does
-        not have yet is made, as zeros.
+        `clip` (): what the gradient will be multiplied by before `step()`, None for nothing.
+        `state`: gets zeros for what a tensor does not have yet. Nothing else changes.
         """
         squares = torch.zeros(2, len(self._measured_here), dtype=torch.float64, device=self._device)
         of_weights, of_others = squares[0].unbind(), squares[1].unbind()
@@ -93,7 +93,7 @@ class TrustRatios:
             self._trust.add_square(totals[1], weight, clipped, rest, count, decay, group)
 
     def _ratios(self, weight_norm: Tensor, other_norm: Tensor, weight_decay: Tensor) -> Tensor:
-        """1 for tensors of fewer than two dimensions, and where either norm is 0."""
+        """(P,). 1 for tensors of fewer than two dimensions, and where either norm is 0."""
         has_ratio = self._has_ratio & (weight_norm > 0) & (other_norm > 0)
         safe = torch.where(has_ratio, other_norm, 1.0)
         ratio = self._trust.ratio(weight_norm, safe, weight_decay, self._coefficient)
@@ -105,7 +105,7 @@ class TrustRatios:
         return group["weight_decay"] if self._decays[index] else 0.0
 
     def _weight_decays(self, groups: Groups) -> Tensor:
-        """(P,) on the device; sent there only when a value has changed, since that waits for the device."""
+        """(P,) on the device. It is sent there only when a value has changed, since sending waits for the device."""
         values = [self._decay(groups[group], index) for index, group in enumerate(self._groups_of)]
         if values != self._decay_values:
             self._decay_values = values
@@ -114,7 +114,7 @@ class TrustRatios:
 
 
 def _cut(flat: Tensor, segment: Segment) -> Tensor:
-    """A view of the segment's elements; the tensor itself, in its own shape, where they are all of it."""
+    """A view of the segment's elements. If they are all elements: the tensor itself, in its own shape."""
     whole = segment.length == flat.numel()
     return flat if whole else flat.narrow(0, segment.start, segment.length)
 

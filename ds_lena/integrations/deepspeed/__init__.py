@@ -1,4 +1,4 @@
-"""LENA under a DeepSpeed engine: what is supported, how LENA is attached, and where DeepSpeed keeps things."""
+"""LENA under a DeepSpeed engine: what is supported, how LENA is attached, and where DeepSpeed keeps its tensors."""
 
 from .monitor import write_layers
 

@@ -1,4 +1,4 @@
-"""Gives LENA to a DeepSpeed engine: refuse what is not supported, read the layout, and run around the engine's step."""
+"""Attaches LENA to a DeepSpeed engine: refuse what is not supported, read the layout, run around the engine's step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ logger = logging.getLogger("ds_lena")
 
 
 def install(engine_module: ModuleType) -> None:
-    """Called once, when `deepspeed.runtime.engine` is imported: `"type": "LENA"` and client LENAs find their engine."""
+    """Attach every LENA that an engine gets, from the JSON or from the client.
+
+    Called once, when `deepspeed.runtime.engine` is imported.
+    """
     seam.wrap_configure_optimizer(engine_module, _configure)
 
 
 def _configure(
     engine: Any, original: Callable[..., None], client_optimizer: Any, model_parameters: list[Tensor]
 ) -> None:
-    """DeepSpeed makes (or takes) the optimizer and wraps it. If it is LENA we check before and attach after."""
+    """Have DeepSpeed make or take the optimizer, and wrap it. For a LENA, check before that and attach after it."""
     named_in_json = client_optimizer is None and engine.optimizer_name() == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(EngineView(engine).facts)
@@ -68,12 +71,12 @@ def attach(engine: Any, lena: LENA) -> None:
     """Bind a LENA to the engine that holds it, and have it run around the engine's model step.
 
     Raises:
-        UnsupportedError: something that is on is not supported, or another engine trains one of the parameters.
-        ConfigError: the length of the run is not known, or the entry contradicts DeepSpeed's.
-        StateError: DeepSpeed's layout is not what this version of ds_lena understands.
+        UnsupportedError: a feature in use is not supported, or another engine trains one of the parameters.
+        ConfigError: the length of the run is not known, or the entry contradicts DeepSpeed's own entries.
+        StateError: this version of ds_lena does not know DeepSpeed's layout.
     """
     view, controller = EngineView(engine), controller_of(lena)
-    refuse_unsupported(view.facts)  # a callable may have made a LENA that nobody knew of before
+    refuse_unsupported(view.facts)  # checked again: a callable that makes a LENA has not been checked before
     _check_micro_batch_size(view, controller)
     binding = _binding(view, controller)
     _check_layout(view, binding, controller.parameters)
@@ -105,7 +108,7 @@ def attach(engine: Any, lena: LENA) -> None:
 
 
 def _binding(view: EngineView, controller: Controller) -> Binding:
-    """What the engine says of parameters, ranks and run."""
+    """What the engine knows of the parameters, the ranks and the run."""
     parameters = controller.parameters
     layout = layout_of(view, {id(parameter): i for i, parameter in enumerate(parameters)})
     if layout is None:
@@ -134,7 +137,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
 
 
 def _names(model: torch.nn.Module, controller: Controller) -> tuple[list[str], list[int]]:
-    """Names of the parameters in the model, and their numbers in the model's order (unknown ones last)."""
+    """The parameters' names in the model, and their numbers in the model's order. Unknown parameters come last."""
     index = {id(parameter): i for i, parameter in enumerate(controller.parameters)}
     names = list(controller.names)
     order = []
@@ -159,7 +162,7 @@ def _check_micro_batch_size(view: EngineView, controller: Controller) -> None:
 
 
 def _check_layout(view: EngineView, binding: Binding, parameters: Sequence[Tensor]) -> None:
-    """Compare every piece of the fp32 weights with the model's own values, before the first update moves them."""
+    """Compare every piece of the weights that `step()` moves with the model's own values, before the first update."""
     layout = binding.layout
     for flat, segments in layout.segments():
         for segment in segments:
@@ -174,8 +177,8 @@ def _check_layout(view: EngineView, binding: Binding, parameters: Sequence[Tenso
 
 
 def _require_known_norm(view: EngineView, controller: Controller) -> None:
-    """Trust ratios need the norm that DeepSpeed clips by; in fp32 at ZeRO 0 that is over all that the model trains."""
-    is_wrapped = view.wrapper is not view.optimizer  # the wrappers clip by the norm of what is in the optimizer
+    """Trust ratios need the norm that DeepSpeed clips by. In fp32 at ZeRO 0 it covers all that the model trains."""
+    is_wrapped = view.wrapper is not view.optimizer  # a wrapper clips by the norm of what the optimizer holds
     if not controller.has_trust_ratios or is_wrapped or not view.facts.clips:
         return
     known = {id(parameter) for parameter in controller.parameters}

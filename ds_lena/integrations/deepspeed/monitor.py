@@ -1,4 +1,4 @@
-"""What DeepSpeed's `tensorboard`, `wandb`, `csv_monitor` and `comet` entries are given."""
+"""What DeepSpeed's monitors get: `tensorboard`, `wandb`, `csv_monitor` and `comet` in the JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def write_model(engine: Any, controller: Controller) -> None:
 def write_layers(engine: Any) -> None:
     """Write gain, noise scale and warm-up of every layer to the engine's monitors, now. Every rank may call it.
 
-    Those of the model are written after every update anyway, and not again by this.
+    It does not write those of the model, which are written after every update.
     """
     write_events(engine, lambda: layer_events(report(engine)))

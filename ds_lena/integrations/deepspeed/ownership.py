@@ -1,4 +1,4 @@
-"""Two engines cannot train one parameter: who trains which."""
+"""Which engine trains which parameter. Two engines cannot train the same one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...errors import UnsupportedError
 from ...layers import named_parameters
 
 _owner: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Parameter -> weak reference to the engine whose LENA trains it."""
+"""Parameter -> a weak reference to the engine whose LENA trains it."""
 
 
 def require_free(engine: Any, model: nn.Module, given: Iterable[Any]) -> None:
-    """Raise `UnsupportedError` where another engine trains one of the given parameters (or groups of them).
+    """Raise `UnsupportedError` if another engine trains one of the given parameters or groups of parameters.
 
-    To be called before DeepSpeed wraps them, since it would move them from under the other engine.
+    Call it before DeepSpeed wraps the parameters: wrapping gives them new memory, and the other engine keeps the old.
     """
     names = {id(parameter): name for name, parameter in named_parameters(model)}
     for entry in given:
@@ -34,12 +34,12 @@ def require_free(engine: Any, model: nn.Module, given: Iterable[Any]) -> None:
 
 
 def take(engine: Any, parameters: Iterable[Tensor]) -> None:
-    """The engine trains these from now on."""
+    """Note that the engine trains these parameters from now on."""
     _owner.update({parameter: weakref.ref(engine) for parameter in parameters})
 
 
 def release(engine: Any, parameters: Iterable[Tensor]) -> None:
-    """The engine trains them no more."""
+    """Note that the engine no longer trains these parameters."""
     for parameter in parameters:
         owner = _owner.get(parameter)
         if owner is not None and owner() is engine:

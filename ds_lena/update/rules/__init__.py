@@ -1,4 +1,4 @@
-"""Update rules: how a layer moves once its learning rate is known. One file per rule, one line in `config.BASES`."""
+"""Base rules: how a piece moves once its learning rate is known. Each rule has a file, and a line in `config.BASES`."""
 
 from __future__ import annotations
 

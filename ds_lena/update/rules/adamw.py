@@ -25,11 +25,11 @@ def move(
     weight_decay: float,
     group: Group,
 ) -> None:
-    """See `common.Rule.move`. w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w), with the bias-corrected moments."""
+    """See `common.Rule`. w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w), with bias-corrected moments m^ and v^."""
     exp_avgs, exp_avg_sqs = buffers
     beta1, beta2 = group["betas"]
     if has_fused_kernel(parameters[0]):
-        # The kernel itself: torch.optim's function around it takes six times as long for a small tensor.
+        # This is the kernel itself. torch.optim's function around it takes six times as long for a small tensor.
         torch._fused_adamw_(
             parameters,
             gradients,
@@ -52,7 +52,7 @@ def move(
         exp_avgs,
         exp_avg_sqs,
         [],
-        [step - 1 for _ in parameters],  # torch advances each of them by one
+        [step - 1 for _ in parameters],  # torch adds one to each
         foreach=False,
         fused=False,
         amsgrad=False,

@@ -1,4 +1,4 @@
-"""What every update rule provides."""
+"""What every base rule provides."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# Elements that are computed at a time where temporaries are needed: on the CPU few enough to stay in its caches.
+# Elements per block, where a rule needs temporaries. On the CPU a block stays in the caches.
 _BLOCK = {"cpu": 1 << 16}
 _BLOCK_ELSEWHERE = 1 << 22
 
 Group = Mapping[str, Any]
-"""What a parameter group says, with the optimizer's defaults for what it does not."""
+"""A parameter group, with the optimizer's defaults for what the user did not set."""
 
 
 def has_fused_kernel(parameter: Tensor) -> bool:
-    """Whether torch has fused optimizer kernels for this tensor's device; torch.optim's plain code runs elsewhere."""
+    """Whether torch has fused optimizer kernels for this tensor's device. Elsewhere torch.optim's plain code runs."""
     return parameter.is_cpu or parameter.is_cuda or parameter.is_xpu or parameter.is_mps
 
 
 def blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Tensors of one shape, block by block (views); in one where they cannot be viewed as flat."""
+    """Tensors of one shape, block by block, as views. If one of them is not contiguous: the tensors as one block."""
     if not all(tensor.is_contiguous() for tensor in tensors):
         yield tensors
         return
@@ -32,14 +32,14 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 
 @dataclass(frozen=True)
 class Trust:
-    """How a rule makes the trust ratio of a tensor, from the norm of its weights and from one more.
+    """How a rule makes the trust ratio of a tensor, from the norm of its weights and the norm of a second vector.
 
-    `add_square(total, weight, gradient, buffers, step, weight_decay, group)`: adds to `total`, a 0-dim float64 tensor
-    (modified in place), the squared norm of the other vector for one piece; nothing else is changed. The piece is in
-    float32 or wider, the gradient as it will be given to `move`; `step` as for `move`.
-    `ratio(weight_norm, other_norm, weight_decay, coefficient)`: (T,) from (T,) tensors and a number; called for
-    norms > 0 only.
-    `coefficient`: of the trust ratio, where the user gives none.
+    `add_square(total, weight, gradient, buffers, step, weight_decay, group)`: adds the squared norm of one piece of the
+    second vector to `total`, a 0-dim float64 tensor (modified in place). Nothing else changes. The piece is in float32
+    or wider. `gradient` and `step` are those that `move` will get.
+    `ratio(weight_norm, other_norm, weight_decay, coefficient)`: (T,) from (T,) tensors and a number. It gets norms > 0
+    only.
+    `coefficient`: the trust coefficient, if the user gives none.
     """
 
     add_square: Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Tensor, float, Group], None]
@@ -50,8 +50,8 @@ class Trust:
 class Pieces(NamedTuple):
     """Pieces of one flat tensor that move alike, with one learning rate.
 
-    `parameters`, `gradients`: pieces in one order; `buffers`: the same of each state tensor of the rule.
-    `rate`: index of their learning rate. `weight_decay`: a number.
+    `parameters`, `gradients`: the pieces, in the same order. `buffers`: for each state tensor of the rule, its pieces.
+    `rate`: the index of their learning rate.
     """
 
     parameters: list[Tensor]
@@ -65,11 +65,11 @@ class Pieces(NamedTuple):
 class Rule:
     """A base update rule.
 
-    `buffers(group)`: names of its state tensors, each shaped like the parameter and zero at the start.
-    `move(parameters, gradients, buffers, step, lr, weight_decay, group)`: moves `parameters` (modified in place, with
-    `buffers`, one list per name in the order of `buffers(group)`). `step` is a 0-dim float32 tensor, the count of
-    updates with this one (not modified); `lr` a number or 0-dim tensor that already holds the layer's factor and the
-    trust ratio, if any; `weight_decay` a number.
+    `buffers(group)`: names of its state tensors. Each has the parameter's shape, and starts as zeros.
+    `move(parameters, gradients, buffers, step, lr, weight_decay, group)`: moves `parameters` and `buffers` (modified in
+    place). `buffers` has one list per name, in the order of `buffers(group)`. `step` is a 0-dim float32 tensor, the
+    count of updates including this one (not modified). `lr` is a number or a 0-dim tensor, which contains the layer's
+    factor and the trust ratio.
     `trust`: set for a rule with trust ratios.
     """
 

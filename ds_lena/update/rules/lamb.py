@@ -1,7 +1,7 @@
 """LAMB (You et al., https://arxiv.org/abs/1904.00962, Algorithm 2), bias-corrected.
 
 u = m^ / (sqrt(v^) + eps) + weight_decay w, w -= lr ratio u, ratio = coefficient ||w|| / ||u||.
-With its ratio inside of lr this is AdamW's update.
+With the ratio inside lr, this is AdamW's update.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def _add_square_of_update(
     beta1, beta2 = group["betas"]
     count = step.double()  # in float32, 1 - beta2 has four digits
     root_correction = (1 - beta2**count).sqrt()
-    scale = root_correction / (1 - beta1**count)  # u is scale times what follows: two passes over the piece less
+    # u is `scale` times `direction`. Scaling the norm instead of both moments saves two passes over the piece.
+    scale = root_correction / (1 - beta1**count)
     root = (exp_avg_sq * beta2).addcmul_(gradient, gradient, value=1 - beta2).sqrt_()
     direction = torch.lerp(exp_avg, gradient, 1 - beta1).div_(root.add_(group["eps"] * root_correction))
     if weight_decay:

@@ -1,7 +1,7 @@
 """LARS (You, Gitman, Ginsburg, https://arxiv.org/abs/1708.03888, Algorithm 1).
 
 v = momentum v + lr ratio (g + weight_decay w), w -= v, ratio = coefficient ||w|| / (||g|| + weight_decay ||w||).
-The learning rate, with the layer's factor in it, is inside of the momentum.
+The learning rate, which contains the layer's factor, is inside the momentum.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _move(
 
 
 def _move_block(block: Sequence[Tensor], lr: float | Tensor, weight_decay: float, momentum: float) -> None:
-    """Move one block: weights, gradient and, with momentum, velocity (modified in place). Computed in float32."""
+    """Move one block: weights, gradient and, with momentum, velocity (modified in place). It computes in float32 or
+    wider.
+    """
     wide = torch.promote_types(block[0].dtype, torch.float32)
     weight, gradient, *rest = (tensor.to(wide) for tensor in block)
     velocity = rest[0].mul_(momentum) if rest else torch.zeros_like(weight)

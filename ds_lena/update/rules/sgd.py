@@ -1,7 +1,7 @@
 """SGD with momentum, as torch.optim.SGD: d = g + weight_decay w, v = momentum v + d, w -= lr v.
 
 With nesterov, w -= lr (d + momentum v).
-The learning rate, with the layer's factor in it, stays outside of the momentum.
+The learning rate, which contains the layer's factor, is outside the momentum.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _move(
             dampening=0.0,
             nesterov=group["nesterov"],
             maximize=False,
-            is_first_step=False,  # the momentum begins as zeros, which gives the same
+            is_first_step=False,  # the momentum starts as zeros, which gives the same result
         )
         return
     sgd(
@@ -60,7 +60,7 @@ def _move(
 
 
 def _kernel_is_wrong(parameter: Tensor) -> bool:
-    """torch's fused SGD on the CPU gives wrong results for bfloat16 (seen with 2.13.0; `test_rules.py` watches it)."""
+    """torch's fused SGD on the CPU gives wrong results for bfloat16 (seen with 2.13.0; `test_rules.py` tests it)."""
     return parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
 
 

@@ -1,7 +1,7 @@
-"""The only folder that spells private DeepSpeed names or patches DeepSpeed. One file for the engine, one per wrapper.
+"""The only folder that uses private names of DeepSpeed, or patches it. Each optimizer wrapper has a file.
 
-`tests/integrations/test_deepspeed_private.py` pins every name used here.
+`tests/integrations/test_deepspeed_private.py` tests every name used here.
 """
 
 SEEN_WITH = "0.19.8"
-"""The DeepSpeed version with which every name in this folder was checked."""
+"""The DeepSpeed version that this folder was tested with."""

@@ -1,4 +1,4 @@
-"""`BF16_Optimizer` (ZeRO 1, bf16, fp32 accumulation): as ZeRO 1, with gradients in a flat buffer of their own."""
+"""`BF16_Optimizer` (ZeRO 1, bf16, fp32 accumulation): as ZeRO 1, but gradients have a flat buffer of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .flat import consecutive, segments_in
 
 
 class Bf16Layout(Layout):
-    """One flat fp32 partition a group."""
+    """One flat fp32 partition per group."""
 
     def __init__(self, wrapper: Any, index: Mapping[int, int]) -> None:
         self._wrapper = wrapper

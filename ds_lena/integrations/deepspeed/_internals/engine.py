@@ -1,4 +1,4 @@
-"""One engine as LENA sees it: its facts, its groups of ranks, its clock, and where its step can be joined."""
+"""One engine as LENA sees it: its facts, its group of ranks, its counts, and the calls that LENA adds to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .facts import EngineFacts, read_facts
 
 
 class EngineView:
-    """All that LENA reads of an engine, and all that it hangs on it.
+    """All that LENA reads of an engine, and all calls that it adds to it.
 
     `facts`: how the engine is configured, read once. What a user can change between updates is a method.
     """
@@ -33,12 +33,12 @@ class EngineView:
 
     @property
     def wrapper(self) -> Any:
-        """The optimizer as ZeRO or a precision wrapper holds it; the optimizer itself where there is none."""
+        """The wrapper that ZeRO or a precision puts around the optimizer. Without one, the optimizer itself."""
         return self._engine.optimizer
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer inside of its wrapper."""
+        """The optimizer inside its wrapper."""
         return self._engine.basic_optimizer
 
     @property
@@ -54,7 +54,7 @@ class EngineView:
     # -- what can change ----------------------------------------------------------------------------------------------
 
     def micro_batch_size(self) -> int:
-        """Samples in one micro-batch on one GPU."""
+        """Samples in one micro-batch of one rank."""
         return self._engine.train_micro_batch_size_per_gpu()
 
     def accumulation_steps(self) -> int:
@@ -62,7 +62,7 @@ class EngineView:
         return self._engine.gradient_accumulation_steps()
 
     def scheduler_total_steps(self) -> int | None:
-        """`total_num_steps` of DeepSpeed's scheduler, whether made from the JSON or given to `initialize`."""
+        """`total_num_steps` of the engine's scheduler, from the JSON or given to `initialize`."""
         value = getattr(self._engine.lr_scheduler, "total_num_steps", None)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -71,16 +71,16 @@ class EngineView:
         return bool(self._engine.gradient_clipping())
 
     def clip_coefficient(self, norm: Tensor) -> Tensor | None:
-        """What every wrapper multiplies a gradient of this norm () by before `step()`; None where clipping is off."""
+        """What DeepSpeed multiplies a gradient of this norm () by before `step()`. None if clipping is off."""
         largest = self._engine.gradient_clipping()
         return 1 / ((norm + 1e-6) / largest).clamp(min=1) if largest else None
 
-    # -- where it can be joined ---------------------------------------------------------------------------------------
+    # -- calls that are added -----------------------------------------------------------------------------------------
 
     def around_model_step(self, before: Callable[[], object], after: Callable[[bool], None]) -> None:
-        """Call `before()` between reduction and clipping of an update, `after(applied)` when the update is through.
+        """Call `before()` between the reduction and the clipping of an update, and `after(applied)` after the update.
 
-        The engine's `step` runs them at every gradient accumulation boundary, skipped updates included.
+        The engine's `step` runs both at every gradient accumulation boundary, also for an update that it skips.
         """
         engine, original = self._engine, self._engine._take_model_step
 
@@ -97,7 +97,7 @@ class EngineView:
         engine._take_model_step = take_model_step
 
     def after_scheduler(self, action: Callable[[], None]) -> None:
-        """Call `action()` right after the engine has made its learning-rate scheduler, still in `initialize`."""
+        """Call `action()` right after the engine has made its learning-rate scheduler, inside `initialize`."""
         original = self._engine._configure_lr_scheduler
 
         def configure(*args: Any, **kwargs: Any) -> None:
@@ -107,7 +107,7 @@ class EngineView:
         self._engine._configure_lr_scheduler = configure
 
     def before_destroy(self, action: Callable[[], None]) -> None:
-        """Call `action()` when the engine is destroyed."""
+        """Call `action()` before the engine is destroyed."""
         original = self._engine.destroy
 
         def destroy(*args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ class EngineView:
 
 
 def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None:
-    """Give `values()` to the engine's monitors, as DeepSpeed writes its own. Only rank 0 writes, and asks for them."""
+    """Write `values()` to the engine's monitors, as DeepSpeed does. Only rank 0 calls `values`, and writes."""
     if engine.monitor.enabled and engine.global_rank == 0:
         engine.monitor.write_events(
             [(f"Train/{name}", value, engine.global_samples) for name, value in values().items()]
@@ -126,5 +126,5 @@ def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None
 
 
 def logical_shapes(parameters: Iterable[Tensor]) -> list[torch.Size]:
-    """Shapes of the whole parameters, also where ZeRO-3 has partitioned them."""
+    """Shapes of the whole parameters, also if ZeRO-3 has partitioned them."""
     return [torch.Size(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters]

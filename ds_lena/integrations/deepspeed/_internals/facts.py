@@ -1,4 +1,4 @@
-"""What an engine says of itself before it makes its optimizer, read once into one object."""
+"""The facts of an engine, read once into one object, before the engine makes its optimizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """How an engine is configured, as far as it decides whether LENA is exact under it.
+    """How an engine is configured, as far as this decides whether LENA is exact under it.
 
-    `ranks`: data-parallel. `fp32_accumulation`: bf16 with gradients added up in fp32. `predivide`: what the gradient
-    is divided by before its reduction, instead of after it; `prescales`: all of the division is before.
+    `ranks`: the number of data-parallel ranks. `fp32_accumulation`: gradients are added up in fp32.
+    `predivide`: the part of the division that comes before the reduction of the gradient, 1 if none does.
+    `prescales`: all of the division comes before the reduction.
     """
 
     stage: int
@@ -48,7 +49,7 @@ class EngineFacts:
 
 
 def read_facts(engine: Any) -> EngineFacts:
-    """Read an engine that has its configuration and model, and no optimizer yet."""
+    """Read an engine that has its configuration and model. It needs no optimizer yet."""
     from deepspeed.utils import groups
 
     zero = engine._config.zero_config

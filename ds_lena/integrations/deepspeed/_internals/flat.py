@@ -1,4 +1,4 @@
-"""Parameters that lie one behind the other in a flat tensor of which this rank has a part."""
+"""Parameters that lie one after the other in a flat tensor. This rank has a part of the flat tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ....layouts.layout import Segment
 
 
 def consecutive(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Parameters and their offsets in the flat tensor."""
+    """Each parameter with its offset in the flat tensor."""
     offset = 0
     for parameter in parameters:
         yield parameter, offset
@@ -20,9 +20,9 @@ def consecutive(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
 def segments_in(
     laid_out: Iterable[tuple[Tensor, int]], start: int, size: int, index: Mapping[int, int]
 ) -> list[Segment]:
-    """Segments of the part [start, start + size) of a flat tensor in which parameters lie at the given offsets.
+    """The segments of the part [start, start + size) of a flat tensor.
 
-    `index`: id(parameter) to its number.
+    `laid_out`: each parameter with its offset in the flat tensor. `index`: id(parameter) to its number.
     """
     segments = []
     for parameter, offset in laid_out:

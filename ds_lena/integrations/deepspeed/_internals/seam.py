@@ -1,4 +1,4 @@
-"""Where DeepSpeed's engine makes its optimizer: the one place at which DeepSpeed itself is patched."""
+"""The only patch of DeepSpeed's classes: where the engine makes its optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def wrap_configure_optimizer(engine_module: ModuleType, wrapper: Callable[..., None]) -> None:
-    """Have `wrapper(engine, original, client_optimizer, model_parameters)` run where an engine makes its optimizer."""
+    """Run `wrapper(engine, original, client_optimizer, model_parameters)` where an engine makes its optimizer."""
     engine_class = engine_module.DeepSpeedEngine
     original = engine_class._configure_optimizer
 

@@ -1,4 +1,4 @@
-"""From an engine's optimizer wrapper to its layout: the only place that knows which wrappers there are."""
+"""From an engine's optimizer wrapper to its layout. Only this file knows which wrappers there are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BY_WRAPPER: dict[str, Callable[[Any, Mapping[int, int]], Layout]] = {
 
 
 def layout_of(view: EngineView, index: Mapping[int, int]) -> Layout | None:
-    """The layout of an engine's optimizer wrapper, None for a wrapper that is not known.
+    """The layout of an engine's optimizer wrapper. None for an unknown wrapper.
 
     `index`: id(parameter) to its number.
     """

@@ -10,9 +10,9 @@ from ....layouts.layout import GradientPieces, Layout, Segment
 
 
 class Zero0Layout(Layout):
-    """In bf16 `FP16_UnfusedOptimizer` gives `step()` an fp32 copy of each parameter, else it gets the parameter.
+    """`step()` gets the parameters themselves, or in bf16 the fp32 copies that `FP16_UnfusedOptimizer` keeps.
 
-    `masters`: each parameter with what is moved for it.
+    `masters`: each parameter, with the tensor that `step()` moves for it.
     """
 
     def __init__(self, masters: list[tuple[Tensor, Tensor]], index: Mapping[int, int], rank: int, ranks: int) -> None:

@@ -1,4 +1,7 @@
-"""ZeRO 1 and 2: one flat fp32 partition a group, in the optimizer's own order (`_hp_mapping` can be wrong)."""
+"""ZeRO 1 and 2: one flat fp32 partition per group.
+
+The parameters have the optimizer's own order. DeepSpeed's `_hp_mapping` can be wrong about it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from .flat import segments_in
 
 
 class Zero12Layout(Layout):
-    """`DeepSpeedZeroOptimizer`: averaged gradients come as a list of pieces a group, padding among them."""
+    """`DeepSpeedZeroOptimizer`: each group has a list of averaged pieces of gradients, which contains padding."""
 
     def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
         self._zero = zero

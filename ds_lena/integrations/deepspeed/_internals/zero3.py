@@ -1,4 +1,4 @@
-"""ZeRO 3: each parameter is cut into equal parts, one a rank; sub-groups of parts lie in flat fp32 tensors."""
+"""ZeRO 3: each parameter is cut into equal parts, one per rank. Sub-groups of parts lie in flat fp32 tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ....layouts.layout import GradientPieces, Layout, Segment
 
 
 class Zero3Layout(Layout):
-    """`DeepSpeedZeroOptimizer_Stage3`: averaged gradients come as one part a parameter, in a buffer that lives on."""
+    """`DeepSpeedZeroOptimizer_Stage3`: each parameter has one part of averaged gradient, in a buffer that stays."""
 
     def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
         self._zero = zero
@@ -47,10 +47,10 @@ class Zero3Layout(Layout):
         return part.data.reshape(-1).narrow(0, 0, segment.length)
 
     def clear_stale(self, parameters: Iterable[int]) -> None:
-        """Zero the gradient buffers of parameters.
+        """Zero the gradient buffers of parameters, which DeepSpeed never does.
 
-        DeepSpeed never does: a parameter that a window does not use would be stepped with the gradient of the window
-        before, and one first used in a later micro-step would add to it.
+        Otherwise a parameter that a window does not use would move by the gradient of the window before. A parameter
+        first used in a later micro-batch would add to that gradient.
         """
         for parameter in parameters:
             self._buffers[parameter].zero_()
