@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ds_lena.config import KEYS
 from ds_lena.integrations.deepspeed.support import FEATURES, PRECISIONS, REFUSED, SUPPORTED, Feature
+from ds_lena.keys import KEYS
 
 DOCS = Path(__file__).parent
 STAGES = (0, 1, 2, 3)

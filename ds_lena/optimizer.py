@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .binding import Watched
-from .config import LenaConfig, check_group, group_keys
+from .config import LenaConfig, check_group
 from .controller import Controller
 from .errors import StateError, UnsupportedError
 from .grad_stats.reduce import Group
+from .keys import group_keys
 from .layers import canonical_names
 from .parameters import read_names, require_supported
 from .schedule import carrier, checkpoint

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import ds_lena
-from ds_lena.config import BASES
+from ds_lena.keys import BASES
 
 PACKAGE = Path(ds_lena.__file__).parent
 
 FLOORS = (
-    {"errors", "version", "grad_stats", "schedule", "layouts", "update"},
+    {"errors", "version", "keys", "grad_stats", "schedule", "layouts", "update"},
     {"config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
      "layouts.layout", "update.rules.common", "cost.machines"},
     {"parameters", "grad_stats.hooks", "schedule.algorithm", "layouts.plain", "update.segments",
@@ -47,6 +47,8 @@ INTERNALS = "integrations.deepspeed._internals"
 RULE = {"update.rules.common", "update.rules", "grad_stats.norms"}
 MAY_IMPORT = {
     "errors": set(),
+    "keys": set(),
+    "config": {"errors", "keys"},
     "layers": set(),
     # measure: tensors and placements, no wrapper and no engine
     "grad_stats.norms": {"errors"},
@@ -73,7 +75,7 @@ MAY_IMPORT = {
     # move: pieces and rates
     "update.segments": {"layouts.layout"},
     "update.apply": {"errors", "update.rules", "update.rules.common", "update.segments"},
-    "update.rules": {"config", "update.rules.common"},
+    "update.rules": {"keys", "update.rules.common"},
     "update.rules.common": set(),
     "update.rules.adamw": {"update.rules.common"},
     "update.rules.sgd": {"update.rules.common"},

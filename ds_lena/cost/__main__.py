@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
-from ..config import BASES
 from ..errors import ConfigError
+from ..keys import BASES
 from .job import PRECISIONS, STAGES, Job
 from .machines import CONSTANTS, MACHINES, WHOLE_CONSTANTS
 from .model import estimate

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..config import BASES
 from ..errors import ConfigError
+from ..keys import BASES
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = {"fp32": 4, "bf16": 2}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config import KEYS
+from ..keys import KEYS
 from ..update.rules import RULES
 from .job import Job
 from .machines import Machine

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ds_lena import LENA, ConfigError
-from ds_lena.config import KEYS, LenaConfig, bases_of, check_group
+from ds_lena.config import LenaConfig, check_group
+from ds_lena.keys import KEYS, bases_of
 from tests.unit.support import config, weights
 
 NAN, INF = math.nan, math.inf

@@ -18,7 +18,6 @@ from torch import nn
 import ds_lena.grad_stats.statistics
 from benchmarks.memory_worker import live_bytes
 from ds_lena import LENA, ConfigError
-from ds_lena.config import BASES
 from ds_lena.cost import MACHINES, Job, Machine, estimate
 from ds_lena.cost.__main__ import main
 from ds_lena.cost.job import blocks_of, tensors_of
@@ -26,6 +25,7 @@ from ds_lena.cost.machines import CONSTANTS
 from ds_lena.cost.model import DEVICE_BYTES_PER_LAYER, all_reduce_seconds, collective_bytes
 from ds_lena.cost.report import seconds, size
 from ds_lena.grad_stats.statistics import sum_over
+from ds_lena.keys import BASES
 
 ROUND = Machine(
     hook_s=1.0, norm_s=2.0, call_s=3.0, update_s=5.0, layer_s=0.5, memory_bandwidth=100.0, flops=1000.0,

@@ -9,7 +9,7 @@ from torch import nn
 
 import ds_lena
 from ds_lena import LENA, ConfigError, StateError
-from ds_lena.config import BASES
+from ds_lena.keys import BASES
 from ds_lena.optimizer import controller_of
 from tests.unit.support import backward, random_gradients, train_window, vector, weights
 

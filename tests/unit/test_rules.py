@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_lena import LENA
-from ds_lena.config import BASES
+from ds_lena.keys import BASES
 from ds_lena.update.rules import RULES
 from tests.helpers import published
 

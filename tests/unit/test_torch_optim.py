@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import ds_lena
 from ds_lena import LENA, ConfigError, StateError, UnsupportedError
-from ds_lena.config import BASES
+from ds_lena.keys import BASES
 
 CONSTANT = {"scaling": "none", "warmup": "none"}
 

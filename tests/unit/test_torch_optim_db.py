@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 from ds_lena import LENA, ConfigError
-from ds_lena.config import KEYS
+from ds_lena.keys import KEYS
 
 RULES = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 INFO = {base: next(info for info in optim_db if info.optim_cls is rule) for base, rule in RULES.items()}

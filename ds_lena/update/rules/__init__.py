@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ...config import BASES
+from ...keys import BASES
 from .common import Rule, Trust
 
 RULES: dict[str, Rule] = {name: import_module(f".{name}", __name__).RULE for name in BASES}
