@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import ds_lena
-from benchmarks.memory_worker import live_bytes
+from benchmarks.footprint import live_bytes
 from ds_lena import LENA, ConfigError
 from ds_lena.config import BASES
 from ds_lena.cost import (
