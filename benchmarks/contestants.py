@@ -99,9 +99,6 @@ MAKERS: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {
     **{LENA[base]: partial(ds_lena.LENA, base=base, total_steps=1_000_000, **keys) for base, keys in KEYS.items()},
 }
 
-
-# -- models -----------------------------------------------------------------------------------------------------------
-
 POSITIONS = 1024
 SIZES = {  # layers, width, heads, vocabulary of a GPT-2
     "tiny": (2, 128, 2, 1024),  # 0.7 M parameters in 28 tensors

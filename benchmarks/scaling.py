@@ -98,7 +98,7 @@ def fitted(machine: Machine, times: dict[int, dict[int, float]]) -> Machine:
     base, two, four = (statistics.median(t for n, t in times[ranks].items() if n < large) for ranks in (1, 2, 4))
     hop = max(0.0, two - base) / 2
     crowding, waits = machine.crowding(4), max(0.0, (four - base) / 6 - hop)  # at four ranks, 2 x 3 hops
-    bandwidth = _buffer(large) / max(times[2][large] - two, 1e-9)
+    bandwidth = 16 * (1 + large) / max(times[2][large] - two, 1e-9)
     turn = waits / (crowding - 1) if crowding > 1 else 0.0
     network = {"hop_inside_s": hop, "hop_between_s": hop, "bandwidth_inside": bandwidth, "bandwidth_between": bandwidth}
     return replace(machine, collective_s=base, turn_s=turn, **network)
@@ -110,28 +110,19 @@ def as_tables(machine: Machine, times: Any, updates: Any, args: argparse.Namespa
     reduces, parts = [], []
     for ranks in args.ranks:
         for layers, taken in times[ranks].items() if ranks > 1 else ():
-            predicted = all_reduce_seconds(_buffer(layers), ranks, machine)
+            predicted = all_reduce_seconds(16 * (1 + layers), ranks, machine)
             reduces.append([str(ranks), f"{layers:,}", *_cells(predicted, taken)])
         cost = estimate(Job(ranks=ranks, stage=int(args.stage), **shape), machine)
         for phase, names in PARTS.items():
             added = against(updates[ranks][contestants.LENA["adamw"]][phase], updates[ranks][contestants.ADAMW][phase])
             parts.append([str(ranks), phase, *_cells(sum(cost.parts[name].seconds for name in names), added["added"])])
-    constants = [[name, f"{value:.3g}"] for name, value in asdict(machine).items() if isinstance(value, float)]
     head = ["predicted, ms", "measured, ms", "predicted / measured"]
-    found = (
-        (["constant", "value"], constants),
-        (["ranks", "layers", *head], reduces),
-        (["ranks", "added to", *head], parts),
-    )
-    return "\n\n".join(table(head, rows) for head, rows in found)
+    reduced, added = table(["ranks", "layers", *head], reduces), table(["ranks", "added to", *head], parts)
+    return f"{machine}\n\n{reduced}\n\n{added}"
 
 
 def _cells(predicted: float, measured: float) -> list[str]:
     return [f"{1000 * predicted:.3f}", f"{1000 * measured:.3f}", f"{predicted / measured:.2f}" if measured > 0 else "–"]
-
-
-def _buffer(layers: int) -> int:
-    return 8 * (2 + 2 * layers)
 
 
 if __name__ == "__main__":
