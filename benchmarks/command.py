@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
-import math
 import os
+import platform
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.machine import describe
-from benchmarks.tables import heading
-from benchmarks.timing import CLOCKS, Stopwatch
-
-NOT_SETTINGS = {"out", "local_rank", "quick"}
-Found = dict[str, Any]
-"""What a benchmark returns: "cases", a list, and "left_out", names and reasons."""
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "deepspeed", "transformers", "timm", "ds_lena")
+NOT_SETTINGS = {"out", "local_rank", "quick", "profile"}
 
 
 def parser(description: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
@@ -32,15 +27,13 @@ def parser(description: str | None, seconds: float | None = None) -> argparse.Ar
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    made.add_argument("--quick", action="store_true", help="tiny sizes and few repeats: whether it runs, not how fast")
-    made.add_argument("--threads", type=int, default=1, help="torch's threads in each process; default: 1")
-    made.add_argument("--out", type=Path, help="write all measurements to this JSON file")
-    made.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add = made.add_argument
+    add("--quick", action="store_true", help="tiny sizes and few repeats: whether it runs, not how fast")
+    add("--threads", type=int, default=1, help="torch's threads in each process; default: 1")
+    add("--out", type=Path, help="write all measurements to this JSON file")
+    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
     if seconds is not None:
-        made.add_argument("--seconds", type=float, default=seconds, help=f"to measure each case; default: {seconds:g}")
-        made.add_argument(
-            "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine without a GPU"
-        )
+        add("--seconds", type=float, default=seconds, help=f"to measure each case; default: {seconds:g}")
     return made
 
 
@@ -48,64 +41,24 @@ def parse(made: argparse.ArgumentParser, quick: Mapping[str, Any]) -> argparse.N
     """`quick`: the defaults under --quick."""
     if "--quick" in sys.argv:
         made.set_defaults(**quick)
-    return made.parse_args()
-
-
-def add_ranks(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--ranks", type=int, help="default: the number of GPUs; 2 without one")
-
-
-def count_ranks(asked: int | None) -> int:
-    """As a launcher says, as asked for, one for each GPU, or 2."""
-    return int(os.environ.get("WORLD_SIZE", asked or torch.accelerator.device_count() or 2))
+    args = made.parse_args()
+    if not isinstance(vars(args).get("ranks", []), list):  # as a launcher says, as asked for, one for each GPU, or 2
+        args.ranks = int(os.environ.get("WORLD_SIZE", args.ranks or torch.accelerator.device_count() or 2))
+    return args
 
 
 def one_process(threads: int) -> torch.device:
     """Prepare this process for a benchmark without ranks; returns the device."""
-    # DeepSpeed's kernels bring an OpenMP of their own, which reads this when it is loaded.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the OpenMP that DeepSpeed's kernels bring
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def stopwatch_for(device: torch.device, clock: str) -> Stopwatch:
-    return Stopwatch(clock, _no_wait if device.type == "cpu" else torch.accelerator.synchronize)
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def start_ranks(
-    command: Sequence[str], ranks: int, threads: int, quiet: bool = False, patience: float = math.inf
-) -> int:
-    """Run a command once for each rank; when one fails, end the others. Returns the highest exit code.
-
-    `quiet`: without what they print; `patience`: seconds after which all are ended.
-    """
-    port = free_port()
-    common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks: terminated"))  # not without ending the ranks
-    running = []
-    for rank in range(ranks):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_SIZE": ranks, **common}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL if quiet else None))
-    deadline = time.monotonic() + patience
-    try:
-        while any(process.poll() is None for process in running) and time.monotonic() < deadline:
-            if any(process.poll() for process in running):
-                break
-            time.sleep(0.1)
-    finally:
-        for process in running:
-            process.terminate()
-        codes = [abs(process.wait()) for process in running]
-        remove_buffers(port)
-    return max(codes)
 
 
 def remove_buffers(port: int) -> None:
@@ -120,20 +73,18 @@ def launcher(ranks: int, port: int) -> list[str]:
     return [*command, "--num_gpus", str(ranks), "--num_nodes", "1", "--master_port", str(port)]
 
 
-def own_command() -> list[str]:
-    """The command line of this process, to run it once more."""
-    return [sys.executable, *sys.orig_argv[1:]]
-
-
-def run_on_ranks(args: argparse.Namespace, run: Callable[[], Found], tables: Callable[[Mapping[str, Any]], str]) -> int:
-    """Start the ranks, or, as one of them, run the benchmark; rank 0 presents."""
-    if "RANK" not in os.environ:
-        return start_ranks(own_command(), args.ranks, args.threads)
-    machine = describe()
-    found = run()
-    if int(os.environ["RANK"]) == 0:
-        present(args, machine, found, tables)
-    leave()
+def start_ranks(module: str, options: Sequence[str], ranks: int, threads: int, quiet: bool = False) -> int:
+    """Run a module of this folder once for each rank by torchrun, which ends all when one fails; its exit code."""
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", module, *options]
+    environment = os.environ | {"LOCAL_SIZE": str(ranks), "OMP_NUM_THREADS": str(threads)}
+    try:
+        return subprocess.run(
+            command, env=environment, stdout=subprocess.DEVNULL if quiet else None, check=False
+        ).returncode
+    finally:
+        remove_buffers(port)
 
 
 def leave(status: int = 0) -> NoReturn:
@@ -143,24 +94,42 @@ def leave(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def present(
-    args: argparse.Namespace, machine: Mapping[str, Any], found: Found, tables: Callable[[Mapping[str, Any]], str]
-) -> None:
+def run_on_ranks(module: str, args: argparse.Namespace, run: Callable[[], tuple[str, Any]]) -> int:
+    """Start the ranks of a module, or, as one of them, run the benchmark; rank 0 presents."""
+    if "RANK" not in os.environ:
+        return start_ranks(module, sys.argv[1:], args.ranks, args.threads)
+    machine = describe()
+    tables, found = run()
+    if os.environ["RANK"] == "0":
+        present(module, args, machine, tables, found)
+    leave()
+
+
+def present(module: str, args: argparse.Namespace, machine: str, tables: str, found: Any) -> None:
     """Print the tables and write the file. `machine`: described before the run, for the load average."""
-    results = {
-        "command": shlex.join(["python", *(word for word in sys.orig_argv[1:] if "local_rank" not in word)]),
-        "machine": machine,
-        "settings": {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS},
-        **found,
-    }
-    print(markdown(results, tables))
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    words = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+    command = shlex.join(["python", "-m", module, *(word for word in sys.argv[1:] if "local_rank" not in word)])
+    said = "; ".join(f"{name} {value}" for name, value in words.items() if value)
+    print(f"`{command}`\n\n- {machine}\n- {said}\n\n{tables}")
     if args.out:
+        results = {"command": command, "machine": machine, "settings": settings, "found": found}
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def markdown(results: Mapping[str, Any], tables: Callable[[Mapping[str, Any]], str]) -> str:
-    return f"{heading(results)}\n\n{tables(results)}"
+def describe() -> str:
+    """Hardware, its load at present, versions, and the commit of ds_lena, "+changes" where files differ from it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found = [(name, next(iter(importlib.metadata.distributions(name=name)), None)) for name in PACKAGES]
+    versions = ", ".join(f"{name} {one.version}" for name, one in found if one)
+    commit = _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "ds_lena") else "")
+    hardware = ", ".join(gpus or [f"{cpu}, {len(os.sched_getaffinity(0))} cores"])
+    return f"{hardware}; load average before {os.getloadavg()[0]:.1f}; {versions}, commit {commit or 'unknown'}"
 
 
-def _no_wait() -> None:
-    pass
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

@@ -1,63 +1,200 @@
-"""The program of one rank: for every stage, accumulation and length, DeepSpeed engines train alike models in turn."""
+"""A whole update under DeepSpeed: engines that differ in their optimizer and nothing else train in turn.
+
+    python -m benchmarks.engines                                       starts its own ranks
+    deepspeed --module benchmarks.engines --model gpt2                 the same, started by a launcher
+    python -m benchmarks.engines --ranks 1 --stages 0 --tokens 128     one rank: what the hooks cost
+    python -m benchmarks.engines --check-sync                          on CUDA: count what makes the host wait, instead
+    python -m benchmarks.engines --profile                             torch.profiler's table of LENA's updates, instead
+
+"forward_backward" contains LENA's hooks, "step" all the rest: the norms of the averaged gradient, the all-reduce, the
+factors and the move.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import itertools
+import logging
+import os
 import sys
+import warnings
 from typing import Any
 
-import torch.distributed as dist
+import torch
+from torch import Tensor
 
-from benchmarks.command import Found
-from benchmarks.deepspeed_run import accelerator, device, end, free, join, make_engine, meet, slowest, trainer
-from benchmarks.models import random_tokens
-from benchmarks.roster import LENA, REFERENCE, STOCK, available
-from benchmarks.timing import Stopwatch, compare, count_syncs, measure, warm_up
+import ds_lena
+from benchmarks import command, contestants
+from benchmarks.contestants import LENA, POSITIONS
+from benchmarks.timing import HEAD, Lap, Update, count_syncs, measure, table, versus, warm_up
+
+QUICK = {"model": "tiny", "tokens": [64], "seconds": 1.0, "accumulation": [1]}
+PHASES = ("update", "forward_backward", "step")
+LAYOUT = ["ZeRO", "accumulation", "tokens"]
 
 
-def run(args: argparse.Namespace) -> Found:
-    """All cases one after the other; every rank returns the same."""
-    join(args.threads)
-    wanted = [STOCK[args.base], LENA[args.base]]
-    if args.base == "adamw" and accelerator.device_name() != "cpu":
-        wanted.insert(1, "DeepSpeed FusedAdam")
-    names, left_out = available(wanted, device())
-    if LENA[args.base] in left_out:
-        sys.exit(f"benchmarks: {left_out}")
-    if STOCK[args.base] not in names:
-        names.insert(0, REFERENCE)
-    cases = []
+def main() -> int:
+    parser = command.parser(__doc__, seconds=25)
+    add_training(parser)
+    add = parser.add_argument
+    add("--base", choices=LENA, default="adamw", help="LENA's base rule; beside it the stock optimizer with that rule")
+    add("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="ZeRO stages; default: all")
+    add("--accumulation", type=int, nargs="+", default=[1, 4], help="micro-batches per update; default: 1 4")
+    add("--tokens", type=int, nargs="+", default=[512], help=f"of a sequence, at most {POSITIONS}; default: 512")
+    add("--check-sync", action="store_true", help="count operations that make the host wait for the GPU; no times")
+    add("--profile", action="store_true", help="torch.profiler's table of LENA's updates on rank 0, instead")
+    args = command.parse(parser, QUICK)
+    if args.check_sync and not torch.cuda.is_available():
+        parser.error("--check-sync needs CUDA")
+    if not all(2 <= tokens <= POSITIONS for tokens in args.tokens):
+        parser.error(f"--tokens {args.tokens}: from 2 to {POSITIONS}")
+    return command.run_on_ranks("benchmarks.engines", args, lambda: run(args))
+
+
+def add_training(parser: Any) -> None:
+    add = parser.add_argument
+    add("--ranks", type=int, help="default: the number of GPUs; 2 without one")
+    add("--model", choices=contestants.SIZES, default="30m", help="default: 30m")
+    add("--micro-batch", type=int, default=1, help="sequences of a micro-batch; default: 1")
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--clipping", type=float, default=0.0, help="gradient clipping; default: none")
+
+
+def run(args: argparse.Namespace) -> tuple[str, Any]:
+    """All cases one after the other; every rank returns the same tables and samples."""
+    device = join(args.threads)
+    rivals = contestants.rivals(args.base, device)[:2]
+    names, rows, found = [*rivals, LENA[args.base]], [], []
     for accumulation, tokens, stage in itertools.product(args.accumulation, args.tokens, args.stages):
-        cases.append(_run_case(names, args, stage, accumulation, tokens))
-        if dist.get_rank() == 0:
-            print(_progress(cases[-1]), file=sys.stderr)
-        free()
-    dist.destroy_process_group()
-    return {"cases": cases, "left_out": left_out}
+        layout = {"stage": stage, "accumulation": accumulation, "tokens": tokens}
+        engines = {name: make_engine(name, args, stage, accumulation) for name in names}
+        batches = contestants.random_tokens(args.model, (accumulation, args.micro_batch, tokens), seed=rank())
+        updates = {name: trainer(engine, batches.to(device)) for name, engine in engines.items()}
+        warm_up(updates, 2 if accumulation == 1 else 1)
+        cells = [str(value) for value in layout.values()]
+        if args.check_sync:
+            seen = {name: count_syncs(update) for name, update in updates.items()}
+            rows += [[*cells, name, phase, str(n)] for name, counts in seen.items() for phase, n in counts.items()]
+        elif args.profile:
+            seen = profile(updates[LENA[args.base]])
+        else:
+            seen = slowest(measure(updates, args.seconds, device, meet))
+            rows += [row for phase in PHASES for row in versus([phase, *cells], seen, names[0], phase)]
+        found.append(layout | {"seen": seen})
+        if rank() == 0:
+            print(f"{layout}: done", file=sys.stderr)
+        del updates
+        end(engines)
+    torch.distributed.destroy_process_group()
+    if args.profile:
+        return "\n\n".join(case["seen"] for case in found), found
+    return table(
+        [*LAYOUT, "optimizer", "phase", "waits"] if args.check_sync else ["phase", *LAYOUT, *HEAD], rows
+    ), found
 
 
-def _run_case(names: list[str], args: argparse.Namespace, stage: int, accumulation: int, tokens: int) -> dict[str, Any]:
-    batches = random_tokens(args.model, (accumulation, 1, tokens), seed=dist.get_rank())
-    engines = {name: make_engine(name, args, stage, accumulation) for name in names}
-    contestants = {name: trainer(engine, batches.to(engine.device)) for name, engine in engines.items()}
-    warm_up(contestants, updates=2 if accumulation == 1 else 1)
-    case: dict[str, Any] = {"stage": stage, "accumulation": accumulation, "tokens": tokens, "reference": names[0]}
-    if args.check_sync:
-        case["syncs"] = {name: count_syncs(update) for name, update in contestants.items()}
-    else:
-        stopwatch = Stopwatch(args.clock, accelerator.synchronize)
-        runs_ahead = accelerator.device_name() != "cpu"
-        case["seconds"] = slowest(measure(contestants, args.seconds, stopwatch, runs_ahead, meet))
-    end(engines)
-    return case
+def rank() -> int:
+    return torch.distributed.get_rank()
 
 
-def _progress(case: dict[str, Any]) -> str:
-    """One line, to show while the others run."""
-    layout = f"ZeRO {case['stage']}, accumulation {case['accumulation']}, {case['tokens']} tokens"
-    if "syncs" in case:
-        return f"{layout}: {case['syncs']}"
-    compared = compare(case["seconds"], case["reference"])["update"]
-    ratios = [f"{name} {own['ratio_of_medians']:.3f}" for name, own in compared.items() if name != case["reference"]]
-    return f"{layout}, x {case['reference']}: {', '.join(ratios)}"
+def join(threads: int) -> torch.device:
+    """Become one of the ranks; returns this rank's device."""
+    import deepspeed  # slow to import; only the ranks need it
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch.distributed
+    torch.set_num_threads(threads)
+    accelerator = get_accelerator()
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    return _device()
+
+
+def _device() -> torch.device:
+    return torch.device(importlib.import_module("deepspeed.accelerator").get_accelerator().current_device_name())
+
+
+def make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulation: int = 1) -> Any:
+    """An engine with a model of its own, from the same random numbers every time.
+
+    Raises:
+        NotAvailable: the optimizer cannot be had here or in this stage.
+    """
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = contestants.build_model(args.model).to(_device())
+    config = {
+        "train_micro_batch_size_per_gpu": args.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,  # for the stock optimizers; LENA does not need it
+        "bf16": {"enabled": args.precision == "bf16"},
+        "gradient_clipping": args.clipping,
+        "steps_per_print": 1_000_000,
+    }
+    made = contestants.make(optimizer, model.parameters())
+    try:
+        return deepspeed.initialize(model=model, optimizer=made, config=config)[0]
+    except ds_lena.LenaError as error:  # on every rank
+        raise contestants.NotAvailable(str(error)) from error
+
+
+def trainer(engine: Any, batches: Tensor) -> Update:
+    """The function that trains for one update. `batches` (accumulation, micro-batch, tokens): token ids."""
+
+    def update(lap: Lap) -> None:
+        for tokens in batches:
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            lap("forward_backward")
+            engine.step()
+            lap("step")
+
+    return update
+
+
+def end(engines: dict[str, Any]) -> None:
+    """Destroy engines, empty the dict and free their memory; the caller has dropped their trainers."""
+    for engine in engines.values():
+        engine.destroy()
+    engines.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def profile(update: Update) -> str:
+    """torch.profiler's table of some updates."""
+    with torch.profiler.profile() as seen:
+        warm_up({"": update}, 5)
+    return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
+
+
+def meet(more: bool) -> bool:
+    """A barrier; true if every rank wants more."""
+    flag = torch.tensor(float(more), device=_device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag)
+
+
+def from_all_ranks(own: Any) -> list[Any]:
+    """The same list on every rank."""
+    by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_rank, own)
+    return by_rank
+
+
+def slowest(samples: Any) -> dict[str, dict[str, list[float]]]:
+    """Every entry as on the rank that took longest for it."""
+    by_rank = from_all_ranks(samples)
+
+    def longest(name: str, phase: str) -> list[float]:
+        return [max(taken) for taken in zip(*(one[name][phase] for one in by_rank), strict=True)]
+
+    return {name: {phase: longest(name, phase) for phase in phases} for name, phases in samples.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,11 @@
-"""Optimizers alone: one process, fp32, in the shapes of GPT-2, all on the same weights and gradients.
+"""Optimizers alone: one process, plain PyTorch, fp32, all on the same weights and ready-made gradients.
 
-    python -m benchmarks.optimizers --out optimizers.json
+    python -m benchmarks.optimizers                        in the shapes of GPT-2, the step against its rivals
+    python -m benchmarks.optimizers --counts 100 10000     30 M elements in few and many tensors: the cost of a tensor
 
-Optimizers of one family take turns, always with torch's fused AdamW among them, one family after the other, so that
-no more than one family's states are in memory.
+Those of one base rule take turns. The backward pass only adds the gradients, so what LENA adds to it are its hooks, and
+the norms of the averaged gradient, which plain PyTorch takes at the end of every pass. "step" moves the parameters; for
+LAMB and LARS it takes the norms of the trust ratios too.
 """
 
 from __future__ import annotations
@@ -12,152 +14,125 @@ import argparse
 import gc
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import command, tables
-from benchmarks.machine import describe
-from benchmarks.models import POSITIONS, SIZES, build_model, random_tokens
-from benchmarks.ready_made import PLAIN, contestant, with_steps
-from benchmarks.roster import LENA, REFERENCE, STOCK, available
-from benchmarks.timing import Lap, Stopwatch, compare, count_syncs, measure, warm_up
+from benchmarks import command
+from benchmarks.contestants import ADAMW, LENA, SIZES, Chain, available, build_model, make, rivals
+from benchmarks.timing import HEAD, Lap, Samples, Update, against, measure, table, versus, warm_up
 
-QUICK = {"model": "tiny", "tokens": 64, "seconds": 0.5}
-ALONE = ["AdamW, foreach", "DeepSpeedCPUAdam", "DeepSpeed FusedAdam"]
-FAMILIES = {
-    "adamw": [REFERENCE, *ALONE, LENA["adamw"] + PLAIN, LENA["adamw"]],
-    **{base: [REFERENCE, STOCK[base], LENA[base]] for base in ("lamb", "lars", "sgd")},
-}
-MODEL_PASSES = 3
+QUICK = {"model": "tiny", "elements": 100_000, "tokens": 32, "seconds": 0.5}
+PHASES = ("backward", "step", "update")
+OURS = LENA["adamw"]
 
 
 def main() -> int:
-    args = arguments()
-    machine = describe()
-    command.present(args, machine, run(args), as_tables)
+    parser = command.parser(__doc__, seconds=30)
+    add = parser.add_argument
+    add("--model", choices=SIZES, default="gpt2", help="default: gpt2, of 124 M parameters")
+    add("--families", nargs="+", choices=LENA, default=list(LENA), help="default: all")
+    add("--counts", type=int, nargs="+", default=[], help="numbers of tensors, two or more, instead")
+    add("--elements", type=int, default=30_000_000, help="in all of them together; default: 30 million")
+    add("--tokens", type=int, default=512, help="of the micro-batch of a network of as many tensors; default: 512")
+    args = command.parse(parser, QUICK)
+    if args.counts and len(set(args.counts)) < 2:
+        parser.error("--counts: a line needs two different numbers")
+    machine = command.describe()
+    device = command.one_process(args.threads)
+    tables, found = (count_tensors if args.counts else compare_families)(args, device)
+    command.present("benchmarks.optimizers", args, machine, tables, found)
     return 0
 
 
-def arguments() -> argparse.Namespace:
-    parser = command.parser(__doc__, seconds=40)
-    parser.add_argument("--model", choices=SIZES, default="gpt2", help="default: gpt2, of 124 M parameters")
-    parser.add_argument("--tokens", type=int, default=512, help="of the model's own pass, for scale; default: 512")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
-    parser.add_argument("--contestants", nargs="+", help="of these families only some, beside the reference")
-    parser.add_argument("--check-sync", action="store_true", help="CUDA: count what makes the host wait; no times")
-    args = command.parse(parser, QUICK)
-    if args.check_sync and not torch.cuda.is_available():
-        parser.error("--check-sync needs CUDA")
-    if not 2 <= args.tokens <= POSITIONS:
-        parser.error(f"--tokens {args.tokens}: from 2 to {POSITIONS}")
-    return args
-
-
-def run(args: argparse.Namespace) -> command.Found:
-    """One case for each family."""
-    device = command.one_process(args.threads)
-    stopwatch = command.stopwatch_for(device, args.clock)
-    model = build_model(args.model).to(device)
-    model_pass = _time_model(model, args, stopwatch)
-    weights = [weight.detach() for weight in model.parameters()]
+def compare_families(args: argparse.Namespace, device: torch.device) -> tuple[str, Any]:
+    """The table, and all samples by family."""
+    weights = [weight.detach() for weight in build_model(args.model).to(device).parameters()]
     gradients = [torch.randn_like(weight) * 1e-3 for weight in weights]
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient.clone()
-    cases: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
+    rows, found = [], {}
     for family in args.families:
-        wanted = [n for n in FAMILIES[family] if n == REFERENCE or not args.contestants or n in args.contestants]
-        names, missing = available([name.removesuffix(PLAIN) for name in wanted], device)
-        left_out |= missing
-        names = [name for name in wanted if name.removesuffix(PLAIN) in names]
-        if names == [REFERENCE]:
-            continue
-        case = {"family": family, "model_pass": model_pass}
-        cases.append(case | _run_family(names, weights, gradients, args, stopwatch))
+        found_rivals = rivals(family, device)
+        others = available(["AdamW, foreach", "DeepSpeedCPUAdam"], device) if family == "adamw" else []
+        names = [*found_rivals, *others, LENA[family]]
+        samples = found[family] = _measure({name: ready_made(name, weights, gradients) for name in names}, args, device)
+        for rival in found_rivals:
+            shown = samples if rival == ADAMW else {name: samples[name] for name in (rival, LENA[family])}
+            rows += [row for phase in PHASES for row in versus([phase], shown, rival, phase)]
         print(f"{family}: done", file=sys.stderr)
-        gc.collect()  # the states
-    return {"cases": cases, "left_out": left_out}
+    return table(["phase", *HEAD], rows), found
 
 
-def _run_family(
-    names: Sequence[str],
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    args: argparse.Namespace,
-    stopwatch: Stopwatch,
-) -> dict[str, Any]:
-    contestants = {name: contestant(name, weights, gradients) for name in names}
+def count_tensors(args: argparse.Namespace, device: torch.device) -> tuple[str, Any]:
+    """The tables, and all samples by number of tensors and of a real network with the largest number."""
+    rows, found, most = [], {}, max(args.counts)
+    for count in args.counts:
+        weights, gradients = (torch.randn(count, args.elements // count, device=device).unbind() for _ in "wg")
+        found[str(count)] = _measure(
+            {name: ready_made(name, weights, gradients) for name in (ADAMW, OURS)}, args, device
+        )
+    network = f"network of {most}"
+    found[network] = _measure({name: _network(name, most, args, device) for name in (ADAMW, OURS)}, args, device)
+    for title, samples in found.items():
+        rows += [row for phase in PHASES for row in versus([title, phase], samples, ADAMW, phase)]
+    lines = {phase: added_line({count: found[str(count)] for count in args.counts}, phase) for phase in PHASES}
+    fitted = [[phase, f"{1e6 * slope:.2f}", f"{1000 * intercept:.1f}"] for phase, (slope, intercept) in lines.items()]
+    share = lines["update"][0] * most / statistics.median(found[network][ADAMW]["update"])
+    said = f"By the line, {most} tensors cost {share:.1%} of the network's update with AdamW."
+    tables = table(["tensors", "phase", *HEAD], rows), table(["LENA adds to", "µs per tensor", "and ms"], fitted), said
+    return "\n\n".join(tables), found
+
+
+def added_line(by_count: Mapping[int, Samples], phase: str) -> tuple[float, float]:
+    """Seconds that LENA adds to a phase: slope and intercept over the number of tensors, by least squares."""
+    added = [against(samples[OURS][phase], samples[ADAMW][phase])["added"] for samples in by_count.values()]
+    slope, intercept = statistics.linear_regression(list(by_count), added)
+    return slope, intercept
+
+
+def _measure(contestants: Mapping[str, Update], args: argparse.Namespace, device: torch.device) -> Samples:
+    gc.collect()  # the states of those before
     warm_up(contestants, updates=2)
-    if args.check_sync:
-        return {"syncs": {name: count_syncs(update) for name, update in contestants.items()}}
-    runs_ahead = weights[0].device.type != "cpu"
-    samples = with_steps(measure(contestants, args.seconds, stopwatch, runs_ahead))
-    return {"seconds": samples}
+    return measure(contestants, args.seconds, device)
 
 
-def _time_model(model: nn.Module, args: argparse.Namespace, stopwatch: Stopwatch) -> float:
-    """Seconds of one forward and backward pass of the model itself, the median of a few."""
-    tokens = random_tokens(args.model, (1, args.tokens), seed=0).to(next(model.parameters()).device)
+def ready_made(name: str, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Update:
+    """The update of an optimizer of its own in the memory of `weights` and of their `.grad` (both modified in place).
 
-    def one_pass(lap: Lap) -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        model.zero_grad()
+    `gradients`: what the backward pass adds.
+    """
+    parameters = [nn.Parameter(weight.detach()) for weight in weights]
+    for parameter, weight in zip(parameters, weights, strict=True):
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        parameter.grad = weight.grad
+    optimizer = make(name, parameters)
 
-    one_pass(lambda phase: None)
-    return statistics.median(stopwatch.time_whole(one_pass)["update"] for _ in range(MODEL_PASSES))
-
-
-def as_tables(results: Mapping[str, Any]) -> str:
-    cases = results["cases"]
-    if "syncs" in cases[0]:
-        return tables.syncs(["family"], [([case["family"]], case["syncs"]) for case in cases])
-    whole, tokens = cases[0]["model_pass"], results["settings"]["tokens"]
-    return "\n\n".join(
-        [
-            "The step, as a multiple of torch's fused AdamW:",
-            _all_versus(cases, "step"),
-            "The same against the stock optimizer with the same rule, where there is one:",
-            _against_stock(cases),
-            "LENA's step in two parts, and what its hooks add to a backward pass over ready-made gradients (in plain "
-            "PyTorch with the norms of the averaged gradient, which are part of the step otherwise):",
-            _parts(cases),
-            f"A forward and backward pass of the model over {tokens} tokens takes {tables.ms(whole)} ms.",
-        ]
-    )
+    return _update(optimizer, lambda: torch.autograd.backward(parameters, gradients))
 
 
-def _all_versus(cases: Sequence[Mapping[str, Any]], phase: str) -> str:
-    rows: tables.Rows = []
-    for case in cases:
-        rows += tables.versus([case["family"]], compare(case["seconds"], REFERENCE)[phase], REFERENCE)
-    return tables.table(["family", *tables.versus_head(REFERENCE)], rows)
+def _network(name: str, tensors: int, args: argparse.Namespace, device: torch.device) -> Update:
+    """The training of a chain; its phase "backward" is forward and backward."""
+    torch.manual_seed(0)
+    model = Chain(tensors, args.elements).to(device)
+    inputs = torch.randn(args.tokens, model.width, device=device)
+    optimizer = make(name, model.parameters())
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+
+    return _update(optimizer, backward)
 
 
-def _against_stock(cases: Sequence[Mapping[str, Any]]) -> str:
-    rows: tables.Rows = []
-    for case in cases:
-        stock, lena = STOCK[case["family"]], LENA[case["family"]]
-        if {stock, lena} <= case["seconds"].keys():
-            both = {name: case["seconds"][name] for name in (stock, lena)}
-            rows += tables.versus([stock], compare(both, stock)["step"], stock)
-    return tables.table(["stock", *tables.versus_head("stock")], rows)
+def _update(optimizer: torch.optim.Optimizer, backward: Callable[[], None]) -> Update:
+    def update(lap: Lap) -> None:
+        backward()
+        lap("backward")
+        optimizer.step()
+        lap("step")
 
-
-def _parts(cases: Sequence[Mapping[str, Any]]) -> str:
-    rows: tables.Rows = []
-    for case in cases:
-        hooks = compare(case["seconds"], REFERENCE)["backward"]
-        for name in (name for name in case["seconds"] if name.startswith("LENA")):
-            phases = case["seconds"][name]
-            parts = [tables.ms(statistics.median(phases[p])) if p in phases else "" for p in ("measure", "move")]
-            share = hooks[name]["added"]["median"] / case["model_pass"]
-            step = tables.ms(statistics.median(phases["step"]))
-            rows.append([name, step, *parts, tables.added(hooks[name]), f"{share:.1%}"])
-    head = ["", "step ms", "norms and factors ms", "moving ms", "added to backward ms", "of the model's pass"]
-    return tables.table(head, rows)
+    return update
 
 
 if __name__ == "__main__":

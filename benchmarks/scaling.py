@@ -1,8 +1,10 @@
-"""Check the cost model of `ds_lena.cost` on this machine: measure its constants, then predict and measure an update.
+"""Check the cost model of `ds_lena.cost` on this machine: predict what LENA adds to an update, and measure it.
 
-    python -m benchmarks.scaling --out scaling.json
+    python -m benchmarks.scaling
 
-Starts its own ranks (gloo, one thread each). docs/cost-model.md says what the numbers mean.
+On 1, 2, 4 and 8 ranks (gloo, one thread each): the all-reduce alone, and what LENA adds to an update of
+`benchmarks.engines`. The network's constants are fitted to the all-reduces of 1, 2 and 4 ranks; the others are those of
+--machine. Bytes and collectives are checked by the tests.
 """
 
 from __future__ import annotations
@@ -13,188 +15,114 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import own_command, start_ranks
-from benchmarks.machine import describe
-from benchmarks.tables import table
-from ds_lena.cost import MACHINES, Job, Machine, estimate
-from ds_lena.cost.model import FLOAT64, NUMBERS_PER_LAYER, OTHER_NUMBERS, all_reduce_seconds, collective_bytes
+import torch
 
-PATIENCE = 300.0  # seconds for all ranks of one size; on its first start DeepSpeed compiles an extension
-PARTS = {"hooks": "hooks", "average": "average", "collectives": "all_reduce", "factors": "factors", "calls": "calls"}
-"""The model's part -> the name under which it was measured."""
+from benchmarks import command, contestants, engines
+from benchmarks.timing import against, table
+from ds_lena.cost import MACHINES, Job, Machine, all_reduce_seconds, estimate
+
+LAYERS = (10, 100, 1000, 2000, 100_000)  # the last for the bandwidth only
+PARTS = {"forward_backward": ("hooks",), "step": ("average", "collectives", "factors", "calls")}
 
 
 def main() -> int:
-    args = _arguments()
-    if args.rank_result:
-        from benchmarks.added import run
-
-        result = run(args)
-        if os.environ["RANK"] == "0":
-            args.rank_result.write_text(json.dumps(result))
-        return 0
-    about = describe()
-    from benchmarks.constants import measure_host
-
-    constants = measure_host_alone(measure_host)
-    measured = [_run_ranks(ranks) for ranks in args.ranks]
-    machine = fitted(constants, measured)
-    results = {
-        "machine": about,
-        "constants": asdict(machine),
-        "all_reduce": [row for one in measured for row in compare_all_reduce(one, machine)],
-        "updates": [compare(one, args, machine) for one in measured],
-    }
-    print(markdown(results))
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    parser = command.parser(__doc__, seconds=15)
+    add = parser.add_argument
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
+    add("--model", choices=contestants.SIZES, default="tiny", help="default: tiny")
+    add("--stage", choices="0123", default="2", help="ZeRO stage; default: 2")
+    add("--tokens", default="64", help="of a micro-batch; default: 64")
+    add("--machine", choices=MACHINES, default="cpu-2-cores", help="whose constants; default: cpu-2-cores")
+    args = command.parse(parser, {"ranks": [1, 2], "seconds": 2.0})
+    if "RANK" in os.environ:
+        return _time_all_reduces(args)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # gloo is what is measured
+    about = command.describe()
+    of_engine = ["--model", args.model, "--stages", args.stage, "--tokens", args.tokens, "--accumulation", "1"]
+    of_engine += ["--seconds", str(args.seconds)]
+    times, updates = {}, {}
+    for ranks in args.ranks:
+        times[ranks] = {int(layers): taken for layers, taken in _result("scaling", [], ranks, args).items()}
+        updates[ranks] = _result("engines", [*of_engine, "--seconds", str(args.seconds)], ranks, args)["found"][0][
+            "seen"
+        ]
+    machine = fitted(MACHINES[args.machine], times)
+    found = {"machine": asdict(machine), "all_reduce": times, "updates": updates}
+    command.present("benchmarks.scaling", args, about, as_tables(machine, times, updates, args), found)
     return 0
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
-    add("--stage", type=int, choices=range(4), default=2, help="ZeRO stage; default: 2")
-    add("--depth", type=int, default=24, help="linear layers of the model, two tensors each; default: 24")
-    add("--width", type=int, default=256, help="of each; default: 256")
-    add("--tokens", type=int, default=64, help="rows of a micro-batch; default: 64")
-    add("--updates", type=int, default=40, help="to be timed; default: 40")
-    add("--out", type=Path, help="write everything to this JSON file")
-    add("--rank-result", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def measure_host_alone(measure: Any) -> dict[str, float]:
-    """On one thread, as each rank computes."""
-    import torch
-
-    torch.set_num_threads(1)
-    return measure()
-
-
-def fitted(constants: dict[str, float], measured: list[dict[str, Any]]) -> Machine:
-    """This machine: the host's constants as measured, and the network's from the runs with the fewest ranks.
-
-    The median of all buffers but the largest gives the latencies: one rank the base, two ranks the hop, four ranks the
-    wait for a core that ranks share. The largest at two ranks gives the bandwidth. So eight ranks are a prediction.
-    """
-    machine = replace(MACHINES["cpu-2-cores"], **constants, cores=len(os.sched_getaffinity(0)))
-    times = {one["ranks"]: {int(layers): taken for layers, taken in one["all_reduce_s"].items()} for one in measured}
-    if not {1, 2, 4} <= times.keys():
-        return machine
-    large = max(times[2])
-    base, two, four = (
-        statistics.median(taken for layers, taken in times[ranks].items() if layers < large) for ranks in (1, 2, 4)
-    )
-    hop = max(0.0, two - base) / 2
-    waits = max(0.0, (four - base) / 6 - hop)  # at four ranks, 2 x 3 hops
-    crowding = machine.crowding(4)
-    bandwidth = _buffer(large) / max(times[2][large] - two, 1e-9)
-    return replace(
-        machine,
-        collective_s=base,
-        hop_inside_s=hop,
-        hop_between_s=hop,
-        turn_s=waits / (crowding - 1) if crowding > 1 else 0.0,
-        bandwidth_inside=bandwidth,
-        bandwidth_between=bandwidth,
-    )
-
-
-def compare_all_reduce(one: dict[str, Any], machine: Machine) -> list[dict[str, float]]:
-    """Predicted and measured seconds of the all-reduce alone."""
-    return [
-        {
-            "ranks": one["ranks"],
-            "layers": int(layers),
-            "predicted": all_reduce_seconds(_buffer(int(layers)), one["ranks"], machine),
-            "measured": taken,
-        }
-        for layers, taken in one["all_reduce_s"].items()
-        if one["ranks"] > 1
-    ]
-
-
-def compare(one: dict[str, Any], args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
-    """Predicted and measured update: collectives and their bytes, which must agree, and seconds by part."""
-    job = Job(ranks=one["ranks"], stage=args.stage, tokens=args.tokens, precision="fp32", **one["model"])
-    cost = estimate(job, machine)
-    expected = [["allreduce", size, 1] for size in collective_bytes(job)]
-    if one["collectives_per_update"] != expected:
-        raise SystemExit(f"scaling: expected the collectives {expected}, counted {one['collectives_per_update']}")
-    seconds = {
-        part: {"predicted": cost.parts[part].seconds, "measured": one["seconds"].get(name, 0.0)}
-        for part, name in PARTS.items()
-    }
-    total = {key: sum(part[key] for part in seconds.values()) for key in ("predicted", "measured")}
-    return {
-        "ranks": one["ranks"],
-        "crowding": machine.crowding(one["ranks"]),
-        **one["model"],
-        "collectives": {"predicted": expected, "counted": one["collectives_per_update"]},
-        "seconds": seconds | {"together": total},
-    }
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """Three tables."""
-    about, constants = results["machine"], results["constants"]
-    head = f"{about['cpu']}, {about['cores']} cores; load average before {about['load_average']:.1f}; " + ", ".join(
-        f"{name} {version}" for name, version in about["versions"].items()
-    )
-    values = [[f"`{name}`", f"{value:.3g}"] for name, value in constants.items() if isinstance(value, float)]
-    reduces = [[str(row["ranks"]), f"{row['layers']:,}", *_times(row)] for row in results["all_reduce"]]
-    parts = [
-        [str(update["ranks"]), f"{update['crowding']:.0f}", part, *_times(times)]
-        for update in results["updates"]
-        for part, times in update["seconds"].items()
-        if times["predicted"] or times["measured"]
-    ]
-    counts = [
-        [
-            str(update["ranks"]),
-            *(
-                ", ".join(f"{n:g} x {size:,} B" for _, size, n in update["collectives"][key]) or "none"
-                for key in ("predicted", "counted")
-            ),
-        ]
-        for update in results["updates"]
-    ]
-    times = ["predicted ms", "measured ms", "predicted / measured"]
-    return "\n\n".join([
-        head,
-        table(["constant", "value"], values),
-        table(["ranks", "predicted all-reduces per update", "counted"], counts),
-        table(["ranks", "layers", *times], reduces),
-        table(["ranks", "ranks per core", "part", *times], parts),
-    ])  # fmt: skip
-
-
-def _times(row: dict[str, float]) -> list[str]:
-    ratio = f"{row['predicted'] / row['measured']:.2f}" if row["measured"] > 0 else "–"
-    return [f"{1000 * row['predicted']:.3f}", f"{1000 * row['measured']:.3f}", ratio]
-
-
-def _buffer(layers: int) -> int:
-    return FLOAT64 * (OTHER_NUMBERS + NUMBERS_PER_LAYER * layers)
-
-
-def _run_ranks(ranks: int) -> dict[str, Any]:
-    """Run this very command once for each rank; all are ended when one fails."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # the ranks', gloo is what is measured
+def _result(module: str, options: list[str], ranks: int, args: argparse.Namespace) -> Any:
+    """What a module writes that runs on so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        start_ranks([*own_command(), "--rank-result", str(path)], ranks, threads=1, quiet=True, patience=PATIENCE)
-        if not path.exists():
-            raise SystemExit(f"scaling: {ranks} ranks ended without a result")
+        words = [*options, "--out", str(path)]
+        if command.start_ranks(f"benchmarks.{module}", words, ranks, args.threads, quiet=True):
+            sys.exit(f"benchmarks: {ranks} ranks ended without a result")
         return json.loads(path.read_text())
+
+
+def _time_all_reduces(args: argparse.Namespace) -> int:
+    """As one of the ranks: seconds of an all-reduce of an update's buffer, one right after the other, by layers."""
+    engines.join(args.threads)
+    taken = {}
+    for layers in LAYERS:
+        buffer, times = torch.zeros(2 + 2 * layers, dtype=torch.float64), []
+        for _ in range(60 if layers < LAYERS[-1] else 10):
+            begin = time.perf_counter()
+            torch.distributed.all_reduce(buffer)
+            times.append(time.perf_counter() - begin)
+        means = [statistics.mean(of_ranks) for of_ranks in zip(*engines.from_all_ranks(times[2:]), strict=True)]
+        taken[layers] = statistics.median(means)
+    if engines.rank() == 0:
+        args.out.write_text(json.dumps(taken))
+    torch.distributed.destroy_process_group()
+    command.leave()
+
+
+def fitted(machine: Machine, times: dict[int, dict[int, float]]) -> Machine:
+    """With the network's constants as measured. So eight ranks are a prediction.
+
+    The median of all buffers but the largest gives the latencies: one rank the base, two ranks the hop, four ranks the
+    wait for a core that ranks share. The largest at two ranks gives the bandwidth.
+    """
+    machine = replace(machine, cores=len(os.sched_getaffinity(0)))
+    if not {1, 2, 4} <= times.keys():
+        return machine
+    large = LAYERS[-1]
+    base, two, four = (statistics.median(t for n, t in times[ranks].items() if n < large) for ranks in (1, 2, 4))
+    hop = max(0.0, two - base) / 2
+    crowding, waits = machine.crowding(4), max(0.0, (four - base) / 6 - hop)  # at four ranks, 2 x 3 hops
+    bandwidth = 16 * (1 + large) / max(times[2][large] - two, 1e-9)
+    turn = waits / (crowding - 1) if crowding > 1 else 0.0
+    network = {"hop_inside_s": hop, "hop_between_s": hop, "bandwidth_inside": bandwidth, "bandwidth_between": bandwidth}
+    return replace(machine, collective_s=base, turn_s=turn, **network)
+
+
+def as_tables(machine: Machine, times: Any, updates: Any, args: argparse.Namespace) -> str:
+    sizes = [parameter.numel() for parameter in contestants.build_model(args.model).parameters()]
+    shape = {"params": sum(sizes), "tensors": len(sizes), "tokens": float(args.tokens), "precision": "fp32"}
+    reduces, parts = [], []
+    for ranks in args.ranks:
+        for layers, taken in times[ranks].items() if ranks > 1 else ():
+            predicted = all_reduce_seconds(16 * (1 + layers), ranks, machine)
+            reduces.append([str(ranks), f"{layers:,}", *_cells(predicted, taken)])
+        cost = estimate(Job(ranks=ranks, stage=int(args.stage), **shape), machine)
+        for phase, names in PARTS.items():
+            added = against(updates[ranks][contestants.LENA["adamw"]][phase], updates[ranks][contestants.ADAMW][phase])
+            parts.append([str(ranks), phase, *_cells(sum(cost.parts[name].seconds for name in names), added["added"])])
+    head = ["predicted, ms", "measured, ms", "predicted / measured"]
+    reduced, added = table(["ranks", "layers", *head], reduces), table(["ranks", "added to", *head], parts)
+    return f"{machine}\n\n{reduced}\n\n{added}"
+
+
+def _cells(predicted: float, measured: float) -> list[str]:
+    return [f"{1000 * predicted:.3f}", f"{1000 * measured:.3f}", f"{predicted / measured:.2f}" if measured > 0 else "–"]
 
 
 if __name__ == "__main__":

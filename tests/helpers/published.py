@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.roster import timm_module
+from benchmarks.contestants import timm_module
 
 
 def lamb(parameters: Any, weight_decay: float, **options: Any) -> torch.optim.Optimizer:

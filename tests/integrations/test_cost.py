@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import ds_lena
-from benchmarks.collectives import Collectives
-from benchmarks.memory_worker import live_bytes
+from benchmarks.footprint import Collectives, live_bytes
 from tests.integrations._engines import LENA, Net, config, engine, stock_engine, train, without_optimizer
 from tests.integrations._memory import allocations
 from tests.integrations._ranks import Ranks

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import ds_lena
-from benchmarks.collectives import Collectives
-from ds_lena.cost import Job
-from ds_lena.cost.model import collective_bytes
+from benchmarks.footprint import Collectives
+from ds_lena.cost import Job, collective_bytes
 from tests.integrations._engines import LENA, Net, config, engine, train, without_optimizer
 from tests.integrations._ranks import WORLD, Ranks
 

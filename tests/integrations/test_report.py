@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ds_lena
-from benchmarks.collectives import Collectives
+from benchmarks.footprint import Collectives
 from tests.integrations._engines import config, engine, stock_engine, train
 from tests.integrations._ranks import Ranks
 

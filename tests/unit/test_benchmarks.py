@@ -1,8 +1,8 @@
 """The parts of the benchmarks that compute: statistics, order of turns, tables; and that LENA still runs in them."""
 
-import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +10,12 @@ import torch
 from pytest import approx
 
 from benchmarks import __main__ as suite_module
-from benchmarks import memory, tables, tensors, traffic
-from benchmarks.collectives import tensors_in
-from benchmarks.memory_worker import peaks_by_phase
-from benchmarks.models import Chain, chain_width
-from benchmarks.ready_made import PLAIN, contestant, with_steps
-from benchmarks.roster import LENA, REFERENCE, NotAvailable, available, make
-from benchmarks.timing import Stopwatch, against, compare, fit_line, measure, quartiles, warm_up
+from benchmarks.contestants import ADAMW, FUSED_ADAM, LENA, Chain, NotAvailable, available, make, rivals
+from benchmarks.footprint import added_traffic, tracked_peaks
+from benchmarks.optimizers import added_line, ready_made
+from benchmarks.scaling import LAYERS, fitted
+from benchmarks.timing import HEAD, against, measure, table, versus, warm_up
+from ds_lena.cost import MACHINES, all_reduce_seconds
 from tests.unit.support import vector
 
 CPU = torch.device("cpu")
@@ -24,27 +23,11 @@ CPU = torch.device("cpu")
 
 def test_ratios_are_taken_within_rounds():
     found = against([2.0, 6.0, 3.0], [1.0, 2.0, 3.0])
-    assert found["rounds"] == 3
-    assert found["paired_ratio"]["median"] == 2  # of 2, 3, 1
+    assert (found["rounds"], found["median"], found["reference"]) == (3, 3, 2)
+    assert found["paired"] == 2  # of 2, 3, 1
     assert found["ratio_of_medians"] == 3 / 2
     assert found["ratio_of_minima"] == 2
-    assert found["added"] == {"q1": 0.5, "median": 1.0, "q3": 2.5}
-
-
-def test_the_reference_is_once_itself():
-    samples = {"a": {"step": [1.0, 2.0]}, "b": {"step": [3.0, 4.0], "more": [1.0, 1.0]}}
-    compared = compare(samples, "a")
-    assert list(compared) == ["step"], "phases that the reference does not have cannot be compared"
-    assert compared["step"]["a"]["ratio_of_medians"] == 1
-    assert compared["step"]["b"]["ratio_of_medians"] == approx(3.5 / 1.5)
-
-
-def test_quartiles():
-    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"q1": 2, "median": 3, "q3": 4}
-
-
-def test_a_line():
-    assert fit_line([1, 2, 4], [5, 7, 11]) == approx({"slope": 2, "intercept": 3})
+    assert [found[name] for name in ("added_q1", "added", "added_q3")] == [0.5, 1.0, 2.5]
 
 
 def test_contestants_take_turns_forwards_and_backwards():
@@ -53,88 +36,82 @@ def test_contestants_take_turns_forwards_and_backwards():
     def contestant_named(name):
         def update(lap):
             turns.append(name)
+            lap("forward")
             lap("step")
 
         return update
 
-    contestants = {name: contestant_named(name) for name in "ABC"}
-    samples = measure(contestants, 0.0, Stopwatch("wall", lambda: None), runs_ahead=False)
+    samples = measure({name: contestant_named(name) for name in "ABC"}, 0.0, CPU)
     assert "".join(turns) == "ABCCBAABC"
     assert {len(phases["step"]) for phases in samples.values()} == {3}
-    assert samples["A"]["update"] == samples["A"]["step"]
+    assert samples["A"]["update"] == [a + b for a, b in zip(samples["A"]["forward"], samples["A"]["step"], strict=True)]
 
 
-def test_a_device_that_runs_ahead_has_rounds_for_wholes_and_for_phases():
-    def update(lap):
-        lap("step")
-
-    samples = measure({"A": update}, 0.0, Stopwatch("wall", lambda: None), runs_ahead=True)
+def test_a_device_that_runs_ahead_has_rounds_for_wholes_and_for_phases(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
+    samples = measure({"A": lambda lap: lap("step")}, 0.0, torch.device("meta"))
     assert len(samples["A"]["update"]) == len(samples["A"]["step"]) == 3
+    assert len(waits) == 12, "before and after each"
 
 
-def test_a_table_leaves_the_reference_to_the_column_beside():
+def test_a_table_leaves_the_rival_to_its_column():
     samples = {"a": {"step": [0.001, 0.001]}, "b": {"step": [0.002, 0.002]}}
-    row = ["7", "b", "2", "1.0", "2.0", "**2.000**", "2.000", "2.000 [2.000, 2.000]", "+1.0 [+1.0, +1.0]"]
-    rows = tables.versus(["7"], compare(samples, "a")["step"], "a")
-    assert rows == [row]
-    assert len(["case", *tables.versus_head("a")]) == len(row)
-    assert tables.table(["x"], [["1"]]) == "| x |\n| ---: |\n| 1 |"
-
-
-def test_the_largest_chain_of_layers_that_fits():
-    for count, elements in ((100, 30_000_000), (10_000, 30_000_000), (2, 6)):
-        width = chain_width(count, elements)
-        assert count // 2 * width * (width + 1) <= elements < count // 2 * (width + 1) * (width + 2)
-
-
-def test_a_long_chain_stays_finite():
-    chain = Chain(1000, 100_000)
-    chain(torch.randn(4, chain.width)).square().mean().backward()
-    assert len(list(chain.parameters())) == 1000
-    assert all(torch.isfinite(parameter.grad).all() for parameter in chain.parameters())
-
-
-def test_peaks_belong_to_the_phase_in_which_they_are_reached():
-    events = [("", 10), ("", -4), ("backward", 0), ("", 3), ("", -9), ("step", 0)]
-    assert peaks_by_phase(events) == {"backward": 10, "step": 9}
-
-
-def test_extra_bytes_per_parameter():
-    def case(*live):
-        return {"runs": [{"parameters": 10, "live": each} for each in live]}
-
-    assert memory.extra(case(140, 100, 120), case(100, 100, 100), "live") == 2
-
-
-def test_traffic_is_that_of_the_busiest_rank():
-    by_rank = [
-        {"reduce": {"calls": 1.0, "bytes": 8.0}},
-        {"reduce": {"calls": 2.0, "bytes": 4.0}, "send": {"calls": 1.0, "bytes": 1.0}},
-    ]
-    assert traffic.busiest(by_rank) == {"reduce": {"calls": 2, "bytes": 8}, "send": {"calls": 1, "bytes": 1}}
-
-
-def test_tensors_in_lists_of_lists():
-    a, b = torch.ones(1), torch.zeros(2)
-    assert [id(one) for one in tensors_in([[a], [[b]], None, 3])] == [id(a), id(b)]
+    row = ["7", "a", "b", "2", "1.0", "2.0", "**2.000**", "2.000", "2.000 [2.000, 2.000]", "+1.0 [+1.0, +1.0]"]
+    assert versus(["7"], samples, "a", "step") == [row]
+    assert len(["case", *HEAD]) == len(row)
+    assert table(["x"], [["1"]]) == "| x |\n| ---: |\n| 1 |"
 
 
 def test_what_lena_adds_is_a_line_over_the_tensors():
-    def case(count, ours):
-        return {"tensors": count, "seconds": {REFERENCE: {"step": [1.0] * 3}, tensors.OURS: {"step": [ours] * 3}}}
+    def case(ours):
+        return {ADAMW: {"step": [1.0] * 3}, LENA["adamw"]: {"step": [ours] * 3}}
 
-    assert tensors.added_line([case(10, 1.3), case(20, 1.5)], "tensors", "step") == approx(
-        {"slope": 0.02, "intercept": 0.1}
-    )
+    assert added_line({10: case(1.3), 20: case(1.5)}, "step") == approx((0.02, 0.1))
+
+
+@pytest.mark.parametrize(("count", "elements"), [(1000, 100_000), (100, 30_000), (2, 6)])
+def test_a_chain_has_as_many_tensors_as_asked_for_and_stays_finite(count, elements):
+    chain = Chain(count, elements)
+    chain(torch.randn(4, chain.width)).square().mean().backward()
+    parameters = list(chain.parameters())
+    assert len(parameters) == count
+    assert sum(p.numel() for p in parameters) <= elements < count // 2 * (chain.width + 1) * (chain.width + 2)
+    assert all(torch.isfinite(p.grad).all() for p in parameters)
+
+
+def test_peaks_belong_to_the_phase_in_which_they_are_reached():
+    def update(lap):
+        kept = torch.zeros(1000)
+        lap("backward")
+        for _ in range(2):
+            torch.zeros(3000)
+        del kept
+        lap("step")
+
+    assert tracked_peaks(update) == {"backward": 4000, "step": 12000}
+
+
+def test_traffic_beside_the_rivals():
+    rows = added_traffic({"reduce": [3.0, 24.0]}, {"reduce": [2.0, 16.0], "send": [1.0, 4.0]})
+    assert rows == [["reduce", "3", "24", "+1", "+8"], ["send", "0", "0", "-1", "-4"]]
+
+
+def test_the_network_is_fitted_to_its_own_all_reduces():
+    network = {"hop_inside_s": 2e-4, "hop_between_s": 2e-4, "bandwidth_inside": 1e9, "bandwidth_between": 1e9}
+    known = replace(MACHINES["cpu-2-cores"], collective_s=1e-4, turn_s=0.0, cores=2, **network)
+    times = {r: {n: all_reduce_seconds(16 * n + 16, r, known) if r > 1 else 1e-4 for n in LAYERS} for r in (1, 2, 4)}
+    found = fitted(MACHINES["cpu-2-cores"], times)
+    assert (found.collective_s, found.hop_inside_s) == approx((1e-4, 2e-4), rel=0.05)
+    assert found.bandwidth_inside == approx(1e9, rel=0.05)
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_had_is_named():
-    found, left_out = available([REFERENCE, "DeepSpeed FusedAdam"], CPU)
-    assert found == [REFERENCE]
-    assert left_out == {"DeepSpeed FusedAdam": "for parameters on a GPU only"}
+def test_what_cannot_be_had_is_named(capsys):
+    assert available([ADAMW, FUSED_ADAM], CPU) == rivals("adamw", CPU) == [ADAMW]
+    assert "left out: DeepSpeed FusedAdam: for parameters on a GPU only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["timm Lamb", "timm Lars", *LENA.values()])
@@ -149,74 +126,51 @@ def test_an_optimizer_moves_its_parameters_or_says_why_not(name):
     assert (parameter < 1).all()
 
 
-def train_on_ready_made_gradients(name, updates):
+@pytest.mark.parametrize("name", [ADAMW, LENA["adamw"]])
+def test_ready_made_gradients_are_added_and_move_the_weights(name):
     gradients = [vector(1, -2, 0.5), vector(0.1, 0.2)]
     weights = [torch.ones_like(gradient) for gradient in gradients]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    update = contestant(name, weights, gradients, passes=2)
-    warm_up({name: update}, updates)
-    return torch.cat(weights)
-
-
-def test_lena_moves_alike_in_plain_pytorch_and_as_under_an_engine():
-    name = LENA["adamw"]
-    moved = train_on_ready_made_gradients(name, updates=3)
-    assert not torch.equal(moved, torch.ones_like(moved))
-    assert torch.equal(moved, train_on_ready_made_gradients(name + PLAIN, updates=3))
-
-
-def test_the_two_parts_of_a_step_are_added_up():
-    samples = {"lena": {"measure": [1.0, 2.0], "move": [3.0, 5.0]}, "other": {"step": [1.0, 1.0]}}
-    assert with_steps(samples)["lena"]["step"] == [4, 7]
-    assert with_steps(samples)["other"] == {"step": [1, 1]}
+    warm_up({name: ready_made(name, weights, gradients)}, updates=3)
+    assert torch.equal(weights[0].grad, 3 * gradients[0])
+    assert all(((1 - weight) * gradient > 0).all() for weight, gradient in zip(weights, gradients, strict=True))
 
 
 # -- the suite ---------------------------------------------------------------------------------------------------------
 
 
-def suite(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
-    return suite_module.main()
-
-
 @pytest.fixture
-def started(monkeypatch):
-    """The command lines that the suite runs; each writes a file, but for "memory", which fails."""
-    commands = []
+def suite(monkeypatch):
+    """Runs the suite without its benchmarks, of which "footprint" fails; their command lines are in `started`."""
 
     def run(command, **_):
-        commands.append(command[1:])
-        failed = "benchmarks.memory" in command
-        if not failed:
-            Path(command[command.index("--out") + 1]).write_text("{}")
-        return subprocess.CompletedProcess(command, returncode=int(failed))
+        suite.started.append(command[2:])
+        return subprocess.CompletedProcess(command, int("benchmarks.footprint" in command), stdout="a table\n")
 
+    def suite(*words):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+        return suite_module.main()
+
+    suite.started = []
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(suite_module, "markdown", lambda results, as_tables: as_tables.__module__)
-    return commands
+    return suite
 
 
-def test_the_suite_runs_what_is_named(monkeypatch, started, tmp_path):
-    assert suite(monkeypatch, "hooks", "--only", "traffic", "--quick", "--out", str(tmp_path)) == 0
-    assert [command[1:3] for command in started] == [["benchmarks.hooks", "--quick"], ["benchmarks.traffic", "--quick"]]
+def test_the_suite_runs_what_is_named(suite, tmp_path):
+    assert suite("hooks", "example", "--quick", "--out", str(tmp_path)) == 0
+    hooks, example = suite.started
+    assert hooks[:3] == ["benchmarks.engines", "--quick", "--ranks"] and hooks[-1] == str(tmp_path / "hooks.json")
+    assert example == ["benchmarks.example", "--quick", "--out", str(tmp_path / "example.json")]
+    assert (tmp_path / "hooks.md").read_text() == "## hooks\n\na table\n"
 
 
-def test_the_tables_hold_earlier_results_too_and_name_what_failed(monkeypatch, started, tmp_path):
-    suite(monkeypatch, "hooks", "--out", str(tmp_path))
-    (tmp_path / "memory.json").write_text("{}")
-    assert suite(monkeypatch, "engines", "memory", "--out", str(tmp_path)) == 1
-    written = (tmp_path / "tables.md").read_text().split()
-    assert written[:7] == ["#", "Benchmarks", "##", "engines", "benchmarks.step_time", "##", "hooks"]
-    assert "Failed;" in written
-    assert not (tmp_path / "memory.json").exists(), "no numbers of an earlier run in place of those that failed"
+def test_what_failed_is_named_and_leaves_no_numbers_of_an_earlier_run(suite, tmp_path, capsys):
+    (tmp_path / "footprint.md").write_text("old"), (tmp_path / "footprint.json").write_text("old")
+    assert suite("footprint", "engines", "--out", str(tmp_path)) == 1
+    assert "failed, see their messages: footprint" in capsys.readouterr().err
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["engines.md"]
 
 
-def test_every_benchmark_of_the_suite_has_tables():
-    assert all(callable(importlib.import_module(module).as_tables) for module in suite_module.MODULES.values())
-
-
-def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
+def test_an_unknown_benchmark_is_refused(suite, capsys):
     with pytest.raises(SystemExit):
-        suite(monkeypatch, "speed")
+        suite("speed")
     assert "speed: not one of optimizers, engines" in capsys.readouterr().err
