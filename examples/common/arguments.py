@@ -8,12 +8,9 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from . import presets
-from .checks import refuse_contradictions
 from .corpus import DataArguments
-from .deepspeed_config import read_config, refuse_without_launcher
-from .errors import InputError, give_up
-from .ignored import refuse_ignored
-from .ranges import refuse_out_of_range
+from .deepspeed_config import read_config, refuse_ignored
+from .errors import InputError, give_up, in_one_line
 
 
 @dataclass
@@ -51,39 +48,37 @@ def parse(
     try:
         # A default is the very object that was set, so that what was typed can be told from it.
         typed = {name for name, value in vars(options).items() if value is not parser.get_default(name)}
-        refuse_out_of_range(options)
         options.deepspeed = read_config(options.deepspeed)
-        if options.deepspeed is not None:
-            refuse_without_launcher()
         if options.optimizer_preset:
             _swap(options, typed, list(no_decay))
-        try:
+        if options.deepspeed is not None:
+            refuse_ignored(options, typed)
+        with in_one_line("arguments"):
             parsed = parser.parse_dict(vars(options))
-        except ValueError as error:  # TrainingArguments' own checks
-            raise InputError(" ".join(str(error).split())) from error
-        refuse_contradictions(parsed[-1], typed)
-        refuse_ignored(parsed[1], typed)
-        _refuse_endless(*parsed[1:])
+        if parsed[1].streaming:
+            _refuse_sharing_out(parsed[-1])
     except InputError as error:
         parser.error(str(error))
     return parser, parsed
 
 
 def _swap(options: argparse.Namespace, typed: set[str], no_decay: list[str]) -> None:
+    preset = options.optimizer_preset
     if options.deepspeed is None:
         raise InputError(
-            f"--optimizer-preset {options.optimizer_preset} is for DeepSpeed: give --deepspeed FILE, or launch with "
-            "an accelerate config that has deepspeed_config_file"
+            f"--optimizer-preset {preset} is for DeepSpeed: give --deepspeed FILE, or launch with an accelerate config "
+            "that has deepspeed_config_file"
         )
-    for name, value in presets.defaults(options.optimizer_preset).items():
+    for name, value in presets.defaults(preset).items():
         if name not in typed:
             setattr(options, name, value)
-    replaced = options.deepspeed.get("optimizer", {})
-    options.deepspeed["optimizer"] = presets.entry(options.optimizer_preset, replaced, no_decay)
+    options.deepspeed["optimizer"] = presets.entry(preset, options.deepspeed.get("optimizer", {}), no_decay)
 
 
-def _refuse_endless(data: DataArguments, run: RunArguments, training: TrainingArguments) -> None:
-    if data.streaming and training.max_steps <= 0:
-        raise InputError("--streaming needs --max_steps: the length of a stream is not known")
-    if run.target_loss is not None and training.eval_strategy == "no":
-        raise InputError("--target-loss needs evaluations: give --eval_strategy steps and --eval_steps")
+def _refuse_sharing_out(args: TrainingArguments) -> None:
+    """Several readers would share out the files, and each skip its own first texts instead of the held-out ones."""
+    if args.dataloader_num_workers > 1 or args.accelerator_config.dispatch_batches is False:
+        raise InputError(
+            "--streaming has one reader, who sends every rank its blocks: leave --dataloader_num_workers at 0 or 1, "
+            'and "dispatch_batches" out of --accelerator_config'
+        )

@@ -1,5 +1,6 @@
 """The picture of a run: losses on the left, gain and warm-up of every layer on the right."""
 
+import io
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, PercentFormatter, ScalarFormatter
+from PIL import Image
 
 History = list[dict[str, Any]]
 Reports = list[tuple[int, dict[str, Any]]]  # (update, ds_lena.report)
@@ -25,6 +27,7 @@ KINDS = {
     "other": (("*",), "#6B5B95"),
 }
 INK, FAINT = "#222222", "#6F6F6F"
+_DARK, _ORANGE = "#0B3C5D", "#D55E00"
 
 
 def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
@@ -32,51 +35,42 @@ def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
     reports = [(record["update"], record["lena"]) for record in history if "lena" in record]
     figure = Figure(figsize=(12, 5.6) if reports else (7, 4.6), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=13, color=INK)
-    if not reports:
-        _losses(figure.subplots(), history, unigram_loss)
-    else:
-        grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1), width_ratios=(1, 1.25))
-        _losses(figure.add_subplot(grid[:, 0]), history, unigram_loss)
+    grid = figure.add_gridspec(2, 2 if reports else 1, height_ratios=(2.3, 1))
+    losses = figure.add_subplot(grid[:, 0])
+    _losses(losses, history, unigram_loss)
+    bottom = [losses]
+    if reports:
+        grid.set_width_ratios((1, 1.25))
         gains = figure.add_subplot(grid[0, 1])
+        bottom.append(figure.add_subplot(grid[1, 1], sharex=gains))
         _gains(gains, reports)
-        _warmups(figure.add_subplot(grid[1, 1], sharex=gains), reports)
+        _warmups(bottom[1], reports)
+    for axes in bottom:
+        axes.set_xlabel("update", fontsize=9.5)
     save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture that other readers see whole or not at all; without matplotlib's version in it."""
+    """Write a PNG of at most 256 colours that other readers see whole or not at all; no version of matplotlib in it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None})
     draft = path.with_name(path.name + ".draft")
-    figure.savefig(draft, format="png", metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(256).save(draft, format="png", optimize=True)
     draft.replace(path)
 
 
 def _losses(axes: Axes, history: History, unigram_loss: float) -> None:
-    train = [(record["update"], record["loss"]) for record in history if "loss" in record]
-    held_out = [(record["update"], record["eval_loss"]) for record in history if "eval_loss" in record]
-    axes.plot(*zip(*train, strict=True), color="#7FB2D6", linewidth=1.4, label="training")
-    axes.plot(
-        *zip(*held_out, strict=True),
-        color="#0B3C5D",
-        linewidth=2,
-        marker="o",
-        markersize=4,
-        label="held-out",
-    )
-    axes.axhline(unigram_loss, color="#D55E00", linewidth=1.3, linestyle=(0, (5, 3)))
-    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
-    end, loss = held_out[-1]
-    axes.annotate(
-        f"unigram model {unigram_loss:.2f}",
-        (end, unigram_loss),
-        (0, 5),
-        ha="right",
-        color="#D55E00",
-        **note,
-    )
-    axes.annotate(f"{loss:.2f}", (end, loss), (0, -14), ha="right", color="#0B3C5D", weight="bold", **note)
+    curves = {key: [(r["update"], r[key]) for r in history if key in r] for key in ("loss", "eval_loss")}
+    axes.plot(*zip(*curves["loss"], strict=True), color="#7FB2D6", linewidth=1.4, label="training")
+    held_out = {"color": _DARK, "linewidth": 2, "marker": "o", "markersize": 4, "label": "held-out"}
+    axes.plot(*zip(*curves["eval_loss"], strict=True), **held_out)
+    axes.axhline(unigram_loss, color=_ORANGE, linewidth=1.3, linestyle=(0, (5, 3)))
+    end, loss = curves["eval_loss"][-1]
+    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "ha": "right"}
+    axes.annotate(f"unigram model {unigram_loss:.2f}", (end, unigram_loss), (0, 5), color=_ORANGE, **note)
+    axes.annotate(f"{loss:.2f}", (end, loss), (0, -14), color=_DARK, weight="bold", **note)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     dress(axes, "loss, nats per token")
-    axes.set_xlabel("update", fontsize=9.5)
 
 
 def _gains(axes: Axes, reports: Reports) -> None:
@@ -95,10 +89,8 @@ def _gains(axes: Axes, reports: Reports) -> None:
     dress(axes, f"gain of each layer, n = {last['n']} micro-batches averaged")
     axes.tick_params(labelbottom=False)
     shown = {kind_of(name) for name in last["layers"]}
-    handles = [Line2D([], [], color=INK, linewidth=3, label="whole model")]
-    for kind, (_, colour) in reversed(KINDS.items()):
-        if kind in shown:
-            handles.append(Line2D([], [], color=colour, linewidth=2, label=kind))
+    legend = {"whole model": INK} | {kind: colour for kind, (_, colour) in reversed(KINDS.items()) if kind in shown}
+    handles = [Line2D([], [], color=colour, linewidth=2.5, label=kind) for kind, colour in legend.items()]
     axes.legend(handles=handles, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.06, 0.5))
 
 
@@ -108,7 +100,6 @@ def _warmups(axes: Axes, reports: Reports) -> None:
     axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     dress(axes, "warm-up of each layer")
-    axes.set_xlabel("update", fontsize=9.5)
 
 
 def _layer_lines(axes: Axes, reports: Reports, key: str) -> None:
@@ -116,21 +107,15 @@ def _layer_lines(axes: Axes, reports: Reports, key: str) -> None:
     updates, names = [update for update, _ in reports], list(reports[-1][1]["layers"])
     deepest = max(_depth(name, 0) for name in names)
     for name in names:
-        colour = to_rgb(KINDS[kind_of(name)][1])
         white = 0.5 * (1 - _depth(name, deepest) / max(deepest, 1))
-        axes.plot(
-            updates,
-            [report["layers"][name][key] for _, report in reports],
-            color=[channel + (1 - channel) * white for channel in colour],
-            linewidth=1.1,
-            zorder=2 + 0.1 * list(KINDS).index(kind_of(name)),
-        )
+        colour = [channel + (1 - channel) * white for channel in to_rgb(KINDS[kind_of(name)][1])]
+        values = [report["layers"][name][key] for _, report in reports]
+        axes.plot(updates, values, color=colour, linewidth=1.1, zorder=2 + 0.1 * list(KINDS).index(kind_of(name)))
 
 
 def kind_of(name: str) -> str:
     """The kind of the layer ``name``: a parameter, a module or a block."""
-    matches = (kind for kind, (patterns, _) in KINDS.items() if any(fnmatch(name, p) for p in patterns))
-    return next(matches)
+    return next(kind for kind, (patterns, _) in KINDS.items() if any(fnmatch(name, p) for p in patterns))
 
 
 def _depth(name: str, outside: int) -> int:

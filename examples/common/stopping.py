@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class Finished(Exception):
@@ -18,23 +18,15 @@ class Stopping(TrainerCallback):
     def __init__(self, target: float | None) -> None:
         self._target = target
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        reached = self._target is not None and reached_at(state.log_history, self._target) is not None
-        if state.global_step >= state.max_steps or (state.global_step and reached):
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step and (state.global_step >= state.max_steps or self._is_reached(state)):
             raise Finished
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
-        if self._target is not None and metrics["eval_loss"] <= self._target:
-            control.should_training_stop = True
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self._is_reached(state)
+
+    def _is_reached(self, state: TrainerState) -> bool:
+        return self._target is not None and reached_at(state.log_history, self._target) is not None
 
 
 def reached_at(logs: list[dict[str, Any]], target: float) -> int | None:
