@@ -51,11 +51,11 @@ def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of at most 256 colours that other readers see whole or not at all; no version of matplotlib in it."""
+    """Write a PNG of 64 colours that other readers see whole or not at all; no version of matplotlib in it."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", metadata={"Software": None})
     draft = path.with_name(path.name + ".draft")
-    Image.open(drawn).convert("RGB").quantize(256).save(draft, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(64).save(draft, format="png", optimize=True)
     draft.replace(path)
 
 
