@@ -1,8 +1,7 @@
 """The command line: what is asked for, read once and checked before anything is made."""
 
-import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -11,18 +10,15 @@ from . import presets
 from .corpus import DataArguments
 from .deepspeed_config import read_config, refuse_ignored
 from .errors import InputError, give_up, in_one_line
+from .options import option
 
 
 @dataclass
 class RunArguments:
     """How to compare, and when to stop."""
 
-    optimizer_preset: str | None = field(
-        default=None, metadata={"choices": list(presets.PRESETS), "help": presets.HELP}
-    )
-    target_loss: float | None = field(
-        default=None, metadata={"help": "Stop after the first evaluation whose held-out loss is not above this."}
-    )
+    optimizer_preset: str | None = option(None, presets.HELP, choices=list(presets.PRESETS))
+    target_loss: float | None = option(None, "Stop after the first evaluation whose held-out loss is not above this.")
 
 
 class Parser(HfArgumentParser):
@@ -33,15 +29,9 @@ class Parser(HfArgumentParser):
 
 
 def parse(
-    model_arguments: type, defaults: Mapping[str, Any], no_decay: Sequence[str], description: str | None
+    model_arguments: type, defaults: Mapping[str, Any], no_decay: list[str], description: str | None
 ) -> tuple[Parser, tuple[Any, DataArguments, RunArguments, TrainingArguments]]:
-    """Read the command line.
-
-    Args:
-        model_arguments: a dataclass of options.
-        defaults: those that differ from the dataclasses'.
-        no_decay: patterns of the names that a preset of LENA does not decay.
-    """
+    """Read the command line. ``no_decay``: patterns of the names that a preset of LENA does not decay."""
     parser = Parser((model_arguments, DataArguments, RunArguments, TrainingArguments), description=description)
     parser.set_defaults(**defaults)
     options = parser.parse_args()
@@ -50,7 +40,12 @@ def parse(
         typed = {name for name, value in vars(options).items() if value is not parser.get_default(name)}
         options.deepspeed = read_config(options.deepspeed)
         if options.optimizer_preset:
-            _swap(options, typed, list(no_decay))
+            if options.deepspeed is None:
+                raise InputError("--optimizer-preset is for DeepSpeed: give --deepspeed FILE, or use accelerate launch")
+            new = presets.defaults(options.optimizer_preset)
+            vars(options).update({name: value for name, value in new.items() if name not in typed})
+            replaced = options.deepspeed.get("optimizer", {})
+            options.deepspeed["optimizer"] = presets.entry(options.optimizer_preset, replaced, no_decay)
         if options.deepspeed is not None:
             refuse_ignored(options, typed)
         with in_one_line("arguments"):
@@ -60,19 +55,6 @@ def parse(
     except InputError as error:
         parser.error(str(error))
     return parser, parsed
-
-
-def _swap(options: argparse.Namespace, typed: set[str], no_decay: list[str]) -> None:
-    preset = options.optimizer_preset
-    if options.deepspeed is None:
-        raise InputError(
-            f"--optimizer-preset {preset} is for DeepSpeed: give --deepspeed FILE, or launch with an accelerate config "
-            "that has deepspeed_config_file"
-        )
-    for name, value in presets.defaults(preset).items():
-        if name not in typed:
-            setattr(options, name, value)
-    options.deepspeed["optimizer"] = presets.entry(preset, options.deepspeed.get("optimizer", {}), no_decay)
 
 
 def _refuse_sharing_out(args: TrainingArguments) -> None:

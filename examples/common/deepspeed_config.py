@@ -39,15 +39,7 @@ def read_config(source: str | None) -> dict[str, Any] | None:
 
 
 def refuse_ignored(options: Namespace, typed: set[str]) -> None:
-    """Raise where the config lacks the key that an option is for; HF would train with another value.
-
-    Args:
-        options: of the command line; ``deepspeed`` is the config.
-        typed: names of the options that were given.
-
-    Raises:
-        InputError: says what to write.
-    """
+    """Raise InputError where ``options.deepspeed`` lacks the key for one of the ``typed`` options."""
     value_of = HfDeepSpeedConfig(options.deepspeed).get_value
     optimizer = value_of("optimizer.type")
     for name, key in _KEYS.items():

@@ -1,6 +1,6 @@
 """Sizes of GPT-2, BERT and ModernBERT, by name."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
@@ -15,6 +15,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .blocks import end_of_text
+from .options import option
 
 Shape = tuple[int, int, int]
 """Layers, width, heads."""
@@ -31,7 +32,6 @@ BERT_SIZES = {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "b
 # "base" and "large" are the published ones, https://arxiv.org/abs/2412.13663.
 MODERNBERT_SIZES = {"tiny": (4, 128, 4), "mini": (6, 256, 4), "small": (10, 512, 8)}
 MODERNBERT_SIZES |= {"base": (22, 768, 12), "large": (28, 1024, 16)}
-_MODERNBERT_MLP = {"large": {"intermediate_size": 2624}}  # the others have 3/2 of the width, as "base" does
 
 
 _DROPOUT = "Probability of dropout, everywhere; the published models have 0.1."
@@ -41,17 +41,17 @@ _DROPOUT = "Probability of dropout, everywhere; the published models have 0.1."
 class GPT2Arguments:
     """Which GPT-2."""
 
-    model_size: str = field(default="small", metadata={"choices": list(GPT2_SIZES)})
-    dropout: float = field(default=0.0, metadata={"help": _DROPOUT})
+    model_size: str = option("small", "'base' and up are published.", choices=list(GPT2_SIZES))
+    dropout: float = option(0.0, _DROPOUT)
 
 
 @dataclass
 class BertArguments:
     """Which BERT: that of 2018, or ModernBERT, which has rotary positions and norms before each layer."""
 
-    architecture: str = field(default="bert", metadata={"choices": ["bert", "modernbert"]})
-    model_size: str = field(default="small", metadata={"choices": list(BERT_SIZES)})
-    dropout: float = field(default=0.0, metadata={"help": _DROPOUT})
+    architecture: str = option("bert", "BERT of 2018, or ModernBERT of 2024.", choices=["bert", "modernbert"])
+    model_size: str = option("small", "'base' and 'large' are published.", choices=list(BERT_SIZES))
+    dropout: float = option(0.0, _DROPOUT)
 
 
 def build_gpt2(args: GPT2Arguments, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> PreTrainedModel:
@@ -65,28 +65,22 @@ def build_bert(args: BertArguments, tokenizer: PreTrainedTokenizerFast, sequence
     _prepare_partitioning()
     if args.architecture == "bert":
         return bert(BERT_SIZES[args.model_size], tokenizer, sequence_length, args.dropout)
-    more = _MODERNBERT_MLP.get(args.model_size, {})
+    more = {"intermediate_size": 2624} if args.model_size == "large" else {}  # as published
     return modernbert(MODERNBERT_SIZES[args.model_size], tokenizer, sequence_length, args.dropout, **more)
 
 
-def gpt2(
-    shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any
-) -> PreTrainedModel:
+def gpt2(shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any) -> Any:
     """A GPT-2 for blocks of ``length`` tokens; ``more`` goes to its config."""
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = AutoModelForCausalLM.from_config(
-        GPT2Config(**_common(shape, tokenizer, length), **dropouts, **ends, **more)
-    )
+    more |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    more |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**_common(shape, tokenizer, length), **more))
     # transformers 5.23 infers the kind of loss from the class name, which GPT-2's does not tell.
     # The Trainer would then divide the loss of a block of T tokens by T, where T - 1 are predicted.
     model.loss_type = "ForCausalLM"
     return model
 
 
-def bert(
-    shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any
-) -> PreTrainedModel:
+def bert(shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any) -> Any:
     """A BERT for blocks of ``length`` tokens; ``more`` goes to its config."""
     more |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     more |= {"intermediate_size": 4 * shape[1], "pad_token_id": tokenizer.pad_token_id}
@@ -97,9 +91,7 @@ def bert(
     return model
 
 
-def modernbert(
-    shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any
-) -> PreTrainedModel:
+def modernbert(shape: Shape, tokenizer: PreTrainedTokenizerFast, length: int, dropout: float = 0.0, **more: Any) -> Any:
     """A ModernBERT for blocks of ``length`` tokens; ``more`` goes to its config."""
     settings = dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), dropout)
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), end_of_text(tokenizer))

@@ -16,8 +16,8 @@ from PIL import Image
 History = list[dict[str, Any]]
 Reports = list[tuple[int, dict[str, Any]]]  # (update, ds_lena.report)
 
-# Kind of layer: patterns of its names, and a colour that colour-blind readers can tell from the
-# others. The first kind that matches is taken; the legend reads from the last, drawn on top.
+# Kind of layer: patterns of its names, and a colour that colour-blind readers can tell from the others. The first kind
+# that matches is taken; the legend reads from the last, drawn on top.
 KINDS = {
     "layer norm": (("*ln_*", "*norm*", "*LayerNorm*"), "#B05FA0"),
     "bias": (("*.bias",), "#9A9A9A"),
@@ -27,7 +27,6 @@ KINDS = {
     "other": (("*",), "#6B5B95"),
 }
 INK, FAINT = "#222222", "#6F6F6F"
-_DARK, _ORANGE = "#0B3C5D", "#D55E00"
 
 
 def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
@@ -35,18 +34,14 @@ def draw(history: History, unigram_loss: float, title: str, path: Path) -> None:
     reports = [(record["update"], record["lena"]) for record in history if "lena" in record]
     figure = Figure(figsize=(12, 5.6) if reports else (7, 4.6), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=13, color=INK)
-    grid = figure.add_gridspec(2, 2 if reports else 1, height_ratios=(2.3, 1))
-    losses = figure.add_subplot(grid[:, 0])
-    _losses(losses, history, unigram_loss)
-    bottom = [losses]
     if reports:
-        grid.set_width_ratios((1, 1.25))
-        gains = figure.add_subplot(grid[0, 1])
-        bottom.append(figure.add_subplot(grid[1, 1], sharex=gains))
-        _gains(gains, reports)
-        _warmups(bottom[1], reports)
-    for axes in bottom:
-        axes.set_xlabel("update", fontsize=9.5)
+        panels = [["losses", "gains"], ["losses", "warm-ups"]]
+        axes = figure.subplot_mosaic(panels, height_ratios=(2.3, 1), width_ratios=(1, 1.25))
+        _gains(axes["gains"], reports)
+        _warmups(axes["warm-ups"], reports)
+    else:
+        axes = {"losses": figure.subplots()}
+    _losses(axes["losses"], history, unigram_loss)
     save(figure, path)
 
 
@@ -60,17 +55,15 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _losses(axes: Axes, history: History, unigram_loss: float) -> None:
-    curves = {key: [(r["update"], r[key]) for r in history if key in r] for key in ("loss", "eval_loss")}
-    axes.plot(*zip(*curves["loss"], strict=True), color="#7FB2D6", linewidth=1.4, label="training")
-    held_out = {"color": _DARK, "linewidth": 2, "marker": "o", "markersize": 4, "label": "held-out"}
-    axes.plot(*zip(*curves["eval_loss"], strict=True), **held_out)
-    axes.axhline(unigram_loss, color=_ORANGE, linewidth=1.3, linestyle=(0, (5, 3)))
-    end, loss = curves["eval_loss"][-1]
-    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "ha": "right"}
-    axes.annotate(f"unigram model {unigram_loss:.2f}", (end, unigram_loss), (0, 5), color=_ORANGE, **note)
-    axes.annotate(f"{loss:.2f}", (end, loss), (0, -14), color=_DARK, weight="bold", **note)
+    train, held_out = ([(r["update"], r[key]) for r in history if key in r] for key in ("loss", "eval_loss"))
+    axes.plot(*zip(*train, strict=True), color="#7FB2D6", linewidth=1.4, label="training")
+    label = f"held-out, {held_out[-1][1]:.2f} at the end"
+    axes.plot(*zip(*held_out, strict=True), color="#0B3C5D", linewidth=2, marker="o", markersize=4, label=label)
+    label = f"unigram model, {unigram_loss:.2f}"
+    axes.axhline(unigram_loss, color="#D55E00", linewidth=1.3, linestyle=(0, (5, 3)), label=label)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     dress(axes, "loss, nats per token")
+    axes.set_xlabel("update", fontsize=9.5)
 
 
 def _gains(axes: Axes, reports: Reports) -> None:
@@ -87,7 +80,6 @@ def _gains(axes: Axes, reports: Reports) -> None:
     axes.yaxis.set_major_locator(FixedLocator([2.0**i for i in range(int(largest).bit_length())]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     dress(axes, f"gain of each layer, n = {last['n']} micro-batches averaged")
-    axes.tick_params(labelbottom=False)
     shown = {kind_of(name) for name in last["layers"]}
     legend = {"whole model": INK} | {kind: colour for kind, (_, colour) in reversed(KINDS.items()) if kind in shown}
     handles = [Line2D([], [], color=colour, linewidth=2.5, label=kind) for kind, colour in legend.items()]
@@ -99,7 +91,9 @@ def _warmups(axes: Axes, reports: Reports) -> None:
     axes.set_ylim(-0.03, 1.06)
     axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlim(0, 1.01 * reports[-1][0])
     dress(axes, "warm-up of each layer")
+    axes.set_xlabel("update", fontsize=9.5)
 
 
 def _layer_lines(axes: Axes, reports: Reports, key: str) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
@@ -16,13 +15,12 @@ from ds_lena.errors import LenaError
 from ds_lena.integrations.callback import LenaCallback
 
 from .arguments import RunArguments, parse
-from .blocks import Rows, unigram_nats
-from .corpus import Corpus, DataArguments, prepare
+from .blocks import Rows, unigram_loss
+from .corpus import DataArguments, prepare
 from .errors import InputError, give_up
-from .history import History
+from .history import Finished, History, Stopping
 from .results import conclude, optimizer_name
 from .resuming import choose_checkpoint, keep_options, options_of
-from .stopping import Finished, Stopping
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[Rows], Batch]
@@ -40,29 +38,24 @@ DEFAULTS = {
     "use_cpu": not torch.accelerator.is_available(),  # without it, CPU ranks do not see each other
 }
 
-# Seconds. On CPU, threads of gloo hold the last tensors for a moment; if Python ends before they let go, it aborts.
-LETTING_GO = 0.2
-
 
 @dataclass(frozen=True)
 class Task:
     """What one kind of language model adds to the rest."""
 
     name: str  # of the model, for people
-    output_dir: str  # if not told otherwise
+    output_dir: str  # where a run writes, if not told otherwise
     arguments: type  # a dataclass with the options of the model
-    build: Callable[
-        [Any, PreTrainedTokenizerFast, int], PreTrainedModel
-    ]  # from them, a tokenizer, the length of a block
-    collate: Callable[[PreTrainedTokenizerFast, int], Collate]  # from a tokenizer and a seed; labels may be -100
+    build: Callable[..., PreTrainedModel]  # from them, a tokenizer and the length of a block
+    collate: Callable[[PreTrainedTokenizerFast, int], Collate]  # makes batches; labels: tokens to predict, or -100
     no_decay: tuple[str, ...]  # patterns of the names of parameters
-    needs_mask: bool = False  # a mask token
+    needs_mask: bool = False  # in a tokenizer that is trained
 
 
 def pretrain(task: Task, description: str | None) -> None:
     """Do all that the command line asks for."""
     defaults = DEFAULTS | {"output_dir": task.output_dir}
-    parser, arguments = parse(task.arguments, defaults, task.no_decay, description)
+    parser, arguments = parse(task.arguments, defaults, list(task.no_decay), description)
     try:
         _run(task, *arguments)
     except (InputError, LenaError) as error:
@@ -104,19 +97,8 @@ def _run(task: Task, model_args: Any, data: DataArguments, run: RunArguments, ar
         trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        unigram = unigram_loss(corpus, collate, args.eval_batch_size)
+        batches = torch.utils.data.DataLoader(corpus.held_out, args.eval_batch_size, collate_fn=collate)
+        unigram = unigram_loss(corpus.seen, (batch["labels"] for batch in batches), len(corpus.tokenizer))
         conclude(task.name, trainer, history, run, blocks_per_update * data.sequence_length, unigram)
     trainer.accelerator.end_training()
-    time.sleep(LETTING_GO)
-
-
-def unigram_loss(corpus: Corpus, collate: Collate, batch_size: int) -> float:
-    """What a unigram model loses on the held-out tokens that the model is asked for, in nats per token.
-
-    In batches as the Trainer makes them for an evaluation, since masks depend on the batch.
-    """
-    nats, asked = unigram_nats(corpus.seen, len(corpus.tokenizer)), []
-    for batch in corpus.held_out.iter(batch_size):
-        labels = collate([{"input_ids": ids} for ids in batch["input_ids"]])["labels"].numpy()
-        asked.append(labels[labels != -100])
-    return float(nats[np.concatenate(asked)].mean())
+    time.sleep(0.2)  # on CPU, gloo's threads hold the last tensors for a moment; Python's end would abort them

