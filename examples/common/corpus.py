@@ -59,10 +59,10 @@ def prepare(args: DataArguments, output_dir: Path, blocks_per_update: int, seed:
         tokenizer, blocks = PreTrainedTokenizerFast.from_pretrained(folder), load_from_disk(str(folder))
     else:
         tokenizer, blocks = _make(args, with_mask)
-    for split, needed in (("held_out", 1), ("train", 1 if args.streaming else blocks_per_update)):
-        if len(blocks[split]) < needed:
+    for kind, split, needed in (("held-out", "held_out", 1), ("training", "train", blocks_per_update)):
+        if len(blocks[split]) < (1 if args.streaming else needed):
             raise InputError(
-                f"the {split} text fills {len(blocks[split])} blocks of {args.sequence_length} tokens, one update or "
+                f"the {kind} text fills {len(blocks[split])} blocks of {args.sequence_length} tokens, one update or "
                 f"evaluation takes {needed}; give more text, a smaller --sequence_length or a smaller batch"
             )
     if not folder.exists():
