@@ -12,7 +12,6 @@ from common.blocks import Rows, stack
 from common.masking import Masking
 from common.models import BertArguments, build_bert
 from common.pretraining import Batch, Collate, Task, pretrain
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import ds_lena  # noqa: F401  # makes "type": "LENA" known
@@ -28,20 +27,14 @@ def collate_for(tokenizer: PreTrainedTokenizerFast, seed: int) -> Collate:
     return collate
 
 
-def predicted(batch: Batch) -> Tensor:
-    """The tokens that were chosen for masking."""
-    return batch["labels"][batch["labels"] != -100]
-
-
 TASK = Task(
     name="BERT",
+    output_dir="outputs/bert",
     arguments=BertArguments,
     build=build_bert,
     collate=collate_for,
-    predicted=predicted,
     no_decay=("*bias", "*[Nn]orm*"),
     needs_mask=True,
-    defaults={"output_dir": "outputs/bert"},
 )
 
 if __name__ == "__main__":

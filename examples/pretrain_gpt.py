@@ -13,35 +13,30 @@ latest`` goes on from the newest.
 from common.blocks import Rows, stack
 from common.models import GPT2Arguments, build_gpt2
 from common.pretraining import Batch, Collate, Task, pretrain
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import ds_lena  # noqa: F401  # makes "type": "LENA" known
 
 
 def collate(rows: Rows) -> Batch:
-    """Blocks as they are; the model shifts the labels itself."""
+    """Blocks as they are: the model shifts the labels itself, so nothing predicts the first token of a block."""
     input_ids = stack(rows)
-    return {"input_ids": input_ids, "labels": input_ids}
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def collate_for(tokenizer: PreTrainedTokenizerFast, seed: int) -> Collate:
     return collate
 
 
-def predicted(batch: Batch) -> Tensor:
-    """Every token but the first of each block."""
-    return batch["labels"][:, 1:].flatten()
-
-
 TASK = Task(
     name="GPT-2",
+    output_dir="outputs/gpt",
     arguments=GPT2Arguments,
     build=build_gpt2,
     collate=collate_for,
-    predicted=predicted,
     no_decay=("*.bias", "*ln_*"),
-    defaults={"output_dir": "outputs/gpt"},
 )
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the examples share: texts, token blocks, model sizes, history and its picture."""
+"""What the examples share: command line, texts, token blocks, model sizes, the run, its history and picture."""

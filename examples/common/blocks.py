@@ -1,14 +1,13 @@
 """From texts to blocks of tokens: a tokenizer, the packing, and what a unigram model makes of the blocks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from .errors import InputError
+from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
@@ -23,9 +22,6 @@ def train_tokenizer(texts: Dataset, vocab_size: int, with_mask: bool = False) ->
     Every byte and the end of a text are tokens; ``with_mask`` adds the mask of a masked language model.
     """
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | ({"mask_token": MASK} if with_mask else {})
-    smallest = 256 + len(set(special.values()))
-    if vocab_size < smallest:
-        raise InputError(f"vocab_size is {vocab_size}; byte-level BPE needs at least {smallest}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -37,33 +33,7 @@ def train_tokenizer(texts: Dataset, vocab_size: int, with_mask: bool = False) ->
     )
     sample = texts.select(range(0, len(texts), max(1, len(texts) // _TOKENIZER_TEXTS)))
     bpe.train_from_iterator((batch["text"] for batch in sample.iter(1000)), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
-    assert smallest <= len(tokenizer) <= vocab_size, f"{len(tokenizer)} tokens"
-    return tokenizer
-
-
-def load_tokenizer(name: str, with_mask: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder or of a hub name.
-
-    Raises:
-        InputError: none there, none that can be read, or it lacks the token between two texts, or the mask that
-            ``with_mask`` asks for.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {name}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # a file of another form: KeyError, TypeError, or plain Exception from tokenizers
-        why = (str(error).splitlines() or [""])[0]
-        raise InputError(f"tokenizer {name}: its files cannot be read: {type(error).__name__} {why}") from error
-    if end_of_text(tokenizer) is None:
-        raise InputError(f"tokenizer {name}: it has no end-of-text token to put between two texts")
-    if with_mask and tokenizer.mask_token_id is None:
-        raise InputError(
-            f"tokenizer {name}: it has no mask token, which a masked language model needs; "
-            "take a BERT tokenizer, or leave --tokenizer out to train one on the texts"
-        )
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
@@ -71,26 +41,21 @@ def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
-def packer(tokenizer: PreTrainedTokenizerFast, length: int) -> Callable[[dict[str, list[str]]], dict[str, np.ndarray]]:
-    """A function from some texts, ``{"text": [...]}``, to their blocks, ``{"input_ids": (blocks, length)}``.
+def pack(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerFast, length: int) -> Any:
+    """Cut texts to blocks of ``length`` tokens, a thousand texts at a time: a data set of ``{"input_ids": …}``.
 
-    It joins the texts, each closed by the end-of-text token; what does not fill a block at the end is dropped.
+    Texts are joined, each closed by the end-of-text token; what does not fill a block at the end is dropped.
     """
     end = end_of_text(tokenizer)
 
-    def pack(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    def cut(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
         ids = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
         tokens = np.concatenate([[*text, end] for text in ids]).astype(np.int32)
         blocks = len(tokens) // length
         return {"input_ids": tokens[: blocks * length].reshape(blocks, length)}
 
-    return pack
-
-
-def pack(texts: Dataset, tokenizer: PreTrainedTokenizerFast, length: int) -> Dataset:
-    """Cut texts to blocks of ``length`` tokens, a thousand texts at a time."""
     features = Features({"input_ids": List(Value("int32"), length=length)})
-    return texts.map(packer(tokenizer, length), batched=True, remove_columns=texts.column_names, features=features)
+    return texts.map(cut, batched=True, remove_columns=["text"], features=features)
 
 
 def stack(rows: Rows) -> torch.Tensor:
@@ -98,18 +63,15 @@ def stack(rows: Rows) -> torch.Tensor:
     return torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64))
 
 
-def unigram_nats(train: Dataset, vocab_size: int) -> np.ndarray:
-    """What each token costs a model that knows nothing but how often it occurs, (vocab_size,) nats.
+def unigram_loss(train: Dataset, asked: Iterable[torch.Tensor], vocab_size: int) -> float:
+    """What a model loses that knows nothing but how often each token occurs in ``train``, in nats per token.
 
-    Counts are over the training blocks, with add-one smoothing.
+    Args:
+        train: blocks of token ids.
+        asked: the tokens to predict, (batch, sequence_length) each; -100 where none is.
     """
-    counts = np.ones(vocab_size)
-    for tokens in _token_arrays(train):
-        counts += np.bincount(tokens.ravel(), minlength=vocab_size)
-    return -np.log(counts / counts.sum())
-
-
-def _token_arrays(blocks: Dataset) -> Iterator[np.ndarray]:
-    """Yield (at most 1000, sequence_length) token ids."""
-    for batch in blocks.with_format("numpy").iter(1000):
-        yield batch["input_ids"]
+    counts = np.ones(vocab_size)  # add-one smoothing
+    for batch in train.with_format("numpy").iter(1000):
+        counts += np.bincount(batch["input_ids"].ravel(), minlength=vocab_size)
+    tokens = torch.cat([labels[labels != -100] for labels in asked]).numpy()
+    return float(-np.log(counts / counts.sum())[tokens].mean())

@@ -1,63 +1,57 @@
-"""The DeepSpeed config: where it comes from, and whether its sections look like sections."""
+"""The DeepSpeed config: where it comes from, and what it would ignore of the command line without a word."""
 
 import json
 import os
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from accelerate.utils import HfDeepSpeedConfig
 
-_SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
-_WITH_TYPE = ("optimizer", "scheduler")
-_STAGES = (0, 1, 2, 3)
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_CLOUDS = ("AZUREML_EXPERIMENT_ID", "SM_TRAINING_ENV")  # where DeepSpeed finds the ranks by itself
+from .errors import InputError, in_one_line
+
+_KEYS = {
+    "learning_rate": "optimizer.params.lr",
+    "weight_decay": "optimizer.params.weight_decay",
+    "adam_beta1": "optimizer.params.betas",
+    "adam_beta2": "optimizer.params.betas",
+    "adam_epsilon": "optimizer.params.eps",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "max_grad_norm": "gradient_clipping",
+}
+"""Option -> the key that takes it from HF, by "auto". Where both have a number, HF compares them."""
 
 
 def read_config(source: str | None) -> dict[str, Any] | None:
-    """The DeepSpeed config as a dict: from a file, JSON text, or the file that accelerate's config names.
-
-    Raises:
-        InputError: it cannot be read, or HF and DeepSpeed would stumble over the form of what is there.
-    """
+    """The DeepSpeed config as a dict: from a file, JSON text, or the file that accelerate's config names."""
     source = source or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if source is None:
         return None
-    is_text = source.lstrip().startswith("{")
-    try:
-        config = json.loads(source if is_text else Path(source).expanduser().read_text())
-    except OSError as error:
-        raise InputError(f"DeepSpeed config {source}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"DeepSpeed config {source}: not JSON: {error}") from error
-    if (wrong := _what_is_wrong(config)) is not None:
-        raise InputError(f"DeepSpeed config {source}: {wrong}")
-    return dict(config)
-
-
-def refuse_without_launcher() -> None:
-    """Raise InputError where DeepSpeed could not tell which rank this is, nor ask MPI, for which it needs mpi4py."""
-    missing = [name for name in _LAUNCHED if name not in os.environ]
-    if missing and find_spec("mpi4py") is None and not any(name in os.environ for name in _CLOUDS):
+    # Without a launcher DeepSpeed asks MPI which rank this is.
+    if not os.environ.keys() & {"RANK", "OMPI_COMM_WORLD_RANK"} and find_spec("mpi4py") is None:
         raise InputError(
-            f"DeepSpeed trains in processes that a launcher has started; this one lacks {', '.join(missing)}. "
-            "Write `deepspeed --num_gpus N`, `accelerate launch` or `torchrun` before the script, instead of `python`"
+            "DeepSpeed trains in processes that a launcher has started: write `deepspeed --num_gpus N`, "
+            "`accelerate launch` or `torchrun` before the script, instead of `python`"
         )
+    with in_one_line(f"DeepSpeed config {source}"):
+        return dict(json.loads(source if source.lstrip().startswith("{") else Path(source).expanduser().read_text()))
 
 
-def _what_is_wrong(config: Any) -> str | None:
-    if not isinstance(config, dict):
-        return f"a JSON object is needed, this is a {type(config).__name__}"
-    for name in _SECTIONS:
-        section = config.get(name, {})
-        if not isinstance(section, dict):
-            return f'"{name}" is {json.dumps(section)}; it must be a JSON object, {{…}}'
-        if not isinstance(section.get("params") or {}, dict):
-            return f'"params" of "{name}" is {json.dumps(section["params"])}; it must be a JSON object, {{…}}'
-        if name in config and name in _WITH_TYPE and not isinstance(section.get("type"), str):
-            return f'"{name}" needs a "type" that is a name, such as {{"type": "…", "params": {{…}}}}'
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in _STAGES:
-        return f'"stage" of "zero_optimization" is {json.dumps(stage)}; it must be 0, 1, 2 or 3'
-    return None
+def refuse_ignored(options: Namespace, typed: set[str]) -> None:
+    """Raise InputError where ``options.deepspeed`` lacks the key for one of the ``typed`` options."""
+    value_of = HfDeepSpeedConfig(options.deepspeed).get_value
+    optimizer = value_of("optimizer.type")
+    for name, key in _KEYS.items():
+        if name in typed and (optimizer or "." not in key) and value_of(key) is None:
+            raise InputError(
+                f'--{name} {getattr(options, name)} would be ignored: the DeepSpeed config has no "{key}". '
+                f'Write "auto" there, or leave --{name} out.'
+            )
+    if optimizer and "optim" in typed:
+        raise InputError(f"--optim {options.optim} would be ignored: the DeepSpeed config names {optimizer}")
+    if optimizer == "LENA" and options.warmup_steps and value_of("optimizer.params.warmup") != "none":
+        raise InputError(
+            f"--warmup_steps {options.warmup_steps:g} would warm up a second time, as LENA does it for each layer. "
+            'Leave --warmup_steps at 0, or write "warmup": "none" in the optimizer\'s entry.'
+        )

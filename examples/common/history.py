@@ -1,4 +1,4 @@
-"""The history of a run: one JSON line per logged update, with the report of LENA."""
+"""What watches a run: its history, one JSON line per logged update with the report of LENA; and when it is over."""
 
 import json
 import math
@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.training_args import OptimizerNames
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 import ds_lena
 
@@ -18,35 +17,23 @@ _LOGGED = ("eval_loss", "loss", "grad_norm", "learning_rate")
 
 
 class History(TrainerCallback):
-    """Write ``history.jsonl`` and print a line per log, on the first rank.
+    """Write ``history.jsonl``, on the first rank: losses of the Trainer's logs, and all layers of LENA.
 
-    A record is ``{"update": int, "loss" or "eval_loss": nats per token, ..., "lena": report}``.
-    ``lena`` is the dict of ``ds_lena.report`` with null for what is not finite; it is missing from
-    evaluations and where another optimizer trains. A resumed run drops the records that are younger
-    than its checkpoint.
-
-    Args:
-        trainer: the Trainer that this callback is added to.
-        path: the file to write; its folder exists when training begins.
+    A record is ``{"update": int, "loss" or "eval_loss": nats per token, …, "lena": report}``. ``lena`` is the dict of
+    ``ds_lena.report`` with null for what is not finite; evaluations and runs of other optimizers have none. A resumed
+    run drops the records that are younger than its checkpoint.
     """
 
-    def __init__(self, trainer: Trainer, path: Path) -> None:
-        self._trainer = trainer
-        self._path = path
-        self._start = (0.0, 0)  # (seconds, update) when this run began or resumed
-        self._update_began = 0.0
+    def __init__(self, trainer: Trainer, path: Path, lena: bool) -> None:
+        self._trainer, self._path, self._lena = trainer, path, lena
         self.seconds: list[float] = []  # of every update of this run
         self.records: list[dict[str, Any]] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start = (time.monotonic(), state.global_step)
-        if not state.is_world_process_zero:
-            return
-        if state.global_step:
-            self.records = [r for r in read(self._path) if r["update"] <= state.global_step]
-        write(self._path, self.records)
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            begun = read(self._path) if state.global_step else []
+            self.records = [record for record in begun if record["update"] <= state.global_step]
+            write(self._path, self.records)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update_began = time.monotonic()
@@ -54,51 +41,48 @@ class History(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.monotonic() - self._update_began)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or not logs.keys() & {"loss", "eval_loss"}:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs.keys() & {"loss", "eval_loss"}:
             return
-        record: dict[str, Any] = {"update": state.global_step}
-        record |= {key: logs[key] for key in _LOGGED if key in logs}
-        if optimizer_name(args) == "LENA" and "loss" in logs:
+        record: dict[str, Any] = {"update": state.global_step} | {key: logs[key] for key in _LOGGED if key in logs}
+        if self._lena and "loss" in logs:
             record["lena"] = ds_lena.report(self._trainer)
-        record = finite(record)
-        self.records.append(record)
+        self.records.append(finite(record))
         with self._path.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-        print(self._line(record, state), flush=True)
-
-    def _line(self, record: dict[str, Any], state: TrainerState) -> str:
-        update = f"update {record['update']:>{len(str(state.max_steps))}}/{state.max_steps}"
-        if "eval_loss" in record:
-            return f"{update}  held-out loss {record['eval_loss']:.3f}"
-        line = f"{update}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}"
-        if lena := record.get("lena"):
-            line += f"  gain {lena['gain']:.1f} of {lena['n']}"
-        began, first = self._start
-        left = (time.monotonic() - began) * (state.max_steps - state.global_step) / (state.global_step - first)
-        return f"{line}  {left // 60:.0f} min {left % 60:02.0f} s left"
+            stream.write(json.dumps(self.records[-1]) + "\n")
 
 
-def optimizer_name(args: TrainingArguments) -> str:
-    """The optimizer that the DeepSpeed config asks for, the Trainer's where it asks for none."""
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    asked = deepspeed.get_value("optimizer.type") if deepspeed else None
-    return asked or OptimizerNames(args.optim).value
+class Finished(Exception):
+    """The checkpoint that a run went on from is that of its end: all is loaded, and nothing is left to train."""
+
+
+class Stopping(TrainerCallback):
+    """Ends training after the first evaluation whose held-out loss is not above ``target``, if there is one.
+
+    A run that goes on from its end raises ``Finished`` instead of training; HF would make one more update.
+    """
+
+    def __init__(self, target: float | None) -> None:
+        self._target = target
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step and (state.global_step >= state.max_steps or self._is_reached(state)):
+            raise Finished
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self._is_reached(state)
+
+    def _is_reached(self, state: TrainerState) -> bool:
+        return self._target is not None and reached_at(state.log_history, self._target) is not None
+
+
+def reached_at(logs: list[dict[str, Any]], target: float) -> int | None:
+    """The update of the first evaluation in ``logs``, the Trainer's history, that reached ``target``."""
+    return next((log["step"] for log in logs if "eval_loss" in log and log["eval_loss"] <= target), None)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a history file, if it exists, without the torn last line of a killed run.
-
-    Raises:
-        InputError: another line is no record.
-    """
+    """The records of a history file, if it exists, but for a killed run's torn last line. InputError: no records."""
     lines = path.read_text().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):

@@ -12,12 +12,8 @@ _KEPT = ("no_decay", "exclude", "base_batch_size")  # what belongs to the model 
 _FROM_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 HELP = (
-    "Train with this optimizer instead of the one in the DeepSpeed config; no file is changed. adamw is torch's, by "
-    "DeepSpeed; the others are those of configs/NAME.json. Learning rate and weight decay are those of the command "
-    "line, else those of configs/NAME.json, else the script's. With lamb, lars and adamw the learning rate is for the "
-    "whole batch of an update: tune it anew when the batch changes. With the others it is for a single micro-batch. "
-    "adamw has no warm-up of its own: give --warmup_steps; so may adascale. The others warm up by themselves: leave it "
-    "at 0."
+    "Train with this optimizer instead of the one in the DeepSpeed config: torch's adamw, or that of "
+    "configs/NAME.json. With lamb, lars and adamw the learning rate is for the whole batch of an update."
 )
 
 
@@ -28,25 +24,23 @@ def entry(preset: str, replaced: dict[str, Any], no_decay: list[str]) -> dict[st
         replaced: the entry whose place it takes; of LENA's, what it says of the model and the batch is kept.
         no_decay: patterns of the names that are not decayed, where ``replaced`` has none.
     """
-    if preset == "adamw":  # DeepSpeed's own name for torch's; it decays all that HF hands over, which is one flat list
-        return {"type": "AdamW", "params": {"torch_adam": True} | dict.fromkeys(_auto("adamw"), "auto")}
     params = _params(preset)
+    autos = ("lr", "weight_decay", *(("betas", "eps") if params.get("base", "adamw") in _WITH_BETAS else ()))
+    if preset == "adamw":  # DeepSpeed's own name for torch's; it decays all that HF hands over, which is one flat list
+        return {"type": "AdamW", "params": {"torch_adam": True} | dict.fromkeys(autos, "auto")}
     params.pop("total_steps", None)  # HF's count
-    params |= dict.fromkeys(_auto(params.get("base", "adamw")), "auto")
     kept = (replaced.get("params") or {}) if replaced.get("type") == "LENA" else {}
-    params |= {"no_decay": no_decay} | {key: kept[key] for key in _KEPT if key in kept}
-    return {"type": "LENA", "params": params}
+    kept = {"no_decay": no_decay} | {key: kept[key] for key in _KEPT if key in kept}
+    return {"type": "LENA", "params": params | dict.fromkeys(autos, "auto") | kept}
 
 
 def defaults(preset: str) -> dict[str, float]:
     """What configs/NAME.json says of HF's arguments."""
-    params = {} if preset == "adamw" else _params(preset)
+    params = _params(preset)
     return {name: params[key] for key, name in _FROM_ARGUMENTS.items() if key in params}
 
 
-def _auto(base: str) -> tuple[str, ...]:
-    return ("lr", "weight_decay", *(("betas", "eps") if base in _WITH_BETAS else ()))
-
-
 def _params(preset: str) -> dict[str, Any]:
+    if preset == "adamw":
+        return {}
     return dict(json.loads((CONFIGS / f"{preset}.json").read_text())["optimizer"]["params"])

@@ -1,4 +1,4 @@
-"""Parts of the examples on their own: presets, streams that are shared out among ranks, checkpoints that are whole."""
+"""Parts of the examples on their own: presets, sizes, texts and streams, checkpoints that are whole."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.integrations._ranks import WORLD, Ranks
 
 sys.path.insert(0, str(EXAMPLES))  # as Python does for a script
 from common import presets
-from common.deepspeed_config import refuse_without_launcher
-from common.errors import InputError
+from common.deepspeed_config import read_config
+from common.errors import InputError, give_up
 
 FILLED = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}
 LENA = {"type": "LENA", "params": {"lr": "auto", "no_decay": ["*norm*"], "base_batch_size": 16, "layer": "block"}}
@@ -91,12 +91,12 @@ def test_the_sizes_are_the_published_ones(model: str, size: str) -> None:
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 BLOCKS, LENGTH = 6, 8  # of each rank
+HELD_OUT = 4  # texts
 
 
-def stream(texts: int = 40) -> Any:
-    """An endless stream of blocks of different numbers, from texts that are one token a word."""
-    from common.streaming import Endless
-    from datasets import Dataset
+def stream(folder: Path, texts: int = 40, parts: int = 2) -> Any:
+    """An endless stream of blocks of different numbers, from texts in some files that are one token a word."""
+    from common.corpus import DataArguments, _endless
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,56 +105,91 @@ def stream(texts: int = 40) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     rows = [" ".join(f"w{1 + text * LENGTH + i}" for i in range(LENGTH)) for text in range(texts)]
-    return Endless(Dataset.from_dict({"text": rows}).to_iterable_dataset(), fast, LENGTH, buffer=10, seed=1)
+    for part in range(parts):
+        (folder / f"{part}.txt").write_text("\n\n".join(rows[part * texts // parts : (part + 1) * texts // parts]))
+    args = DataArguments(
+        dataset=str(folder), sequence_length=LENGTH, streaming=True, held_out_texts=HELD_OUT, shuffle_texts=10
+    )
+    return _endless(args, fast, seed=1)
 
 
-def first(blocks: int, **more: Any) -> list[tuple[int, ...]]:
-    return [tuple(int(i) for i in block["input_ids"]) for block, _ in zip(stream(**more), range(blocks), strict=False)]
+def first(folder: Path, blocks: int) -> list[tuple[int, ...]]:
+    return [tuple(int(i) for i in block["input_ids"]) for block in stream(folder).take(blocks)]
 
 
-def test_a_stream_never_ends_and_comes_in_another_order_every_time_round() -> None:
-    once = 4 * (LENGTH + 1) // LENGTH
-    seen = first(3 * once, texts=4)
-    assert len(seen) == 3 * once
-    assert len({tuple(seen[turn * once : (turn + 1) * once]) for turn in range(3)}) > 1
-    assert first(3 * once, texts=4) == seen
+def test_a_stream_never_ends_comes_in_other_orders_and_leaves_out_the_held_out_texts(tmp_path: Path) -> None:
+    texts = (40 - HELD_OUT) * (LENGTH + 1)  # tokens
+    seen = [token for block in first(tmp_path, 3 * texts // LENGTH) for token in block]
+    rounds = [tuple(seen[turn * texts : (turn + 1) * texts]) for turn in range(3)]
+    assert len(set(rounds)) == 3
+    assert min(token for token in seen if token) == HELD_OUT * LENGTH + 1
+    assert len({token for token in rounds[0] + rounds[1] if token}) == (40 - HELD_OUT) * LENGTH
+    assert [token for block in first(tmp_path, 3 * texts // LENGTH) for token in block] == seen
 
 
-def of_a_rank(dispatch: bool | None) -> list[tuple[int, ...]]:
+def of_a_rank(folder: Path) -> list[tuple[int, ...]]:
     """The blocks that accelerate gives to this rank, as in HF's Trainer."""
-    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
+    accelerator = Accelerator(cpu=True)
     loader = torch.utils.data.DataLoader(
-        stream(), batch_size=2, collate_fn=lambda rows: torch.tensor([list(row["input_ids"]) for row in rows])
+        stream(folder), batch_size=2, collate_fn=lambda rows: torch.tensor([list(row["input_ids"]) for row in rows])
     )
     batches = [batch for batch, _ in zip(accelerator.prepare(loader), range(BLOCKS // 2), strict=False)]
     AcceleratorState._reset_state(True)
     return [tuple(row) for row in torch.cat(batches).tolist()]
 
 
-@pytest.mark.parametrize("dispatch", [None, False], ids=["read by the first rank", "read by every rank"])
-def test_every_rank_sees_other_blocks_of_a_stream_and_none_is_left_out(ranks: Ranks, dispatch: bool | None) -> None:
-    seen = ranks.run(of_a_rank, dispatch)
+def test_every_rank_sees_other_blocks_of_a_stream_and_none_is_left_out(ranks: Ranks, tmp_path: Path) -> None:
+    wanted = first(tmp_path, BLOCKS * WORLD)
+    seen = ranks.run(of_a_rank, tmp_path)
     assert [len(blocks) for blocks in seen] == [BLOCKS] * WORLD
-    assert sorted(block for blocks in seen for block in blocks) == sorted(first(BLOCKS * WORLD))
+    assert sorted(block for blocks in seen for block in blocks) == sorted(wanted)
 
 
-@pytest.mark.parametrize("name", ["a[1]", "b*", "c?d", "e{1,2}"])
-def test_names_of_files_are_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
-    from common.streaming import open_streams
-    from common.texts import load_texts
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "texts.txt").write_text("one\n\ntwo\n\nthree\n")
-    whole, streamed = load_texts(str(tmp_path / name)), open_streams(str(tmp_path / name), None, "text", 1)
-    assert [*whole.train["text"], *whole.held_out["text"]] == ["one", "two", "three\n"]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?d"])
+def test_names_of_files_are_no_patterns(tmp_path: Path, name: str) -> None:
+    from common.texts import load_texts
+
+    for folder in (name, "b", "cad"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "texts.txt").write_text(f"{folder} one\n\ntwo\n\nthree\n")
+    whole = load_texts(str(tmp_path / name))
+    streamed = load_texts(str(tmp_path / name), held_out=1, streaming=True)
+    assert [*whole.train["text"], *whole.held_out["text"]] == [f"{name} one", "two", "three\n"]
     assert [row["text"] for row in streamed.train] == ["two", "three\n"]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("column", ["text", "words"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_as_the_hub_has_them(tmp_path: Path, column: str, streaming: bool) -> None:
+    """Its own validation split is held out, else some of its rows."""
+    from common.texts import load_texts
+    from datasets import Dataset
+
+    (tmp_path / "set").mkdir()
+    Dataset.from_dict({"id": [1, 2, 3], column: ["a", "b", "c"]}).to_parquet(tmp_path / "set" / "train.parquet")
+    held_out = 1 if streaming else 0.3
+    split = load_texts(str(tmp_path / "set"), column=column, held_out=held_out, streaming=streaming)
+    assert sorted([row["text"] for row in split.train] + [row["text"] for row in split.held_out]) == ["a", "b", "c"]
+    Dataset.from_dict({"id": [4], column: ["d"]}).to_parquet(tmp_path / "set" / "validation.parquet")
+    own = load_texts(str(tmp_path / "set"), column=column, held_out=held_out, streaming=streaming)
+    assert ([row["text"] for row in own.train], list(own.held_out)) == (["a", "b", "c"], [{"text": "d"}])
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -171,7 +206,7 @@ def checkpoint(folder: Path, update: int) -> Path:
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
-    from common.checkpoints import find_checkpoint
+    from common.resuming import find_checkpoint
 
     for update in (2, 4, 10, 12, 14, 16):
         checkpoint(tmp_path, update)
@@ -179,60 +214,38 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-14" / "rng_state_1.pth").unlink()
     torn = tmp_path / "checkpoint-12" / "global_step12" / "zero_optim_states.pt"
     torn.write_bytes(torn.read_bytes()[:-30])
-    assert find_checkpoint("latest", tmp_path, WORLD) == str(tmp_path / "checkpoint-10")
-
-
-def test_a_checkpoint_that_is_not_whole_is_refused_by_name(tmp_path: Path) -> None:
-    from common.checkpoints import find_checkpoint
-    from common.errors import InputError
-
-    made = checkpoint(tmp_path, 2)
-    assert find_checkpoint(str(made), tmp_path, WORLD) == str(made)
+    assert find_checkpoint("latest", tmp_path, WORLD) == tmp_path / "checkpoint-10"
     for ranks in (WORLD - 1, WORLD + 1):
-        with pytest.raises(InputError, match=rf"no complete checkpoint of {ranks} rank\(s\) here"):
-            find_checkpoint(str(made), tmp_path, ranks)
-    (made / "trainer_state.json").unlink()
-    with pytest.raises(InputError, match="no complete checkpoint to resume from"):
-        find_checkpoint("latest", tmp_path, None)
+        with pytest.raises(InputError, match=rf"checkpoint-10: no complete checkpoint of {ranks} rank\(s\)"):
+            find_checkpoint(str(tmp_path / "checkpoint-10"), tmp_path, ranks)
 
 
-def test_a_run_keeps_out_of_another_s_checkpoints(tmp_path: Path) -> None:
-    from common.checkpoints import refuse_mixture
-    from common.errors import InputError
-
-    own, other = tmp_path / "own", tmp_path / "other"
-    (own / "checkpoint-best").mkdir(parents=True)
-    refuse_mixture(own, None)
-    refuse_mixture(tmp_path / "none", None)
-    mine, foreign = checkpoint(own, 2), checkpoint(other, 2)
-    refuse_mixture(own, str(mine))
-    for started_from in (None, str(foreign)):
-        with pytest.raises(InputError, match=r"own holds checkpoint-2 of an earlier run.* or delete"):
-            refuse_mixture(own, started_from)
-
-
-def test_a_checkpoint_is_resumed_with_the_options_of_its_run(tmp_path: Path) -> None:
-    from common import same_run
-    from common.errors import InputError
+def test_a_checkpoint_without_options_beside_it_is_taken_as_it_is(tmp_path: Path) -> None:
+    from common import resuming
 
     made = checkpoint(tmp_path, 2)
-    same_run.refuse_another(made, {"seed": 1})  # an older one, with nothing to compare
-    (tmp_path / same_run.FILE).write_text('{"seed": 1, "tokenizer": null}')
-    same_run.refuse_another(made, {"seed": 1})
-    with pytest.raises(InputError, match=r"another run: seed: then 1, now 2; tokenizer: then not given, now mine\."):
-        same_run.refuse_another(made, {"seed": 2, "tokenizer": "mine"})
+    resuming.refuse_another(made, {"seed": 1})
+    resuming.keep_options(tmp_path, {"seed": 1, "tokenizer": None})
+    resuming.refuse_another(made, {"seed": 1})
+    with pytest.raises(InputError, match=r'another run: seed: then 1, now 2; tokenizer: then null, now "mine"\.'):
+        resuming.refuse_another(made, {"seed": 2, "tokenizer": "mine"})
 
 
-# -- the launcher ------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, code in (("0", "me: error: so"), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            give_up("me", "so")
+        assert end.value.code == code
 
 
 def test_a_process_that_no_launcher_has_started_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.deepspeed_config.find_spec", lambda name: None)  # no mpi4py
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    refuse_without_launcher()
-    monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(InputError, match="this one lacks LOCAL_RANK"):
-        refuse_without_launcher()
-    monkeypatch.setenv("SM_TRAINING_ENV", "{}")
-    refuse_without_launcher()
+    monkeypatch.setenv("RANK", "0")
+    assert read_config("{}") == {}
+    monkeypatch.delenv("RANK")
+    with pytest.raises(InputError, match="write `deepspeed --num_gpus N`"):
+        read_config("{}")
