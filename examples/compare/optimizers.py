@@ -18,14 +18,37 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_lena
-from ds_lena.config import KEYS
 
+from ..common.errors import InputError
 from . import muon
 from .preconditioned import precondition
 
 Settings = Mapping[str, Any]
+_SETTINGS = {"lr", "lr_power", "beta2", "weight_decay", "clip", "warmup_fraction", "full_batch_at", "batch_lr_power"}
+_OWN = _SETTINGS - {"lr", "weight_decay", "warmup_fraction"} | {"muon_lr"}
+"""Settings that are no keys of LENA's entry."""
 _FINAL_LR = 0.1
 """The cosine ends at this share of the peak."""
+
+
+def check(optimizer: str, settings: Settings) -> None:
+    """Raise InputError for an optimizer that does not exist, or a setting that it does not take.
+
+    A setting that nothing reads would change nothing, in silence.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"no optimizer is called {optimizer}; there are {', '.join(OPTIMIZERS)}")
+    allowed = _SETTINGS | ({"muon_lr"} if "muon" in optimizer else set())
+    if missing := allowed & {"muon_lr"} - settings.keys():
+        raise InputError(f"{', '.join(missing)} is missing, in its settings or its search")
+    if "lena" in optimizer:
+        try:
+            _lena_of([nn.Parameter(torch.zeros(1))], {"beta2": 0.9, **settings}, nn.Module(), updates=1)
+        except (ds_lena.ConfigError, TypeError) as error:
+            raise InputError(str(error)) from error
+        allowed = allowed | settings.keys() - _OWN
+    if unknown := settings.keys() - allowed:
+        raise InputError(f"no setting is called {', '.join(unknown)}; there are {', '.join(sorted(allowed))}")
 
 
 @dataclass
@@ -107,7 +130,7 @@ def _lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
 
 
 def _lena_of(parameters: Iterable[Any], settings: Settings, model: nn.Module, updates: int) -> ds_lena.LENA:
-    keys = {key: value for key, value in settings.items() if key in KEYS}
+    keys = {key: value for key, value in settings.items() if key not in _OWN}
     if settings.get("base", "adamw") in ("adamw", "lamb"):
         keys["betas"] = (0.9, settings["beta2"])
     plain = [name for name, parameter in model.named_parameters() if parameter.ndim < 2]
