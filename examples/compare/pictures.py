@@ -29,7 +29,7 @@ def draw(studies: Collection[Study], runs: Runs, folder: Path) -> None:
     for study in studies:
         found = outcomes(study, runs) if study.picture else []
         # A batch that grows takes many more and smaller updates, which would not lie beside the others'.
-        shown = [outcome for outcome in found if outcome.loss.values and "full_batch_at" not in outcome.settings]
+        shown = [outcome for outcome in found if outcome.loss is not None and "full_batch_at" not in outcome.settings]
         if shown:
             _save(_losses(study, shown, targets(study, runs)), folder / f"{study.name}.svg")
         for outcome in found:
@@ -49,12 +49,12 @@ def _losses(study: Study, shown: Sequence[Outcome], goals: Sequence[float]) -> F
         style: dict[str, Any] = {"color": FAINT, "linewidth": 0.9}
         if place < _SHOWN:
             style = {"color": _COLOURS[place], "linewidth": 1.8}
-        label = f"{outcome.method.name}  {outcome.loss.mean:.3f}"
+        label = f"{outcome.method.name}  {outcome.loss:.3f}"
         axes.plot([point[0][0] for point in points], losses, label=label, **style)
     for goal in goals:
         axes.axhline(goal, color=FAINT, linewidth=0.9, linestyle=(0, (4, 4)), zorder=0)
         axes.annotate(f"{goal:.2f}", (1.005, goal), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    best = shown[0].loss.mean
+    best = shown[0].loss
     axes.set_xlim(0, 1.02 * study.task.micro_batches / study.n)
     axes.set_ylim(best - 0.03 * (highest - best), best + 0.66 * (highest - best))
     what = f"{study.task.measure} on the {study.split} split, mean of {len(study.seeds)} seeds"

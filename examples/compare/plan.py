@@ -18,20 +18,22 @@ STUDIES = Path(__file__).with_name("studies.py")
 
 
 class Problem(Protocol):
-    """A model with its data, at one seed."""
+    """A model with its data, at one seed.
+
+    `loss` is the mean loss of micro-batch number `index`, (); epoch after epoch, without an end. `evaluate` is what the
+    task measures on the split "validation" or "test"; the smaller, the better.
+    """
 
     model: nn.Module
 
-    def loss(self, index: int) -> Tensor:
-        """Mean loss of micro-batch number `index`, (); epoch after epoch, without an end."""
+    def loss(self, index: int) -> Tensor: ...
 
-    def evaluate(self, split: str) -> float:
-        """What the task measures on the split "validation" or "test"; the smaller, the better."""
+    def evaluate(self, split: str) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is learned.
+    """What is learned. `problem` makes the model and the data; its seed is that of the weights and of the data's order.
 
     A run sees `micro_batches` micro-batches, whatever the batch, and is evaluated `evaluations` times. All methods
     share `settings`.
@@ -44,7 +46,6 @@ class Task:
     measure: ClassVar[str] = "loss"
 
     def problem(self, seed: int) -> Problem:
-        """The model and the data; `seed` is that of the weights and of the order of the data."""
         raise NotImplementedError
 
 
@@ -58,9 +59,9 @@ class Method:
     search: Mapping[str, BaseDistribution] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lowest = {key: _ends(space)[0] for key, space in self.search.items()}
-        ends = [{key: end} for key, space in self.search.items() for end in _ends(space)]
-        for tried in ({}, *ends):
+        ends = {key: _ends(space) for key, space in self.search.items()}
+        lowest = {key: values[0] for key, values in ends.items()}
+        for tried in ({}, *({key: value} for key, values in ends.items() for value in values)):
             try:
                 optimizers.check(self.optimizer, {**self.settings, **lowest, **tried})
             except InputError as error:
@@ -71,12 +72,11 @@ class Method:
 class Study:
     """Methods on one task, with `n` micro-batches in one update.
 
-    First `trials` runs with seed 0 choose the settings of each method that has something to search, by the loss on the
-    validation split. Then one run for each of `seeds` is measured on `split`.
+    First `trials` runs with seed 0 choose the settings of each method that has something to search, by the last loss on
+    the validation split. Then one run for each of `seeds` is measured on `split`.
 
-    `base`: the study that tuned the single worker. All methods start from the lr and the beta2 that it chose.
-    `settings_of`: the study whose choices are taken over; this one has no trials then.
-    `picture`: whether `report` draws it.
+    `base`: the study that tuned the single worker; all methods start from the lr and the beta2 that it chose.
+    `settings_of`: the study whose choices are taken over, instead of trials. `picture`: whether `report` draws it.
     """
 
     name: str
@@ -91,25 +91,17 @@ class Study:
     picture: bool = False
 
     def __post_init__(self) -> None:
-        names = [method.name for method in self.methods]
-        single = () if self.base is None else self.base.methods[:1]
-        wrong = []
-        if self.n < 1:
-            wrong.append(f"n is {self.n}; 1 or more is needed")
-        if self.split not in ("validation", "test"):
-            wrong.append(f"split is {self.split}; validation or test is needed")
-        if not self.seeds or min(self.seeds) < 1:
-            wrong.append(f"seeds are {self.seeds}; numbers of 1 or more are needed (0 is the seed of the trials)")
-        for several in (names, self.seeds):
-            if len(set(several)) < len(several):
-                wrong.append(f"one of {several} is there twice")
+        self._require(self.n >= 1, f"n is {self.n}; 1 or more is needed")
+        self._require(min(self.seeds, default=0) >= 1, f"seeds are {self.seeds}; 1 and more are needed, trials have 0")
+        for several in ([method.name for method in self.methods], self.seeds):
+            self._require(len(set(several)) == len(several), f"one of {several} is there twice")
         for method in self.methods:
-            if method.search and (self.chooser.trials < 1 or method not in self.chooser.methods):
-                wrong.append(f"{method.name} has something to search, and {self.chooser.name} has no trials for it")
-            if not any("lr" in told for m in (method, *single) for told in (self.task.settings, m.settings, m.search)):
-                wrong.append(f"{method.name} has no lr, of its own or of a base")
-        if wrong:
-            raise InputError(f"study {self.name}: {wrong[0]}")
+            chosen = not method.search or (self.chooser.trials > 0 and method in self.chooser.methods)
+            self._require(chosen, f"{method.name} has something to search, and {self.chooser.name} no trials for it")
+
+    def _require(self, good: bool, words: str) -> None:
+        if not good:
+            raise InputError(f"study {self.name}: {words}")
 
     @property
     def chooser(self) -> Study:
@@ -127,12 +119,11 @@ def read(path: Path = STUDIES) -> dict[str, Study]:
         InputError: there is no such file, it makes no such list, or something in it cannot be.
     """
     try:
-        made = runpy.run_path(str(path))
+        found = runpy.run_path(str(path)).get("STUDIES", [])
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    found = made.get("STUDIES", [])
     studies = {study.name: study for study in found}
     if not studies or len(studies) < len(found):
         raise InputError(f"{path}: STUDIES, a list of studies with different names, is needed")

@@ -20,8 +20,6 @@ from ..common.errors import InputError
 from .plan import Method, Study
 
 RESULTS = Path(__file__).with_name("results")
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
-"""A run that diverged is pruned."""
 _RANDOM_TRIALS = 5
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -51,23 +49,19 @@ class Stage:
 
 
 def stages(studies: Iterable[Study]) -> list[Stage]:
-    """The stages of these studies and of what they depend on, in an order in which they can be run."""
-    found: dict[tuple[str, str], Stage] = {}
+    """The stages of these studies and of those that they depend on, in an order in which they can be run."""
+    needed: dict[str, Study] = {}
 
-    def add(study: Study, method: Method, *, seeds: bool) -> None:
-        if study.base is not None:
-            add(study.base, study.base.methods[0], seeds=True)
-        if study.chooser is not study:
-            add(study.chooser, method, seeds=False)
-        for tunes in (True, False) if seeds else (True,):
-            stage = Stage(study, method, tunes)
-            if stage.size:
-                found[study.name, stage.name] = stage
+    def add(study: Study | None) -> None:
+        if study is not None:
+            add(study.base)
+            add(study.settings_of)
+            needed[study.name] = study
 
     for study in studies:
-        for method in study.methods:
-            add(study, method, seeds=True)
-    return list(found.values())
+        add(study)
+    all_stages = (Stage(s, method, tunes) for s in needed.values() for method in s.methods for tunes in (True, False))
+    return [stage for stage in all_stages if stage.size]
 
 
 class Runs:
@@ -122,15 +116,13 @@ class Runs:
 
         So they are, too, where trials were added, or taken away, after what depends on their choice had been run.
         """
-        study, settings = self._load(stage), self.settings(stage)
-        if study is None or settings is None:
+        runs, settings = self.of(stage), self.settings(stage)
+        if not runs or settings is None:
             return
-        then, now = study.user_attrs["made_with"], _made_with(stage, settings)
-        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        changed = [f"{key} {then.get(key)}, which would be {now.get(key)} now" for key in keys]
-        for run in study.get_trials(deepcopy=False) if stage.tunes else []:
-            if run.distributions != dict(stage.method.search):
-                changed.append(f"the search space {run.distributions}, which would be {dict(stage.method.search)} now")
+        then, now = self._load(stage).user_attrs["made_with"], _made_with(stage, settings)
+        then["search"], now["search"] = runs[-1].distributions, dict(stage.method.search) if stage.tunes else {}
+        old, new = ({key: told.get(key, "nothing") for key in {**then, **now}} for told in (then, now))
+        changed = [f"{key} {old[key]}, which would be {new[key]} now" for key in old if old[key] != new[key]]
         if changed:
             raise InputError(
                 f"{self._path(stage.study)}: {stage.name} was run with {changed[0]}; give the new definition another "
@@ -150,13 +142,11 @@ class Runs:
         draft.unlink(missing_ok=True)
         old, new = self._storage(path), JournalStorage(JournalFileBackend(str(draft)))
         for name in optuna.get_all_study_names(old):
-            stage, whole = (
-                optuna.load_study(study_name=name, storage=old),
-                optuna.create_study(study_name=name, storage=new),
-            )
-            for key, value in stage.user_attrs.items():
-                whole.set_user_attr(key, value)
-            whole.add_trials(run for run in stage.trials if run.state in ENDED)
+            stage = optuna.load_study(study_name=name, storage=old)
+            if ended := [run for run in stage.trials if run.state.is_finished()]:
+                whole = optuna.create_study(study_name=name, storage=new)
+                whole.set_user_attr("made_with", stage.user_attrs["made_with"])
+                whole.add_trials(ended)
         text = draft.read_text()
         process = json.loads(text.partition("\n")[0])["worker_id"] if text else ""
         draft.write_text(text.replace(process, ""))  # so that the same runs make the same file
@@ -165,7 +155,7 @@ class Runs:
 
     def _choice(self, stage: Stage) -> dict[str, Any] | None:
         """What trials have chosen; None while some are missing, nothing where there are none."""
-        ended = [run for run in self.of(stage) if run.state in ENDED][: stage.size]
+        ended = [run for run in self.of(stage) if run.state.is_finished()][: stage.size]
         if len(ended) < stage.size:
             return None
         return min(ended, key=lambda run: math.inf if loss(run) is None else loss(run)).params if ended else {}
@@ -190,11 +180,11 @@ class Runs:
 
 
 def loss(run: FrozenTrial) -> float | None:
-    """The last one; None where the run diverged, or has not ended."""
+    """The last one; None where the run has not ended, or diverged, which is why it was pruned."""
     return run.value if run.state is TrialState.COMPLETE else None
 
 
 def _made_with(stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
     study = stage.study
     told = {"task": str(study.task), "n": study.n, "split": stage.split, "optimizer": stage.method.optimizer}
-    return told | settings
+    return json.loads(json.dumps(told | settings))

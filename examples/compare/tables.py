@@ -25,44 +25,32 @@ Curve = Sequence[tuple[int, int, float]]
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Values of several seeds; none where a seed has none."""
-
-    values: tuple[float, ...]
-
-    def to(self, digits: int) -> str:
-        """Mean and half the range."""
-        if not self.values:
-            return "not reached"
-        return f"{self.mean:.{digits}f} ± {(max(self.values) - min(self.values)) / 2:.{digits}f}"
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.values)
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """What a method reached in a study, with all seeds: the curve of each, and the last losses."""
+    """What a method reached in a study: a run and its curve for each seed, the mean of the last losses.
+
+    `loss` is None where a run diverged.
+    """
 
     study: Study
     method: Method
     settings: Mapping[str, Any]
     runs: Sequence[FrozenTrial]
     curves: Sequence[Curve]
-    loss: Spread
+    loss: float | None
 
     def took(self, target: float) -> str:
         """Updates to a target, and micro-batches where the batch was not n all the time."""
-        updates, seen = (_spread([updates_to(curve, target, column) for curve in self.curves]) for column in (0, 1))
-        smaller = updates.values and seen.mean < 0.99 * self.study.n * updates.mean
-        return updates.to(0) + (f" ({seen.mean:,.0f} micro-batches)" if smaller else "")
+        updates, seen = ([updates_to(curve, target, column) for curve in self.curves] for column in (0, 1))
+        if None in updates:
+            return "not reached"
+        smaller = fmean(seen) < 0.99 * self.study.n * fmean(updates)
+        return _spread(updates, 0) + (f" ({fmean(seen):,.0f} micro-batches)" if smaller else "")
 
 
 def outcomes(study: Study, runs: Runs) -> list[Outcome]:
     """The methods whose seeds have all been run, the lowest loss first."""
     found = filter(None, (_outcome(study, method, runs) for method in study.methods))
-    return sorted(found, key=lambda o: (not o.loss.values, o.loss.values and o.loss.mean))
+    return sorted(found, key=lambda outcome: (outcome.loss is None, outcome.loss))
 
 
 def _outcome(study: Study, method: Method, runs: Runs) -> Outcome | None:
@@ -74,7 +62,8 @@ def _outcome(study: Study, method: Method, runs: Runs) -> Outcome | None:
     own = [by_seed[seed] for seed in study.seeds]
     seen = [0, *accumulate(windows(settings, study.n, study.task.micro_batches))]
     curves = [[(update, seen[update], loss) for update, loss in run.intermediate_values.items()] for run in own]
-    return Outcome(study, method, settings, own, curves, _spread([loss(run) for run in own]))
+    losses = [loss(run) for run in own]
+    return Outcome(study, method, settings, own, curves, None if None in losses else fmean(losses))
 
 
 def targets(study: Study, runs: Runs) -> list[float]:
@@ -82,7 +71,7 @@ def targets(study: Study, runs: Runs) -> list[float]:
     where one diverged."""
     single = study.base or study
     found = _outcome(single, single.methods[0], runs)
-    if found is None or not found.loss.values:
+    if found is None or found.loss is None:
         return []
     goals = [share * single.task.micro_batches for share in TARGETS]
     return [fmean(next(loss for _, seen, loss in curve if seen >= goal) for curve in found.curves) for goal in goals]
@@ -102,11 +91,6 @@ def updates_to(curve: Curve, target: float, column: int = 0) -> float | None:
     return None
 
 
-def _spread(values: Sequence[float | None]) -> Spread:
-    known = tuple(value for value in values if value is not None)
-    return Spread(known if len(known) == len(values) else ())
-
-
 def tables(studies: Collection[Study], runs: Runs) -> str:
     """All studies of which a method has been run with all its seeds."""
     overviews = [overview(study, studies, runs) for study in studies if study.base is None]
@@ -119,29 +103,25 @@ def overview(single: Study, studies: Collection[Study], runs: Runs) -> str:
     of_task = [s for s in studies if s.base and s.task == single.task and s.split == "test"]
     first = {study.n: study for study in reversed(of_task)}
     goals = targets(single, runs)
-    cells: dict[str, dict[int, str]] = {}
+    rows: dict[str, dict[int, str]] = {}
     for n in sorted(first):
         for outcome in outcomes(first[n], runs) if goals else []:
-            cells.setdefault(outcome.method.name, {})[n] = _cell(outcome, goals[_MIDDLE])
-    if not cells:
+            rows.setdefault(outcome.method.name, {})[n] = _cell(outcome, goals[_MIDDLE])
+    if not rows:
         return ""
-    ns = [n for n in sorted(first) if any(n in row for row in cells.values())]
+    ns = [n for n in sorted(first) if any(n in row for row in rows.values())]
     measure = "accuracy" if single.task.measure == "share of errors" else "loss"
-    lines = [
-        f"## {single.task.name}: last {measure}, updates to {goals[_MIDDLE]:.3f}",
-        "",
-        _row("method", *(f"n = {n}" for n in ns)),
-        _row(*["---"] * (1 + len(ns))),
-        *(_row(name, *(row.get(n, "") for n in ns)) for name, row in cells.items()),
-    ]
-    return "\n".join(lines)
+    title = f"## {single.task.name}: last {measure}, updates to {goals[_MIDDLE]:.3f}\n"
+    cells = [[name, *(row.get(n, "") for n in ns)] for name, row in rows.items()]
+    return "\n".join([title, *_markdown(["method", *(f"n = {n}" for n in ns)], cells)])
 
 
 def _cell(outcome: Outcome, goal: float) -> str:
-    if not outcome.loss.values:
+    if outcome.loss is None:
         return "diverged"
-    loss, errors = outcome.loss.mean, outcome.study.task.measure == "share of errors"
-    return (f"{100 * (1 - loss):.2f}%" if errors else f"{loss:.3f}") + f", {outcome.took(goal)}"
+    errors = outcome.study.task.measure == "share of errors"
+    value = f"{100 * (1 - outcome.loss):.2f}%" if errors else f"{outcome.loss:.3f}"
+    return f"{value}, {outcome.took(goal)}"
 
 
 def table(study: Study, runs: Runs) -> str:
@@ -150,21 +130,24 @@ def table(study: Study, runs: Runs) -> str:
     if not found:
         return ""
     updates = max((curve[-1][0] for outcome in found for curve in outcome.curves if curve), default=0)
-    lines = [
-        f"## {study.name}: {task.name}, n = {study.n}",
+    title = (
+        f"## {study.name}: {task.name}, n = {study.n}\n"
         f"{task.measure.capitalize()} on the {study.split} split, {len(study.seeds)} seeds; "
-        f"{task.micro_batches:,} micro-batches" + (f" in {updates:,} updates at most." if study.n > 1 else "."),
-        "",
-        _row("method", task.measure, *(f"updates to {goal:.3f}" for goal in goals), "trials", "settings"),
-        _row(*["---"] * (4 + len(goals))),
-    ]
+        f"{task.micro_batches:,} micro-batches" + (f" in {updates:,} updates at most.\n" if study.n > 1 else ".\n")
+    )
+    rows = []
     for outcome in found:
-        diverged = sum(loss(run) is None for run in outcome.runs)
-        last = f"{diverged} of {len(study.seeds)} diverged" if diverged else outcome.loss.to(3)
+        losses = [loss(run) for run in outcome.runs]
+        last = f"{losses.count(None)} of {len(losses)} diverged" if outcome.loss is None else _spread(losses, 3)
         trials = Stage(study.chooser, outcome.method, tunes=True).size
-        took = map(outcome.took, goals)
-        lines.append(_row(outcome.method.name, last, *took, str(trials), _words(outcome.settings)))
-    return "\n".join(lines)
+        rows.append([outcome.method.name, last, *map(outcome.took, goals), str(trials), _words(outcome.settings)])
+    head = ["method", task.measure, *(f"updates to {goal:.3f}" for goal in goals), "trials", "settings"]
+    return "\n".join([title, *_markdown(head, rows)])
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and half the range."""
+    return f"{fmean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def _words(settings: Mapping[str, Any]) -> str:
@@ -172,8 +155,8 @@ def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown)
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 _HOW = f"""Made by `python -m examples.compare report` from the records here; `studies.py` says what is run.

@@ -12,37 +12,30 @@ import torch
 import ds_lena
 
 from .optimizers import Contestant, build, windows
-from .plan import Problem, Task
+from .plan import Problem
+from .runs import Stage
 
 
-def train(
-    task: Task,
-    optimizer: str,
-    settings: Mapping[str, Any],
-    n: int,
-    seed: int,
-    split: str,
-    trial: optuna.trial.BaseTrial,
-    *,
-    evaluations: int,
-    with_gains: bool = False,
-) -> float:
-    """Train once, on one core, with `evaluations` evaluations in even steps, the last one at the end.
+def train(stage: Stage, settings: Mapping[str, Any], seed: int, trial: optuna.trial.BaseTrial) -> float:
+    """Train once, on one core. Evaluations, in even steps, are reported to `trial` by the number of updates.
 
-    Each is reported to `trial`, by the number of updates. `with_gains` needs a LENA, and gives the trial an attribute
-    `gains`: rows of (update, {layer: (gain, noise scale)}).
+    Of the method `lena` in a study with a picture the first seed leaves an attribute `gains` of the trial, too: rows of
+    (update, {layer: (gain, noise scale)}).
 
     Returns:
-        The last loss on `split`.
+        The last loss.
 
     Raises:
         optuna.TrialPruned: the run diverged.
     """
+    study, task = stage.study, stage.study.task
+    evaluations = 1 if stage.tunes else task.evaluations  # a trial is judged by its last loss
+    with_gains = study.picture and stage.method.name == "lena" and seed == study.seeds[0]
     torch.set_num_threads(1)
     torch.compiler.reset()
     problem = task.problem(seed)
-    batches = windows(settings, n, task.micro_batches)
-    contestant = build(optimizer, settings, problem.model, n, len(batches))
+    batches = windows(settings, study.n, task.micro_batches)
+    contestant = build(stage.method.optimizer, settings, problem.model, study.n, len(batches))
     contestant.mode(training=True)
     ends = {round(task.micro_batches * (i + 1) / evaluations) for i in range(evaluations)}
     done, loss, gains = 0, math.nan, []
@@ -51,7 +44,7 @@ def train(
         before, done = done, done + batch
         if any(before < end <= done for end in ends):
             contestant.mode(training=False)
-            loss = round(problem.evaluate(split), 5)
+            loss = round(problem.evaluate(stage.split), 5)
             contestant.mode(training=True)
             _prune_unless_finite(loss)
             trial.report(loss, update)

@@ -81,20 +81,10 @@ def _begin(stage: Stage, runs: Runs) -> _Job | None:
 
 def _train(job: _Job) -> None:
     stage, trial = job.stage, job.trial
-    study, method, seed = stage.study, stage.method, trial.user_attrs.get("seed", 0)
+    seed = trial.user_attrs.get("seed", 0)
     began = time.monotonic()
     try:
-        found: float | None = train(
-            study.task,
-            method.optimizer,
-            job.settings,
-            study.n,
-            seed,
-            stage.split,
-            trial,
-            evaluations=1 if stage.tunes else study.task.evaluations,  # a trial is judged by its last loss
-            with_gains=study.picture and method.name == "lena" and seed == study.seeds[0],
-        )
+        found: float | None = train(stage, job.settings, seed, trial)
     except optuna.TrialPruned:
         found = None
     trial.set_user_attr("seconds", round(time.monotonic() - began))
@@ -102,7 +92,7 @@ def _train(job: _Job) -> None:
     tried = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
     what = f"trial {trial.number}" if stage.tunes else f"seed {seed}"
     result = "diverged" if found is None else f"{found:.4f}"
-    print(f"{study.name} {method.name} {what}: {result} {tried}", flush=True)
+    print(f"{stage.study.name} {stage.method.name} {what}: {result} {tried}", flush=True)
 
 
 def _code() -> dict[str, str]:
