@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> None:
         raise InputError(f"no study is called {', '.join(sorted(unknown))}; there are {', '.join(studies)}")
     if args.workers < 1:
         raise InputError(f"--workers is {args.workers}; at least 1 is needed")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # of the workers
     from .workers import run
 
     args.results.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def run(stages: Sequence[Stage], folder: Path, workers: int) -> None:
         runs.tidy(study)
     for stage in stages:
         runs.check(stage)
-    left = sum(stage.size - len(runs.of(stage)) for stage in stages)
+    left = sum(max(0, stage.size - len(runs.of(stage))) for stage in stages)
     print(f"{left} runs to go", flush=True)
     if left > 0:
         lock = get_context("spawn").Lock()
