@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from ds_lena.errors import LenaError
-from ds_lena.integrations.callback import LenaCallback
+from ds_lena.integrations.transformers import LenaCallback
 
 from .arguments import RunArguments, parse
 from .blocks import Rows, unigram_loss

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,50 +18,54 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..common.errors import InputError
-from .order import Order
+from .order import micro_batch
+from .plan import Problem, Task
 
 FOLDER = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 _TRAINED_ON = 50_000
 _EVALUATION_ROWS = 1000
 
 
-class ImageTask:
-    """A model with its data.
+@dataclass(frozen=True, kw_only=True)
+class Images(Task):
+    """A ResNet: `width` of the first stage, twice that of the next, and so on; `depths` of all stages."""
 
-    Args:
-        model: `width` of the first stage, `depths` of all stages; each stage has twice the width of the one before.
-        data: `rows_per_micro_batch`.
-        folder: not used; nothing needs to be kept.
-        seed: of the weights and of the order of the images.
-    """
+    width: int = 16
+    depths: tuple[int, ...] = (1, 1, 1)
+    rows_per_micro_batch: int = 32
+    measure: ClassVar[str] = "share of errors"
 
-    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any], folder: Path, seed: int) -> None:
+    def problem(self, seed: int) -> Problem:
+        return _Problem(self, seed)
+
+
+class _Problem:
+    def __init__(self, task: Images, seed: int) -> None:
         images, labels = _read("train")
         self._train = images[:_TRAINED_ON], labels[:_TRAINED_ON]
         self._held_out = {"validation": (images[_TRAINED_ON:], labels[_TRAINED_ON:]), "test": _read("t10k")}
-        self._order = Order(_TRAINED_ON, data["rows_per_micro_batch"], seed)
+        self._size, self._seed = task.rows_per_micro_batch, seed
         torch.manual_seed(seed)
         config = ResNetConfig(
             num_channels=1,
             num_labels=10,
-            embedding_size=model["width"],
-            hidden_sizes=[model["width"] * 2**stage for stage in range(len(model["depths"]))],
-            depths=model["depths"],
+            embedding_size=task.width,
+            hidden_sizes=[task.width * 2**stage for stage in range(len(task.depths))],
+            depths=list(task.depths),
             layer_type="basic",
         )
         self.model: nn.Module = ResNetForImageClassification(config)
         self._compiled = torch.compile(self.model)
 
     def loss(self, index: int) -> Tensor:
-        """Mean cross entropy of micro-batch number `index`, (); without an end, epoch after epoch."""
         images, labels = self._train
-        rows = self._order(index)
+        rows = micro_batch(index, _TRAINED_ON, self._size, self._seed)
         self.model.train()
         return nn.functional.cross_entropy(self._compiled(images[rows]).logits, labels[rows])
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
-        """Share of the images of a split that are taken for something else."""
+        """Share of the images that are taken for something else."""
         self.model.eval()
         wrong = 0
         for images, labels in zip(*(part.split(_EVALUATION_ROWS) for part in self._held_out[split]), strict=True):

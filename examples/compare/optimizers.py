@@ -1,8 +1,9 @@
 """From a method's settings to optimizers, their learning rates over the run, and the batches.
 
 Settings of all methods: `lr`, `beta2`, `weight_decay` (of matrices alone), `clip` (of the gradient norm),
-`warmup_fraction` (a linear warm-up, as a share of the run) and `lr_power` (the learning rate is `lr` x n ^ `lr_power`).
-For a LENA, all other settings are keys of its JSON entry, and the warm-up is its own.
+`warmup_fraction` (a linear warm-up, as a share of the run), `lr_power` (the learning rate is `lr` x n ^ `lr_power`),
+`full_batch_at` and `batch_lr_power` (a batch that grows, see `windows`; an update's learning rate is multiplied by its
+micro-batches ^ `batch_lr_power`). For a LENA, all others are keys of its JSON entry, and the warm-up is its own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_lena
-from ds_lena.config import KEYS
 
+from ..common.errors import InputError
 from . import muon
 from .preconditioned import precondition
 
 Settings = Mapping[str, Any]
+_SHARED = {"lr", "lr_power", "beta2", "weight_decay", "clip", "warmup_fraction", "full_batch_at", "batch_lr_power"}
+_NO_KEYS = _SHARED - {"lr", "weight_decay", "warmup_fraction"} | {"muon_lr"}
+"""Settings that are no keys of LENA's entry."""
 _FINAL_LR = 0.1
 """The cosine ends at this share of the peak."""
 
@@ -66,6 +70,28 @@ class Contestant:
         return (group for optimizer in self.optimizers for group in optimizer.param_groups)
 
 
+def check(optimizer: str, settings: Settings) -> None:
+    """Raise InputError for an optimizer that does not exist, or settings that it does not take.
+
+    A setting that nothing reads would change nothing, in silence.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"no optimizer is called {optimizer}; there are {', '.join(OPTIMIZERS)}")
+    allowed = set(_SHARED)
+    if "muon" in optimizer:
+        allowed.add("muon_lr")
+        if "muon_lr" not in settings:
+            raise InputError("muon_lr is missing, in its settings or its search")
+    if "lena" in optimizer:
+        allowed |= settings.keys() - _NO_KEYS
+        try:
+            _lena_of([nn.Parameter(torch.zeros(1))], {"beta2": 0.9, **settings}, nn.Module(), updates=1)
+        except (ds_lena.ConfigError, TypeError) as error:
+            raise InputError(str(error)) from error
+    if unknown := settings.keys() - allowed:
+        raise InputError(f"no setting is called {', '.join(unknown)}; there are {', '.join(sorted(allowed))}")
+
+
 def build(optimizer: str, settings: Settings, model: nn.Module, n: int, updates: int) -> Contestant:
     """`optimizer` is a name of `OPTIMIZERS`; the run has `updates` updates of `n` micro-batches."""
     lr = settings["lr"] * n ** settings.get("lr_power", 0)
@@ -92,9 +118,11 @@ def windows(settings: Settings, n: int, micro_batches: int) -> list[int]:
 
 
 def _adamw(settings: Settings, model: nn.Module, updates: int) -> Contestant:
-    betas = (0.9, settings["beta2"])
-    adamw = torch.optim.AdamW(_groups(model.named_parameters(), settings), settings["lr"], betas, fused=True)
-    return Contestant([adamw], settings.get("warmup_fraction", 0.0))
+    return Contestant([_adamw_of(model.named_parameters(), settings)], settings.get("warmup_fraction", 0.0))
+
+
+def _adamw_of(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> Optimizer:
+    return torch.optim.AdamW(_groups(named, settings), settings["lr"], (0.9, settings["beta2"]), fused=True)
 
 
 def _sgd(settings: Settings, model: nn.Module, updates: int) -> Contestant:
@@ -102,12 +130,19 @@ def _sgd(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     return Contestant([sgd], settings.get("warmup_fraction", 0.0))
 
 
+def _schedule_free(settings: Settings, model: nn.Module, updates: int) -> Contestant:
+    groups, betas = _groups(model.named_parameters(), settings), (0.9, settings["beta2"])
+    warmup = round(settings.get("warmup_fraction", 0.0) * updates)
+    optimizer = schedulefree.AdamWScheduleFree(groups, settings["lr"], betas, warmup_steps=warmup)
+    return Contestant([optimizer], decays=False)
+
+
 def _lena(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     return Contestant([_lena_of(model.named_parameters(), settings, model, updates)])
 
 
 def _lena_of(parameters: Iterable[Any], settings: Settings, model: nn.Module, updates: int) -> ds_lena.LENA:
-    keys = {key: value for key, value in settings.items() if key in KEYS}
+    keys = {key: value for key, value in settings.items() if key not in _NO_KEYS}
     if settings.get("base", "adamw") in ("adamw", "lamb"):
         keys["betas"] = (0.9, settings["beta2"])
     plain = [name for name, parameter in model.named_parameters() if parameter.ndim < 2]
@@ -120,21 +155,11 @@ def _preconditioned_lena(settings: Settings, model: nn.Module, updates: int) -> 
     return contestant
 
 
-def _schedule_free(settings: Settings, model: nn.Module, updates: int) -> Contestant:
-    optimizer = schedulefree.AdamWScheduleFree(
-        _groups(model.named_parameters(), settings),
-        settings["lr"],
-        (0.9, settings["beta2"]),
-        warmup_steps=round(settings.get("warmup_fraction", 0.0) * updates),
-    )
-    return Contestant([optimizer], decays=False)
-
-
 def _muon(settings: Settings, model: nn.Module, updates: int) -> Contestant:
     """With `muon_lr` for its matrices; AdamW on the rest."""
     hidden, rest = muon.split(model)
-    adamw = torch.optim.AdamW(_groups(rest.items(), settings), settings["lr"], (0.9, settings["beta2"]), fused=True)
-    return Contestant([muon.build(hidden, settings), adamw], settings.get("warmup_fraction", 0.0))
+    optimizers = [muon.build(hidden, settings), _adamw_of(rest.items(), settings)]
+    return Contestant(optimizers, settings.get("warmup_fraction", 0.0))
 
 
 def _lena_muon(settings: Settings, model: nn.Module, updates: int) -> Contestant:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 
-class Order:
-    """Rows 0 to `rows` in micro-batches of `size`, shuffled anew in every epoch; what does not fill one is left out.
+def micro_batch(index: int, rows: int, size: int, seed: int) -> Tensor:
+    """The rows, of `rows`, of micro-batch number `index`, (size,).
 
-    The order is a function of `seed` and the epoch alone. The present epoch's is kept.
+    They are shuffled anew in every epoch, by `seed` and the epoch alone; what does not fill a micro-batch is left out.
     """
+    epoch, place = divmod(index, rows // size)
+    return _shuffled(rows, 1000 * seed + epoch)[place * size : (place + 1) * size]
 
-    def __init__(self, rows: int, size: int, seed: int) -> None:
-        self._rows, self._size, self._seed = rows, size, seed
-        self._epoch, self._shuffled = -1, torch.empty(0)
 
-    def __call__(self, index: int) -> Tensor:
-        """The rows of micro-batch number `index`, (size,), epoch after epoch without an end."""
-        epoch, place = divmod(index, self._rows // self._size)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
-            self._epoch, self._shuffled = epoch, torch.randperm(self._rows, generator=generator)
-        return self._shuffled[place * self._size : (place + 1) * self._size]
+@lru_cache(maxsize=1)
+def _shuffled(rows: int, seed: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))

@@ -1,73 +1,82 @@
-"""What `studies.yaml` asks for, checked."""
+"""What can be compared: a task, a method, a study. `studies.py` says what is."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import runpy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from torch import Tensor, nn
 
 from ..common.errors import InputError
-from .allowed import SPLITS, make, refuse_method, refuse_number, refuse_others, refuse_task
+from . import optimizers
 
-STUDIES = Path(__file__).with_name("studies.yaml")
+STUDIES = Path(__file__).with_name("studies.py")
 
 
-@dataclass(frozen=True)
+class Problem(Protocol):
+    """A model with its data, at one seed.
+
+    `loss` is the mean loss of micro-batch number `index`, (); epoch after epoch, without an end. `evaluate` is what the
+    task measures on the split "validation" or "test"; the smaller, the better.
+    """
+
+    model: nn.Module
+
+    def loss(self, index: int) -> Tensor: ...
+
+    def evaluate(self, split: str) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is learned. `model` and `data` are keyword arguments of the task's kind.
+    """What is learned. `problem` makes the model and the data; its seed is that of the weights and of the data's order.
 
-    A run sees `micro_batches` micro-batches, whatever the batch, and is evaluated `evaluations` times. `settings` are
-    those that all methods share.
+    A run sees `micro_batches` micro-batches, whatever the batch, and is evaluated `evaluations` times. All methods
+    share `settings`.
     """
 
     name: str
-    kind: str
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
     micro_batches: int
     evaluations: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    measure: ClassVar[str] = "loss"
 
-    def __post_init__(self) -> None:
-        where = f"task {self.name}"
-        refuse_task(where, self.kind, self.model, self.data, self.settings)
-        refuse_number(where, "micro_batches", self.micro_batches, 1)
-        refuse_number(where, "evaluations", self.evaluations, 1)
-
-    @property
-    def measure(self) -> str:
-        """What an evaluation gives, and what is to be small."""
-        return "share of errors" if self.kind == "images" else "loss"
+    def problem(self, seed: int) -> Problem:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: an optimizer, settings that are fixed, and the space that trials search.
-
-    `search` maps a setting to `{"uniform": [low, high]}`, `{"log": [low, high]}` or `{"choice": [...]}`.
-    """
+    """A way to train: an optimizer, settings that are fixed, and the space that trials search."""
 
     name: str
     optimizer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    search: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
+    search: Mapping[str, BaseDistribution] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_method(f"method {self.name}", self.optimizer, self.settings, self.search)
+        ends = {key: _ends(space) for key, space in self.search.items()}
+        lowest = {key: values[0] for key, values in ends.items()}
+        for tried in ({}, *({key: value} for key, values in ends.items() for value in values)):
+            try:
+                optimizers.check(self.optimizer, {**self.settings, **lowest, **tried})
+            except InputError as error:
+                raise InputError(f"method {self.name}: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Study:
-    """Methods on one task at one batch: `trials` each with seed 0 to choose settings by the validation split, then
-    one run for each of `seeds` that is measured on `split`.
+    """Methods on one task, with `n` micro-batches in one update.
 
-    `n`: micro-batches in one update. `base`: the study that tuned the single worker, whose choice is where every
-    method's settings start. `settings_of`: the study whose choice is taken over, instead of trials.
+    First `trials` runs with seed 0 choose the settings of each method that has something to search, by the last loss on
+    the validation split. Then one run for each of `seeds` is measured on `split`.
+
+    `base`: the study that tuned the single worker; all methods start from the lr and the beta2 that it chose.
+    `settings_of`: the study whose choices are taken over, instead of trials. `picture`: whether `report` draws it.
     """
 
     name: str
@@ -75,95 +84,51 @@ class Study:
     n: int
     methods: tuple[Method, ...]
     trials: int = 0
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (1, 2, 3)
     split: str = "test"
-    base: str | None = None
-    settings_of: str | None = None
+    base: Study | None = None
+    settings_of: Study | None = None
+    picture: bool = False
 
     def __post_init__(self) -> None:
-        where = f"study {self.name}"
-        refuse_number(where, "n", self.n, 1)
-        refuse_number(where, "trials", self.trials, 0)
-        refuse_others(where, "split", [self.split], SPLITS)
-        for seed in self.seeds:
-            refuse_number(where, "a seed", seed, 1)  # 0 is that of the trials
+        self._require(self.n >= 1, f"n is {self.n}; 1 or more is needed")
+        self._require(min(self.seeds, default=0) >= 1, f"seeds are {self.seeds}; 1 and more are needed, trials have 0")
         for several in ([method.name for method in self.methods], self.seeds):
-            if len(set(several)) < len(several):
-                raise InputError(f"{where}: one of {', '.join(map(str, several))} is there twice")
+            self._require(len(set(several)) == len(several), f"one of {several} is there twice")
+        for method in self.methods:
+            chosen = not method.search or (self.chooser.trials > 0 and method in self.chooser.methods)
+            self._require(chosen, f"{method.name} has something to search, and {self.chooser.name} no trials for it")
 
-    def method(self, name: str) -> Method:
-        return next(method for method in self.methods if method.name == name)
+    def _require(self, good: bool, words: str) -> None:
+        if not good:
+            raise InputError(f"study {self.name}: {words}")
 
-    def digest(self, method: Method) -> str:
-        """A name for what a run of `method` depends on, apart from other runs."""
-        told = [asdict(self.task), self.n, asdict(method), self.split, self.base, self.settings_of]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def chooser(study: Study, studies: Mapping[str, Study]) -> Study:
-    """The study whose trials choose the settings."""
-    return study if study.settings_of is None else studies[study.settings_of]
+    @property
+    def chooser(self) -> Study:
+        """The study whose trials choose the settings."""
+        return self if self.settings_of is None else self.settings_of.chooser
 
 
 def read(path: Path = STUDIES) -> dict[str, Study]:
     """The studies by name, in the order in which they are to run.
 
+    Args:
+        path: a Python file that makes `STUDIES`, a list of `Study`.
+
     Raises:
-        InputError: no such file, no YAML, a name that nothing has, or a key that is not known.
+        InputError: there is no such file, it makes no such list, or something in it cannot be.
     """
     try:
-        told = yaml.safe_load(path.read_text())
-        return _studies(**told)
+        found = runpy.run_path(str(path)).get("STUDIES", [])
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except KeyError as error:
-        raise InputError(f"{path}: nothing is called {error}, or not before it is used") from error
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{path}: tasks, methods and studies are needed, each a mapping by name: {error}") from error
+    studies = {study.name: study for study in found}
+    if not studies or len(studies) < len(found):
+        raise InputError(f"{path}: STUDIES, a list of studies with different names, is needed")
+    return studies
 
 
-def _studies(tasks: Mapping[str, Any], methods: Mapping[str, Any], studies: Mapping[str, Any]) -> dict[str, Study]:
-    known_tasks = {name: make(Task, f"task {name}", told, name=name) for name, told in tasks.items()}
-    known_methods = {name: make(Method, f"method {name}", told, name=name) for name, told in methods.items()}
-    found: dict[str, Study] = {}
-    for name, told in studies.items():
-        study = found[name] = _study(name, told, known_tasks, known_methods)
-        for other in (study.base, study.settings_of):
-            if other is not None:
-                found[other]
-        _refuse_unchosen(study, found)
-    if not found:
-        raise InputError("no studies")
-    return found
-
-
-def _study(name: str, told: Any, tasks: Mapping[str, Task], methods: Mapping[str, Method]) -> Study:
-    where = f"study {name}"
-    more: dict[str, Any] = {"name": name}
-    if isinstance(told, Mapping):
-        for several in told.keys() & {"methods", "seeds"}:
-            if not isinstance(told[several], list):
-                raise InputError(f"{where}: {several} is {told[several]!r}; a list is needed")
-        meant = {"task": tasks.__getitem__, "methods": lambda names: tuple(methods[n] for n in names), "seeds": tuple}
-        more |= {entry: of(told[entry]) for entry, of in meant.items() if entry in told}
-    return make(Study, where, told, **more)
-
-
-def _refuse_unchosen(study: Study, studies: Mapping[str, Study]) -> None:
-    """Raise InputError where a method would run without what it searches, or without a learning rate."""
-    where = f"study {study.name}"
-    choosing = chooser(study, studies)
-    if choosing.settings_of is not None:
-        raise InputError(
-            f"{where}: settings_of is {choosing.name}, which has them of {choosing.settings_of}; name that"
-        )
-    single = () if study.base is None else studies[study.base].methods[:1]
-    for method in study.methods:
-        if method.search and (choosing.trials == 0 or method not in choosing.methods):
-            raise InputError(f"{where}: {method.name} is searched, but {choosing.name} has no trials for it")
-        if not any("lr" in told for m in (method, *single) for told in (study.task.settings, m.settings, m.search)):
-            raise InputError(f"{where}: {method.name} has no lr, of its own or of a base")
+def _ends(space: BaseDistribution) -> tuple[Any, ...]:
+    return tuple(space.choices) if isinstance(space, CategoricalDistribution) else (space.low, space.high)

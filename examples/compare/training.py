@@ -3,103 +3,83 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
+import optuna
 import torch
-from torch import Tensor, nn
 
 import ds_lena
 
-from .images import ImageTask
-from .language import LanguageTask
 from .optimizers import Contestant, build, windows
-from .plan import Task
-
-DATA = Path("outputs/compare")
-"""Where tokens are kept."""
+from .plan import Problem
+from .runs import Stage
 
 
-class Problem(Protocol):
-    """A model with its data, at one seed. `evaluate` gives what is to be small: a loss, or a share of errors."""
+def train(stage: Stage, settings: Mapping[str, Any], seed: int, trial: optuna.trial.BaseTrial) -> float:
+    """Train once, on one core. Evaluations, in even steps, are reported to `trial` by the number of updates.
 
-    model: nn.Module
-
-    def loss(self, index: int) -> Tensor: ...
-
-    def evaluate(self, split: str) -> float: ...
-
-
-KINDS: dict[str, Callable[..., Problem]] = {"language": LanguageTask, "images": ImageTask}
-
-
-def train(
-    task: Task,
-    optimizer: str,
-    settings: Mapping[str, Any],
-    n: int,
-    seed: int,
-    split: str,
-    *,
-    evaluations: int,
-    reports: bool = False,
-) -> dict[str, Any]:
-    """Train once, on one core, with `evaluations` evaluations in even steps, the last one at the end.
+    Of the method `lena` in a study with a picture the first seed leaves an attribute `gains` of the trial, too: rows of
+    (update, {layer: (gain, noise scale)}).
 
     Returns:
-        `loss`, the last one on `split`, None where the run diverged; `curve`, rows of (update, micro-batches seen,
-        loss); `seconds`; with `reports` and a LENA, `lena`, rows of (update, gain and noise scale by layer).
+        The last loss.
+
+    Raises:
+        optuna.TrialPruned: the run diverged.
     """
+    study, task = stage.study, stage.study.task
+    evaluations = 1 if stage.tunes else task.evaluations  # a trial is judged by its last loss
+    with_gains = study.picture and stage.method.name == "lena" and seed == study.seeds[0]
     torch.set_num_threads(1)
     torch.compiler.reset()
-    began = time.monotonic()
-    problem = KINDS[task.kind](task.model, task.data, DATA, seed)
-    batches = windows(settings, n, task.micro_batches)
-    contestant = build(optimizer, settings, problem.model, n, len(batches))
+    problem = task.problem(seed)
+    batches = windows(settings, study.n, task.micro_batches)
+    contestant = build(stage.method.optimizer, settings, problem.model, study.n, len(batches))
     contestant.mode(training=True)
     ends = {round(task.micro_batches * (i + 1) / evaluations) for i in range(evaluations)}
-    curve, lena, done = [], [], 0
+    done, loss, gains = 0, math.nan, []
     for update, batch in enumerate(batches, start=1):
-        finite = _update(problem, contestant, settings, done, batch, task.micro_batches)
+        _update(problem, contestant, settings, done, batch, task.micro_batches)
         before, done = done, done + batch
-        if not finite:
-            break
         if any(before < end <= done for end in ends):
             contestant.mode(training=False)
-            loss = problem.evaluate(split)
+            loss = round(problem.evaluate(stage.split), 5)
             contestant.mode(training=True)
-            if not math.isfinite(loss):
-                break
-            curve.append((update, done, round(loss, 5)))
-            if reports and isinstance(contestant.optimizers[0], ds_lena.LENA):
-                lena.append((update, _digest(ds_lena.report(contestant.optimizers[0]))))
-    ended = bool(curve) and curve[-1][1] == task.micro_batches
-    found = {"loss": curve[-1][2] if ended else None, "curve": curve, "seconds": round(time.monotonic() - began)}
-    return found | ({"lena": lena} if lena else {})
+            _prune_unless_finite(loss)
+            trial.report(loss, update)
+            if with_gains:
+                gains.append((update, _gains(ds_lena.report(contestant.optimizers[0]))))
+    if gains:
+        trial.set_user_attr("gains", gains)
+    return loss
 
 
 def _update(
     problem: Problem, contestant: Contestant, settings: Mapping[str, Any], done: int, batch: int, total: int
-) -> bool:
-    """Average over `batch` micro-batches, clip, step. False where the loss is not finite."""
+) -> None:
+    """Average over `batch` micro-batches, clip, step."""
     loss = 0.0
     for index in range(done, done + batch):
         part = problem.loss(index) / batch
         part.backward()
         loss += float(part.detach())
     torch.nn.utils.clip_grad_norm_(problem.model.parameters(), settings.get("clip", math.inf))
-    scale = batch ** settings.get("batch_lr_power", 0.0)
-    contestant.set_lr(done / total, (done + batch) / total, scale)
+    contestant.set_lr(done / total, (done + batch) / total, batch ** settings.get("batch_lr_power", 0.0))
     contestant.step()
-    return math.isfinite(loss)
+    _prune_unless_finite(loss)
 
 
-def _digest(report: dict[str, Any]) -> dict[str, Any]:
-    """Gain and noise scale of the model and of each layer, to four digits."""
+def _prune_unless_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise optuna.TrialPruned
 
-    def of(told: Mapping[str, Any]) -> tuple[float, float]:
-        return float(f"{told['gain']:.4g}"), float(f"{told['noise_scale']:.4g}")
 
-    return {"model": of(report)} | {name: of(layer) for name, layer in report["layers"].items()}
+def _gains(report: dict[str, Any]) -> dict[str, list[float | None]]:
+    """Gain and noise scale of the model and of each layer, to four digits; None where one is not finite."""
+    told = {"model": report, **report["layers"]}
+    return {name: [_short(of["gain"]), _short(of["noise_scale"])] for name, of in told.items()}
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None

@@ -1,0 +1,192 @@
+"""What is compared. `python -m examples.compare run` works through `STUDIES` from top to bottom.
+
+A copy of this file, changed, is a comparison of your own: `--studies my_studies.py --results my-results`.
+"""
+
+from dataclasses import replace
+
+from optuna.distributions import CategoricalDistribution as Choice
+from optuna.distributions import FloatDistribution as Float
+
+from examples.compare.images import Images
+from examples.compare.language import Language
+from examples.compare.plan import Method, Study
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+LM = {"weight_decay": 0.1, "clip": 1.0}
+# GPT-2 of 0.24 M parameters on 1.6 M tokens; and with three quarters of the updates.
+GPT_DATA = {"vocab_size": 512, "evaluation_blocks": 512}
+GPT = Language(name="gpt", architecture="gpt2", **GPT_DATA, micro_batches=6144, evaluations=24, settings=LM)
+GPT_SHORT = replace(GPT, name="gpt-short", micro_batches=4608, evaluations=18)
+# ModernBERT of 0.18 M parameters on 2.1 M bytes, 15% of them predicted.
+BERT = Language(name="bert", architecture="modernbert", micro_batches=8192, evaluations=32, settings=LM)
+# A Llama of 0.22 M parameters on 1.6 M bytes. No key and no default of LENA was chosen on this one.
+LLAMA = Language(name="llama", architecture="llama", micro_batches=6144, evaluations=24, settings=LM)
+# A ResNet of 0.08 M parameters, six epochs.
+FASHION = Images(name="fashion", micro_batches=9372, evaluations=18, settings={"weight_decay": 0.0005})
+
+# -- methods: name, optimizer, settings, search ------------------------------------------------------------------------
+# What is neither set nor searched comes from the single worker: lr, and beta2.
+
+BETA2 = {"beta2": Choice([0.95, 0.99, 0.999])}
+LR_POWER, GAIN_POWER = {"lr_power": Float(0.0, 1.0)}, {"gain_power": Float(0.5, 1.0)}
+WARMUP, SHORT_WARMUP = {"warmup_fraction": Float(0.02, 0.5)}, {"warmup_fraction": Float(0.01, 0.2)}
+MUON_LR = {"muon_lr": Float(0.001, 0.05, log=True)}
+GROWTH = {"full_batch_at": Float(0.1, 1.0), "batch_lr_power": Float(0.0, 0.75)}
+TRUST = {"trust_coefficient": Float(0.001, 0.1, log=True)}
+BOUND = {"max_relative_gain": Choice([1.5, 2.0, 4.0, None])}
+UNSCALED = {"scaling": "none", "warmup": "fixed"}
+AS_IT_COMES = {"gain_power": 0.85, "max_relative_gain": 4.0, "warmup_cap": 0.25}
+ADASCALE_SGD = {"base": "sgd", "layer": "model", "gain_power": 1.0}
+LENA_SGD = AS_IT_COMES | {"base": "sgd", "gain_power": 1.0}
+
+
+def lena(name, **changes):
+    """LENA as it comes, but for the changes."""
+    return Method(name, "lena", AS_IT_COMES | changes)
+
+
+def cap(low):
+    return {"warmup_cap": Float(low, 0.5)}
+
+
+def lr(low, high):
+    return {"lr": Float(low, high, log=True)}
+
+
+METHODS = [
+    Method("single-worker", "adamw", {}, lr(0.0003, 0.01) | SHORT_WARMUP | BETA2),
+    # The rivals.
+    Method("adamw", "adamw", {}, LR_POWER | WARMUP | BETA2),
+    Method("adascale-fixed", "lena", {"layer": "model", "warmup": "fixed"}, WARMUP | GAIN_POWER | BETA2),
+    Method("adascale-state", "lena", {"layer": "model"}, SHORT_WARMUP | cap(0.2) | GAIN_POWER | BETA2),
+    Method("lamb", "lena", {"base": "lamb", "lr_power": 0.5} | UNSCALED, lr(0.0003, 0.03) | WARMUP | BETA2),
+    Method("batch-warmup", "adamw", {"warmup_fraction": 0.02}, GROWTH | BETA2),
+    Method("schedule-free", "schedule-free", {}, LR_POWER | WARMUP | BETA2),
+    Method("muon", "muon", {}, MUON_LR | LR_POWER | WARMUP | BETA2),
+    # An experiment: Muon's learning rates scaled by LENA, tensor by tensor.
+    Method("lena-muon", "lena-muon", {}, MUON_LR | {"gain_power": Float(0.25, 1.0)} | cap(0.1) | BETA2),
+    # LENA, and then rules that need no trial at the large batch: what LENA and AdaScale do as they come, and the two
+    # fixed scalings, which the space of adamw holds. They are warm after a quarter of the run at the latest.
+    Method("lena", "lena", {}, cap(0.1) | GAIN_POWER | BOUND | BETA2),
+    lena("lena-as-is"),
+    lena("lena-batch-warmup", full_batch_at=0.95),  # the same growing batch, without a trial and without a rule for lr
+    Method("adascale-as-is", "lena", {"layer": "model", "gain_power": 1.0}),
+    lena("lena-model-as-is", layer="model"),  # one gain for the model: AdaScale with the same power and cap
+    Method("sqrt-scaling", "adamw", {"lr_power": 0.5, "warmup_fraction": 0.25}),
+    Method("linear-scaling", "adamw", {"lr_power": 1.0, "warmup_fraction": 0.25}),
+    # Keys of LENA: how strong the gain is and how it is bound, then one change at a time to LENA as it comes.
+    lena("power-1-bound-2", gain_power=1.0, max_relative_gain=2.0),
+    lena("power-1-no-bound-factor-8", gain_power=1.0, max_relative_gain=None, max_factor=8.0),
+    lena("power-0.75-bound-2", gain_power=0.75, max_relative_gain=2.0),
+    lena("no-bound-0.75", gain_power=0.75, max_relative_gain=None),
+    lena("no-bound", max_relative_gain=None),
+    lena("no-bound-cap-0.4", max_relative_gain=None, warmup_cap=0.4),
+    lena("no-bound-0.75-cap-0.4", gain_power=0.75, max_relative_gain=None, warmup_cap=0.4),
+    lena("bound-2", max_relative_gain=2.0),
+    lena("printed", gain_power=1.0, max_relative_gain=None, warmup_cap=None),
+    lena("module", layer="module"),
+    lena("block", layer="block"),
+    lena("model", layer="model"),
+    lena("cap-0.1", warmup_cap=0.1),
+    lena("no-cap", warmup_cap=None),
+    lena("fixed-warmup", warmup="fixed", warmup_fraction=0.25),
+    lena("smoothing-0.9", smoothing=0.9),
+    # The lr that LAMB has chosen on GPT at n = 32 (on BERT it has chosen half of it), without its sqrt(32).
+    lena("lena-lamb-0.5", base="lamb", gain_power=0.5, lr=0.0125),
+    lena("lena-lamb-0.85", base="lamb", lr=0.0125),
+    Method("preconditioned-0.5", "preconditioned-lena", AS_IT_COMES | {"gain_power": 0.5}),
+    # SGD, as in the LENA paper: warm-ups none, fixed and by layer (for AdaScale: by the model), and a tuned LARS.
+    Method("single-worker-sgd", "sgd", {}, lr(0.003, 0.3) | {"warmup_fraction": Float(0.0, 0.1)}),
+    Method("lars", "lena", {"base": "lars"} | UNSCALED, lr(0.01, 1.0) | TRUST | {"warmup_fraction": Float(0.01, 0.25)}),
+    Method("lsw", "sgd", {"lr_power": 1.0, "warmup_fraction": 0.05}),
+    Method("adascale-sgd-none", "lena", ADASCALE_SGD | {"warmup": "none"}),
+    Method("adascale-sgd-fixed", "lena", ADASCALE_SGD | {"warmup": "fixed"}),
+    Method("adascale-sgd-state", "lena", ADASCALE_SGD | {"warmup": "layer", "warmup_cap": None}),
+    Method("lena-sgd", "lena", LENA_SGD),
+    Method("lena-sgd-0.85", "lena", LENA_SGD | {"gain_power": 0.85}),
+    Method("lena-sgd-none", "lena", LENA_SGD | {"warmup": "none"}),
+    Method("lena-sgd-fixed", "lena", LENA_SGD | {"warmup": "fixed"}),
+    Method("lena-sgd-paper", "lena", LENA_SGD | {"warmup_cap": None, "max_relative_gain": None}),
+]
+
+# -- studies -----------------------------------------------------------------------------------------------------------
+
+STUDIES = []
+
+
+def study(name, methods, **more):
+    """A further study, of the methods whose names stand in one string."""
+    by_name = {method.name: method for method in METHODS}
+    STUDIES.append(Study(name=name, methods=tuple(by_name[method] for method in methods.split()), **more))
+    return STUDIES[-1]
+
+
+def again(study, name, **changes):
+    """A further study like another one, but for the changes."""
+    STUDIES.append(replace(study, name=name, **changes))
+    return STUDIES[-1]
+
+
+GPT_1 = study("gpt-1", "single-worker", task=GPT, n=1, trials=12)
+BERT_1 = again(GPT_1, "bert-1", task=BERT)
+ON_GPT, ON_BERT = {"task": GPT, "base": GPT_1}, {"task": BERT, "base": BERT_1}
+GPT_32 = study(
+    "gpt-32",
+    "lena adamw adascale-state lamb lena-as-is batch-warmup sqrt-scaling adascale-as-is linear-scaling "
+    "lena-model-as-is lena-batch-warmup muon lena-muon schedule-free adascale-fixed power-1-bound-2",
+    n=32,
+    trials=12,
+    picture=True,
+    **ON_GPT,
+)
+BERT_32 = again(GPT_32, "bert-32", **ON_BERT)
+KEYS = study(
+    "gpt-keys",
+    "lena-as-is power-1-bound-2 power-1-no-bound-factor-8 power-0.75-bound-2 no-bound-0.75 no-bound no-bound-cap-0.4 "
+    "no-bound-0.75-cap-0.4 model block module printed bound-2 cap-0.1 no-cap lena-lamb-0.5 lena-lamb-0.85 fixed-warmup "
+    "smoothing-0.9 preconditioned-0.5",
+    n=32,
+    seeds=(11, 12),
+    split="validation",
+    **ON_GPT,
+)
+again(KEYS, "bert-keys", **ON_BERT)
+SOME = "lena-as-is power-1-bound-2 no-bound-0.75"
+KEYS_128 = study("gpt-128-keys", SOME, n=128, seeds=(11, 12), split="validation", **ON_GPT)
+again(KEYS_128, "bert-128-keys", **ON_BERT)
+# Is a run of three quarters of the updates as good?
+study("gpt-32-short", "lena-as-is lena adamw", task=GPT_SHORT, n=32, base=GPT_1, settings_of=GPT_32)
+# Other batches, at the settings that n = 32 has chosen; learning rates follow n by their power. (Muon's own has none
+# and stays.)
+GPT_8 = study(
+    "gpt-8",
+    "lena adamw adascale-state lamb lena-as-is batch-warmup sqrt-scaling lena-model-as-is muon schedule-free "
+    "adascale-fixed linear-scaling",
+    n=8,
+    settings_of=GPT_32,
+    **ON_GPT,
+)
+again(GPT_8, "bert-8", settings_of=BERT_32, **ON_BERT)
+again(GPT_8, "gpt-128", n=128)
+again(GPT_8, "bert-128", n=128, settings_of=BERT_32, **ON_BERT)
+# The largest batch with trials of its own: how much of the distance is tuning?
+TUNED = study("gpt-128-tuned", "adamw", n=128, trials=12, **ON_GPT)
+again(TUNED, "bert-128-tuned", **ON_BERT)
+# A model on which nothing was chosen: do the defaults hold?
+LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
+THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"
+study("llama-32", THIRD, task=LLAMA, n=32, base=LLAMA_1, trials=12)
+FASHION_1 = study("fashion-1", "single-worker-sgd", task=FASHION, n=1, trials=12)
+FASHION_32 = study(
+    "fashion-32",
+    "lars lsw adascale-sgd-none adascale-sgd-fixed adascale-sgd-state lena-sgd-none lena-sgd-fixed lena-sgd-paper "
+    "lena-sgd lena-sgd-0.85",
+    task=FASHION,
+    n=32,
+    base=FASHION_1,
+    trials=12,
+)
+for n in (8, 16, 64, 128):
+    again(FASHION_32, f"fashion-{n}", n=n, trials=0, settings_of=FASHION_32)
