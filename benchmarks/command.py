@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "deepspeed", "transformers", "timm", "ds_lena")
-NOT_SETTINGS = {"out", "local_rank", "quick", "profile"}
+NOT_SETTINGS = {"out", "local_rank", "quick"}
 
 
 def parser(description: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
