@@ -61,6 +61,6 @@ def _refuse_sharing_out(args: TrainingArguments) -> None:
     """Several readers would share out the files, and each skip its own first texts instead of the held-out ones."""
     if args.dataloader_num_workers > 1 or args.accelerator_config.dispatch_batches is False:
         raise InputError(
-            "--streaming has one reader, who sends every rank its blocks: leave --dataloader_num_workers at 0 or 1, "
+            "--streaming has one reader, which sends every rank its blocks: leave --dataloader_num_workers at 0 or 1, "
             'and "dispatch_batches" out of --accelerator_config'
         )
