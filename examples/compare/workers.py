@@ -45,7 +45,7 @@ def run(stages: Sequence[Stage], folder: Path, workers: int) -> None:
 
 def _work(rank: int, stages: Sequence[Stage], folder: Path, lock: Lock, code: dict[str, str]) -> None:
     """One process: run what no other has begun, until there is no more."""
-    # SIGINT comes when the parent dies, by torch's doing. As a KeyboardInterrupt it could get lost, say in a destructor.
+    # torch has SIGINT sent when the parent dies. As a KeyboardInterrupt it could get lost, say in a destructor.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     runs = Runs(folder)
     while parent_process().is_alive():
