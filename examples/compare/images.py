@@ -19,7 +19,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..common.errors import InputError
 from .order import micro_batch
-from .plan import Problem, Task
+from .plan import Task
 
 FOLDER = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 _TRAINED_ON = 50_000
@@ -35,7 +35,7 @@ class Images(Task):
     rows_per_micro_batch: int = 32
     measure: ClassVar[str] = "share of errors"
 
-    def problem(self, seed: int) -> Problem:
+    def problem(self, seed: int) -> _Problem:
         return _Problem(self, seed)
 
 

@@ -20,7 +20,7 @@ from ..common.masking import Masking
 from ..common.models import gpt2, modernbert
 from ..common.texts import local_files, read_paragraphs, year
 from .order import micro_batch
-from .plan import Problem, Task
+from .plan import Task
 
 ARCHITECTURES = ("gpt2", "modernbert", "llama")
 _SPLITS = {3: "validation", 7: "test"}
@@ -54,7 +54,7 @@ class Language(Task):
     def masked(self) -> bool:
         return self.architecture == "modernbert"
 
-    def problem(self, seed: int) -> Problem:
+    def problem(self, seed: int) -> _Problem:
         return _Problem(self, seed)
 
 

@@ -6,10 +6,9 @@ import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from torch import Tensor, nn
 
 from ..common.errors import InputError
 from . import optimizers
@@ -17,23 +16,9 @@ from . import optimizers
 STUDIES = Path(__file__).with_name("studies.py")
 
 
-class Problem(Protocol):
-    """A model with its data, at one seed.
-
-    `loss` is the mean loss of micro-batch number `index`, (); epoch after epoch, without an end. `evaluate` is what the
-    task measures on the split "validation" or "test"; the smaller, the better.
-    """
-
-    model: nn.Module
-
-    def loss(self, index: int) -> Tensor: ...
-
-    def evaluate(self, split: str) -> float: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is learned. `problem` makes the model and the data; its seed is that of the weights and of the data's order.
+    """What is learned.
 
     A run sees `micro_batches` micro-batches, whatever the batch, and is evaluated `evaluations` times. All methods
     share `settings`.
@@ -45,7 +30,12 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     measure: ClassVar[str] = "loss"
 
-    def problem(self, seed: int) -> Problem:
+    def problem(self, seed: int) -> Any:
+        """A `model` with its data; `seed` is that of the weights and of the order of the data.
+
+        `loss(index)` is the mean loss of a micro-batch, (); epoch after epoch, without an end. `evaluate(split)` is
+        what the task measures on the split "validation" or "test"; the smaller, the better.
+        """
         raise NotImplementedError
 
 

@@ -12,7 +12,6 @@ import torch
 import ds_lena
 
 from .optimizers import Contestant, build, windows
-from .plan import Problem
 from .runs import Stage
 
 
@@ -56,7 +55,7 @@ def train(stage: Stage, settings: Mapping[str, Any], seed: int, trial: optuna.tr
 
 
 def _update(
-    problem: Problem, contestant: Contestant, settings: Mapping[str, Any], done: int, batch: int, total: int
+    problem: Any, contestant: Contestant, settings: Mapping[str, Any], done: int, batch: int, total: int
 ) -> None:
     """Average over `batch` micro-batches, clip, step."""
     loss = 0.0

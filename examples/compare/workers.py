@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.synchronize import Lock
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 import torch
@@ -23,13 +24,6 @@ _VERSIONED = ("torch", "transformers", "datasets", "optuna", "schedulefree")
 _AT_ONCE = 2
 """Trials of one method that run at the same time: the more, the less each of them knows of the others."""
 _POLL_SECONDS = 0.5
-
-
-class _Job(NamedTuple):
-    stage: Stage
-    study: optuna.Study
-    trial: optuna.Trial
-    settings: dict[str, Any]
 
 
 def run(stages: Sequence[Stage], folder: Path, workers: int) -> None:
@@ -50,45 +44,43 @@ def run(stages: Sequence[Stage], folder: Path, workers: int) -> None:
 
 
 def _work(rank: int, stages: Sequence[Stage], folder: Path, lock: Lock, code: dict[str, str]) -> None:
-    for job in _jobs(stages, Runs(folder), lock):
-        for key, value in code.items():
-            job.trial.set_user_attr(key, value)
-        _train(job)
-
-
-def _jobs(stages: Sequence[Stage], runs: Runs, lock: Lock) -> Iterator[_Job]:
-    """Runs for this process, until all have begun."""
-    while True:
+    """One process: run what no other has begun, until there is no more."""
+    # torch has SIGINT sent when the parent dies. As a KeyboardInterrupt it could get lost, say in a destructor.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    runs = Runs(folder)
+    while parent_process().is_alive():
         with lock:
             todo = [stage for stage in stages if len(runs.of(stage)) < stage.size]
-            job = next(filter(None, (_begin(stage, runs) for stage in todo)), None)
-        if not todo:
-            return
-        if job is None:
+            begun = next(filter(None, (_begin(stage, runs) for stage in todo)), None)
+        if begun:
+            _train(*begun, code)
+        elif todo:
             time.sleep(_POLL_SECONDS)  # all that is left waits for runs of other processes
         else:
-            yield job
+            return
 
 
-def _begin(stage: Stage, runs: Runs) -> _Job | None:
+def _begin(stage: Stage, runs: Runs) -> tuple[Stage, dict[str, Any], optuna.Study, optuna.Trial] | None:
     settings = runs.settings(stage)
     running = sum(not run.state.is_finished() for run in runs.of(stage))
     if settings is None or (stage.tunes and running >= _AT_ONCE):
         return None
-    study, trial = runs.begin(stage, settings)
-    return _Job(stage, study, trial, settings | trial.params)
+    return stage, settings, *runs.begin(stage, settings)
 
 
-def _train(job: _Job) -> None:
-    stage, trial = job.stage, job.trial
+def _train(
+    stage: Stage, settings: dict[str, Any], study: optuna.Study, trial: optuna.Trial, code: dict[str, str]
+) -> None:
+    for key, value in code.items():
+        trial.set_user_attr(key, value)
     seed = trial.user_attrs.get("seed", 0)
     began = time.monotonic()
     try:
-        found: float | None = train(stage, job.settings, seed, trial)
+        found: float | None = train(stage, settings | trial.params, seed, trial)
     except optuna.TrialPruned:
         found = None
     trial.set_user_attr("seconds", round(time.monotonic() - began))
-    job.study.tell(trial, found, TrialState.PRUNED if found is None else TrialState.COMPLETE)
+    study.tell(trial, found, TrialState.PRUNED if found is None else TrialState.COMPLETE)
     tried = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
     what = f"trial {trial.number}" if stage.tunes else f"seed {seed}"
     result = "diverged" if found is None else f"{found:.4f}"
