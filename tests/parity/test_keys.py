@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.case import Case
 from tests.helpers.check import check
-from tests.helpers.make import full
+from tests.helpers.marks import full
 
 
 def lena(name: str, stage: int, **keys: object) -> Case:
@@ -61,11 +61,11 @@ RULES = [
 SINGLE = [
     Case("single", stage=2, world=1, accumulation=1),
     Case("single-linear", stage=3, world=1, accumulation=1, lena={"scaling": "linear", "base_batch_size": 1}),
-    *full(Case("single-small-base", stage=0, world=1, accumulation=1, lena={"base_batch_size": 1})),
+    *full([Case("single-small-base", stage=0, world=1, accumulation=1, lena={"base_batch_size": 1})]),
 ]
 
 
-CASES = POLICIES[::2] + full(*POLICIES[1::2]) + SCALING + STATISTICS + WARMUP + RULES + SINGLE
+CASES = POLICIES[::2] + full(POLICIES[1::2]) + SCALING + STATISTICS + WARMUP + RULES + SINGLE
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

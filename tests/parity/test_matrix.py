@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.case import Case
 from tests.helpers.check import check
 from tests.helpers.covering import Row, all_rows, covering
-from tests.helpers.make import full
+from tests.helpers.marks import full
 
 VALUES = {
     "stage": (0, 1, 2, 3),
@@ -41,6 +41,6 @@ ALL = {tuple(row.values()): case(row) for row in all_rows(VALUES, exists)}
 PAIRS = [ALL.pop(tuple(row.values())) for row in covering(VALUES, measures, strength=2)]
 
 
-@pytest.mark.parametrize("case", PAIRS + full(*ALL.values()), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PAIRS + full(ALL.values()), ids=lambda case: case.name)
 def test_every_combination(case, run_case):
     check(case, run_case)
