@@ -30,7 +30,7 @@ def both(which: tuple[int, ...], name: str, lars: tuple[int, ...], lamb: tuple[i
 
 CASES = [
     *both(ALL, "clipped", (0, 2), (1, 3), clipping=0.5),
-    *both(ALL, "published", (3,), (2,), lena=PLAIN, clipping=0.5),
+    *both(ALL, "published", (3,), (2,), lena=PLAIN, clipping=5.0),  # clips some updates only
     *both(ALL, "bf16", (0,), (2, 3), precision="bf16", usage="always"),
     *both(ZERO, "bf16-fp32", (1,), (1,), precision="bf16-fp32", clipping=0.5, usage="always"),
     *both(ALL, "unused-window", (0, 3), (1, 3), usage="every other window", clipping=0.5),
