@@ -13,7 +13,7 @@ import torch
 import ds_lena
 from tests.helpers.marks import rest
 from tests.integrations._engines import Net, config, engine, moved, said, stock_engine, train
-from tests.integrations._ranks import Ranks
+from tests.integrations._ranks import WORLD, Ranks
 
 SAVED_AFTER, UPDATES = 3, 8  # the cap ends the warm-ups after update 5 of the 20 that are planned
 LAYOUTS = [
@@ -85,6 +85,22 @@ def test_it_is_also_with_larger_layers(ranks: Ranks, tmp_path: Path, layer: str)
 def test_it_is_also_with_the_authors_variant(ranks: Ranks, tmp_path: Path) -> None:
     for result in ranks.run(resume, str(tmp_path), 2, "fp32", {"variant": "authors-code", "smoothing": None}):
         assert is_the_unbroken_run(result)
+
+
+def planned_after_a_change(folder: str) -> float:
+    """Base-batch iterations of a run of 20 updates that resumes with twice the accumulation, and a short window."""
+    with engine(config(2)) as before:
+        train(before, range(SAVED_AFTER))
+        before.save_checkpoint(folder)
+    with engine(config(2, gradient_accumulation_steps=4)) as after:
+        after.load_checkpoint(folder)
+        train(after, range(SAVED_AFTER, SAVED_AFTER + 1), (3,))
+        return after.basic_optimizer.state_dict()["lena"]["planned"]
+
+
+def test_the_rest_of_a_run_is_planned_for_the_micro_batches_that_are_configured(ranks: Ranks, tmp_path: Path) -> None:
+    left = 20 - SAVED_AFTER
+    assert ranks.run(planned_after_a_change, str(tmp_path)) == [SAVED_AFTER * 4.0 + left * 8.0] * WORLD
 
 
 def rewind(folder: str, stage: int) -> list[bool]:
