@@ -32,7 +32,7 @@ REDUCTION = [
     *stages((0, 2, 3), "predivide", full_at=(1,), config={"gradient_predivide_factor": 2.0},
             zero={"reduce_scatter": False}, world=4),
     *stages((2,), "no-gradient-norm", full_at=(1,), zero={"compute_grad_norm": False}),
-    *stages((2, 3), "fp32-communication", full_at=(1,), zero={"communication_data_type": "fp32"}, precision="bf16"),
+    *stages((2, 3), "fp32-communication", full_at=(1,), config={"communication_data_type": "fp32"}, precision="bf16"),
 ]  # fmt: skip
 
 PARTITIONED = {"stage3_param_persistence_threshold": 0}

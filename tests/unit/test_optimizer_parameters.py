@@ -173,6 +173,18 @@ def test_a_model_on_two_devices_is_refused():
         LENA([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))])
 
 
+def test_they_follow_torch_distributed_that_is_started_after_construction():
+    parameters = weights(2)
+    optimizer = LENA(parameters, warmup="none")
+    assert controller_of(optimizer).binding.group is None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        backward(parameters, [torch.ones(2)])
+        assert controller_of(optimizer).binding.group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -282,15 +294,3 @@ def test_the_statistics_follow_a_model_that_is_moved_after_construction(monkeypa
     optimizer.step()
     report = ds_lena.report(optimizer)
     assert (report["n"], report["update"]) == (1, 2), "the updates before are not forgotten"
-
-
-def test_they_follow_torch_distributed_that_is_started_after_construction():
-    parameters = weights(2)
-    optimizer = LENA(parameters, warmup="none")
-    assert controller_of(optimizer).binding.group is None
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        backward(parameters, [torch.ones(2)])
-        assert controller_of(optimizer).binding.group is dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
