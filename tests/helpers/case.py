@@ -49,7 +49,10 @@ SCHEDULES: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Defaults are the middle of the matrix. Mappings are added to what `keys` and the DeepSpeed config say anyway."""
+    """Defaults are the middle of the matrix. Mappings are added to what `keys` and the DeepSpeed config say anyway.
+
+    In plain PyTorch `config` has options of DistributedDataParallel.
+    """
 
     name: str
     world: int = 2

@@ -121,8 +121,9 @@ def _failed(folder: Path, number: int, world: int) -> bool:
     return any("error" in torch.load(path, weights_only=False) for path in paths if path.exists())
 
 
-def _start(folder: Path, first: int, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
-    environment = {
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher tells a rank, for ranks on this machine's CPU."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -131,8 +132,12 @@ def _start(folder: Path, first: int, rank: int, world: int, port: int) -> subpro
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+def _start(folder: Path, first: int, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+    environment = rank_environment(rank, world, port)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with (folder / f"rank{rank}.log").open("wb") as log:
         command = [sys.executable, "-m", "tests.helpers.ranks", str(folder), str(first)]
         return subprocess.Popen(

@@ -33,6 +33,7 @@ class ModelOptions:
     shared: bool = False  # one weight used inside both blocks
     key_bias: bool = False  # attention keys with a bias, whose true gradient is zero
     spare: bool = True  # a parameter that no forward uses
+    bias: bool = False  # a second parameter that is used where the batch says so, `sometimes_bias`
     seed: int = 0
 
 
@@ -80,6 +81,7 @@ class TinyTransformer(nn.Module):
         self.scale = nn.Parameter(torch.empty(1))
         self.odd = nn.Parameter(torch.empty(7))
         self.sometimes = nn.Parameter(torch.empty(WIDTH, 5))
+        self.sometimes_bias = nn.Parameter(torch.empty(5)) if options.bias else None
         self.fixed = nn.Parameter(torch.empty(WIDTH), requires_grad=False)
         if options.spare:
             self.spare = nn.Parameter(torch.empty(3, 5))
@@ -99,7 +101,10 @@ class TinyTransformer(nn.Module):
         x = self.norm(x)
         x = torch.cat([x[..., :7] * self.odd, x[..., 7:]], dim=-1)
         if sometimes:
-            x = x + F.pad(torch.tanh(x @ self.sometimes), (0, WIDTH - 5))
+            extra = x @ self.sometimes
+            if self.sometimes_bias is not None:
+                extra = extra + self.sometimes_bias
+            x = x + F.pad(torch.tanh(extra), (0, WIDTH - 5))
         logits = self.head(x) * self.scale
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide).flatten(0, 1), tokens[:, 1:].flatten())

@@ -22,7 +22,7 @@ def run(case: Case) -> dict[str, Any]:
     wrapped: nn.Module = model
     if case.world > 1:
         unused = case.model.spare or case.usage != "always"
-        wrapped = DistributedDataParallel(model, find_unused_parameters=unused)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=unused, **case.config)
     optimizer = ds_lena.LENA(_parameters(case, model, wrapped), **case.keys)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[case.schedule])
     reports = []

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.command import free_port, launcher, remove_buffers
-from tests.integrations._ranks import WORLD, rank_environment
+from tests.helpers.launch import rank_environment
+from tests.integrations._ranks import WORLD
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"

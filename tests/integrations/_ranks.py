@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import free_port, remove_buffers
+from tests.helpers.launch import rank_environment
 
 WORLD = 2
 START_PATIENCE = 600.0  # seconds; on its first start DeepSpeed compiles an extension
@@ -109,20 +110,6 @@ class Ranks:
 
     def _end_of_log(self, rank: int) -> str:
         return "the end of its log:\n" + Path(self._log(rank)).read_text(errors="replace")[-4000:]
-
-
-def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank, for ranks on this machine's CPU."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
 
 
 def _serve(channel: Connection, rank: int, port: int, log: str) -> None:

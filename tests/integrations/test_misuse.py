@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ds_lena
+from ds_lena.optimizer import controller_of
 from tests.integrations._engines import Net, batch, config, engine, moved, refusal, train
 from tests.integrations._ranks import Ranks
 
@@ -67,12 +68,15 @@ def test_two_engines_cannot_share_a_parameter(ranks: Ranks, stage: int) -> None:
         assert trains_on
 
 
-def destroyed_but_kept(stage: int) -> tuple[str, int]:
-    """The refusal of a second engine after the first was destroyed, and the updates of a third then."""
+def destroyed_but_kept(stage: int) -> tuple[str, int, int]:
+    """The refusal of a second engine after the first was destroyed, the updates of a third then, and the passes that
+    the first one saw of them.
+    """
     import deepspeed
 
     model = Net()
     first = deepspeed.initialize(model=model, config=config(stage))[0]
+    hooks = controller_of(first.basic_optimizer).hooks
     train(first, BEFORE)
     first.destroy()
     message = refusal(config(stage), half_shared(model))
@@ -80,12 +84,12 @@ def destroyed_but_kept(stage: int) -> tuple[str, int]:
         train(third, BEFORE)
         updates = ds_lena.report(third)["update"]
     del first
-    return message, updates
+    return message, updates, hooks.passes
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_destroyed_engine_lets_go_of_its_parameters(ranks: Ranks, stage: int) -> None:
-    assert ranks.run(destroyed_but_kept, stage) == [("", 2)] * 2
+    assert ranks.run(destroyed_but_kept, stage) == [("", 2, 0)] * 2
 
 
 def two_models() -> list[int]:

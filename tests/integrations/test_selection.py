@@ -88,6 +88,17 @@ def test_every_way_of_giving_it_trains_the_same(ranks: Ranks, stage: int) -> Non
             assert rank == ("LENA", report)
 
 
+def layers_of_reversed_groups() -> list[str]:
+    model = Net()
+    groups = [{"params": list(tower.parameters())} for tower in (model.right, model.left)]
+    with engine(config(2), model, model_parameters=groups) as made:
+        return list(ds_lena.report(made)["layers"])
+
+
+def test_layers_are_in_the_order_of_the_model_whatever_that_of_the_groups(ranks: Ranks) -> None:
+    assert ranks.run(layers_of_reversed_groups) == [[name for name, _ in Net().named_parameters()]] * 2
+
+
 def name_in_lower_case() -> str:
     entries = config(1)
     entries["optimizer"]["type"] = "lena"

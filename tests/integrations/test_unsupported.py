@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 import ds_lena
+from ds_lena.integrations.deepspeed import attach
 from ds_lena.integrations.deepspeed._internals.facts import read_facts
+from ds_lena.integrations.deepspeed._internals.select import layout_of
 from ds_lena.integrations.deepspeed.support import FEATURES
 from tests.integrations._engines import LENA, Net, config, engine, refusal, without_optimizer
 from tests.integrations._ranks import WORLD, Ranks
@@ -157,6 +159,19 @@ def refusals_of_zenflow() -> list[str]:
 
 def test_zenflow_is_refused_too_though_it_cannot_start_here(ranks: Ranks) -> None:
     assert ranks.run(refusals_of_zenflow) == [['"zenflow"']] * 2
+
+
+def refusal_of_misread_weights(stage: int) -> str:
+    """By a version of ds_lena that takes the parameters for each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attach, "layout_of", lambda view, index: layout_of(view, {i: 1 - index[i] for i in index}))
+        return refusal(config(stage), nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)]))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_weights_that_are_not_where_they_are_expected_are_refused(ranks: Ranks, stage: int) -> None:
+    for message in ranks.run(refusal_of_misread_weights, stage):
+        assert message.startswith('StateError: LENA: the weights of "') and "do not lie where" in message
 
 
 def refusal_of_callable() -> str:

@@ -10,15 +10,15 @@ from tests.integrations._engines import config, engine, said, train
 from tests.integrations._ranks import Ranks
 
 
-def warnings_of(lena: dict[str, Any], version: str = "", **more: Any) -> list[str]:
-    """What was said from the making of an engine to its third update."""
+def warnings_of(lena: dict[str, Any], version: str = "", updates: int = 3, **more: Any) -> list[str]:
+    """What was said from the making of an engine to its last update."""
     import deepspeed
 
     installed = deepspeed.__version__
     deepspeed.__version__ = version or installed
     try:
         with said() as messages, engine(config(2, lena=lena, **more)) as made:
-            train(made, range(3))
+            train(made, range(updates))
     finally:
         deepspeed.__version__ = installed
     return messages
@@ -34,8 +34,9 @@ def test_an_ordinary_run_says_nothing(ranks: Ranks) -> None:
     assert ranks.run(warnings_of, {}) == [[], []]
 
 
-def test_a_schedulers_warm_up_on_top_of_lenas_is_said_once(ranks: Ranks) -> None:
-    for messages in ranks.run(warnings_of, {}, scheduler=scheduler(warmup=5)):
+@pytest.mark.parametrize("updates", [0, 3])
+def test_a_schedulers_warm_up_on_top_of_lenas_is_said_once_at_the_start(ranks: Ranks, updates: int) -> None:
+    for messages in ranks.run(warnings_of, {}, updates=updates, scheduler=scheduler(warmup=5)):
         assert len(messages) == 1
         assert "a warm-up on top of LENA's own" in messages[0] and '"warmup": "none"' in messages[0]
 

@@ -1,14 +1,16 @@
-"""Runs the selected cases, one set of ranks per world size, when the first test of that size asks."""
+"""Runs the selected cases, one set of ranks per world size, when the first test asks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 
 from tests.helpers.case import Case
+from tests.helpers.check import reference
 from tests.helpers.launch import Outcome, launch
 
 
@@ -21,11 +23,19 @@ class Runs:
         self._outcomes: dict[str, Outcome] = {}
 
     def outcome(self, case: Case) -> Outcome:
-        if case.name not in self._outcomes:
-            together = [other for other in self._selected if other.world == case.world]
-            outcomes = launch(together, self._folder / f"world{case.world}")
-            self._outcomes |= {other.name: outcome for other, outcome in zip(together, outcomes, strict=True)}
+        if not self._outcomes:
+            self._launch_all()
         return self._outcomes[case.name]
+
+    def _launch_all(self) -> None:
+        """References are made meanwhile, first beside the single rank, which leaves cores idle."""
+        references = Thread(target=lambda: [reference(case) for case in self._selected], daemon=True)
+        references.start()
+        for world in sorted({case.world for case in self._selected}):
+            together = [case for case in self._selected if case.world == world]
+            outcomes = launch(together, self._folder / f"world{world}")
+            self._outcomes |= {case.name: outcome for case, outcome in zip(together, outcomes, strict=True)}
+        references.join()
 
 
 @pytest.fixture(scope="session", autouse=True)

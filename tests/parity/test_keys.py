@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers.case import Case
 from tests.helpers.check import check
+from tests.helpers.marks import full
 
 
 def lena(name: str, stage: int, **keys: object) -> Case:
@@ -59,11 +60,14 @@ RULES = [
 # n = 1 measures nothing: the gain is 1 whatever the base.
 SINGLE = [
     Case("single", stage=2, world=1, accumulation=1),
-    Case("single-small-base", stage=0, world=1, accumulation=1, lena={"base_batch_size": 1}),
     Case("single-linear", stage=3, world=1, accumulation=1, lena={"scaling": "linear", "base_batch_size": 1}),
+    *full([Case("single-small-base", stage=0, world=1, accumulation=1, lena={"base_batch_size": 1})]),
 ]
 
 
-@pytest.mark.parametrize("case", POLICIES + SCALING + STATISTICS + WARMUP + RULES + SINGLE, ids=lambda case: case.name)
+CASES = POLICIES[::2] + full(POLICIES[1::2]) + SCALING + STATISTICS + WARMUP + RULES + SINGLE
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_key(case, run_case):
     check(case, run_case)

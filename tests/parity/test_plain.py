@@ -35,6 +35,7 @@ DDP = [
     plain("ddp-accumulated", accumulation=4, usage="always", model=USED, clipping=0.5),
     plain("ddp-no-sync", accumulation=4, loop="no_sync", usage="always", model=USED, clipping=0.5),
     plain("ddp-no-sync-sgd", accumulation=2, loop="no_sync", usage="always", model=USED, base="sgd", layer="block"),
+    plain("ddp-static-graph", accumulation=1, usage="always", model=USED, config={"static_graph": True}),
     plain("ddp-ranks-disagree", accumulation=1, usage="ranks disagree"),
     plain("ddp-ranks-disagree-accumulated", accumulation=2, usage="ranks disagree", clipping=0.5),
     plain("ddp-named-parameters", accumulation=2, groups="flat"),

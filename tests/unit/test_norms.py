@@ -129,6 +129,12 @@ def test_pieces_replace_what_was_written_before():
     assert squared_norms([], norms).tolist() == [0, 0, 0]
 
 
+def test_gradients_on_several_devices_are_read_together():
+    norms = SquaredNorms(2, torch.float32, torch.device("cpu", 0))  # for torch another device than "cpu"
+    norms.write(1, torch.ones(3))
+    assert norms.read().tolist() == [0, 3]
+
+
 def test_a_gradient_that_needs_no_graph_leaves_none(normal_numbers):
     norms = SquaredNorms(1, torch.float32, torch.device("cpu"))
     norms.write(0, normal_numbers[:10])

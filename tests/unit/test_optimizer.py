@@ -198,6 +198,17 @@ def test_clipping_by_the_user_moves_less_and_is_not_measured():
         assert step.norm().item() == approx(0.1 * 5 / 4 * (0.2 if clip else 2), rel=1e-5)
 
 
+def test_a_reduction_that_takes_two_callbacks_at_the_end_of_backward_is_measured():
+    """As DDP's with static_graph, whose first callback queues a second one."""
+    (parameter,) = parameters = one_weight()
+    optimizer = LENA(parameters, **NO_WARMUP)
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    parameter.register_post_accumulate_grad_hook(lambda p: queue(lambda: queue(lambda: p.grad.mul_(0.5))))
+    backward(parameters, [vector(1, 0)])
+    optimizer.step()
+    assert controller_of(optimizer)._squares_of_mean.tolist() == [0.25]
+
+
 def test_clipping_between_the_passes_of_a_window_is_measured_as_it_is_in_the_gradient():
     parameters = one_weight()
     optimizer = LENA(parameters, **NO_WARMUP)

@@ -173,6 +173,18 @@ def test_a_model_on_two_devices_is_refused():
         LENA([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))])
 
 
+def test_they_follow_torch_distributed_that_is_started_after_construction():
+    parameters = weights(2)
+    optimizer = LENA(parameters, warmup="none")
+    assert controller_of(optimizer).binding.group is None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        backward(parameters, [torch.ones(2)])
+        assert controller_of(optimizer).binding.group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -273,8 +285,12 @@ def test_a_copy_is_refused():
 def test_the_statistics_follow_a_model_that_is_moved_after_construction(monkeypatch):
     parameters = weights(2)
     optimizer = LENA(parameters, warmup="none")
+    backward(parameters, [torch.ones(2)])
+    optimizer.step()
+    optimizer.zero_grad()
     monkeypatch.setattr(controller_of(optimizer), "_device", torch.device("meta"))  # as if it had been made elsewhere
     backward(parameters, [torch.ones(2)])
     assert controller_of(optimizer)._device == parameters[0].device
     optimizer.step()
-    assert ds_lena.report(optimizer)["n"] == 1
+    report = ds_lena.report(optimizer)
+    assert (report["n"], report["update"]) == (1, 2), "the updates before are not forgotten"
