@@ -1,7 +1,7 @@
 """ZeRO stage x world size x accumulation x precision x clipping x base rule x layer.
 
-Every two values together in the default run, every combination under the marker `full`. An update of one micro-gradient
-measures nothing: in the default run `test_keys.py` has it alone.
+Every two values together in the default run, every four under the marker `full`, a quarter of all combinations. An
+update of one micro-gradient measures nothing: in the default run `test_keys.py` has it alone.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ def case(row: Row) -> Case:
     return Case(name="matrix-" + "-".join(str(value) for value in row.values()), **row)
 
 
-ALL = {tuple(row.values()): case(row) for row in all_rows(VALUES, exists)}
-PAIRS = [ALL.pop(tuple(row.values())) for row in covering(VALUES, measures, strength=2)]
+def is_in_quarter(row: Row) -> bool:
+    """Three axes have four values each, so that whatever four values are asked for, the others can make up the sum."""
+    return sum(values.index(row[name]) for name, values in VALUES.items()) % 4 == 0
 
 
-@pytest.mark.parametrize("case", PAIRS + full(ALL.values()), ids=lambda case: case.name)
+PAIRS = covering(VALUES, measures, strength=2)
+QUARTER = [row for row in all_rows(VALUES, exists) if is_in_quarter(row) and row not in PAIRS]
+
+
+@pytest.mark.parametrize("case", [*map(case, PAIRS), *full(map(case, QUARTER))], ids=lambda case: case.name)
 def test_every_combination(case, run_case):
     check(case, run_case)
