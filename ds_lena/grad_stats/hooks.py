@@ -67,10 +67,6 @@ class GradientHooks:
         """Remove the hooks. Gradients are not seen afterwards."""
         self._finalizer()
 
-    def unreached(self) -> list[int]:
-        """Indices of the parameters that no pass of this window has reached yet."""
-        return [i for i, last in enumerate(self.last_pass) if last == 0]
-
     def require_passes(self) -> None:
         """Raise `StateError` if no backward pass was seen in this window."""
         if self.passes == 0:

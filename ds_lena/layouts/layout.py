@@ -6,7 +6,7 @@ lie on several ranks. Each wrapper has one class: `plain.py` here, DeepSpeed's i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,8 +56,6 @@ class Layout(Protocol):
         """The factor that is still in the gradients of this window, the local ones too."""
         return 1.0
 
-    def clear_stale(self, parameters: Iterable[int]) -> None:
-        """Clear the gradients of older windows that the wrapper still holds, for parameters that the first pass of a
-        window has not reached.
-        """
+    def clear_gradients(self) -> None:
+        """Clear what the wrapper would carry into the next window. Called when a window has ended."""
         return None

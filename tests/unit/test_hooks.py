@@ -77,18 +77,17 @@ def test_clearing_starts_a_new_window():
     hooks = watch(parameters)
     backward(parameters, [torch.ones(2)])
     hooks.clear()
-    assert (hooks.passes, hooks.sums.tolist(), hooks.unreached()) == (0, [0], [0])
+    assert (hooks.passes, hooks.sums.tolist(), hooks.last_pass) == (0, [0], [0])
     backward(parameters, [torch.ones(2)])
     assert hooks.passes == 1
     assert hooks.sums.tolist() == pytest.approx([2])
 
 
-def test_parameters_that_no_pass_has_reached_are_known():
+def test_the_last_pass_that_reached_a_parameter_is_known():
     parameters = weights(2, 2, 2)
     hooks = watch(parameters)
     backward(parameters, [torch.ones(2), None, None])
     backward(parameters, [torch.ones(2), None, torch.ones(2)])
-    assert hooks.unreached() == [1]
     assert hooks.last_pass == [2, 0, 2]
 
 
@@ -166,7 +165,7 @@ def test_a_pass_for_some_parameters_only_is_a_micro_gradient_of_those(model):
     hooks = watch(model.parameters())
     loss(model).backward(inputs=[model[2].weight])
     assert hooks.passes == 1
-    assert hooks.unreached() == [0, 1, 3]
+    assert hooks.last_pass == [0, 0, 1, 0]
 
 
 def test_a_pass_that_reaches_no_watched_parameter_is_not_counted(model):

@@ -135,6 +135,13 @@ SUPPORTED: tuple[Feature, ...] = (
     _runs(_OPTIONS, "contiguous_gradients, bucket sizes, communication_data_type", _ZERO12, _LAYOUTS),
     _runs(_OPTIONS, "sub_group_size, stage3_param_persistence_threshold, zero.Init", _ZERO3, _LAYOUTS),
     _runs(
+        _OPTIONS,
+        "set_z3_leaf_modules, leaf_module (ZeRO 3)",
+        _ZERO3,
+        "tests/integrations/test_leaf_modules.py",
+        "Ranks may use different experts in a micro-batch.",
+    ),
+    _runs(
         _LOOP,
         "gradient accumulation, a short last window, set_train_batch_size, no_sync",
         _HOOKS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ class Zero3Layout(Layout):
     def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
         self._zero = zero
         self._segments: list[list[Segment]] = []
-        self._buffers: dict[int, Tensor] = {}
-        buffer_start = 0
         for parameters in zero.fp16_groups:
             segments, position = [], 0
             for parameter in parameters:
@@ -26,9 +24,7 @@ class Zero3Layout(Layout):
                 offset = part * torch.distributed.get_rank(parameter.ds_process_group)
                 i, length = index[id(parameter)], max(0, min(part, parameter.ds_numel - offset))
                 segments.append(Segment(i, position, length, offset))
-                self._buffers[i] = zero.grad_partitions_flat_buffer.narrow(0, buffer_start, part)
                 position += part
-                buffer_start += part
             self._segments.append(segments)
 
     def segments(self) -> list[tuple[Tensor, list[Segment]]]:
@@ -46,11 +42,11 @@ class Zero3Layout(Layout):
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.data.reshape(-1).narrow(0, 0, segment.length)
 
-    def clear_stale(self, parameters: Iterable[int]) -> None:
-        """Zero the gradient buffers of parameters, which DeepSpeed never does.
+    def clear_gradients(self) -> None:
+        """Zero the gradient buffers, which DeepSpeed never does.
 
         Otherwise a parameter that a window does not use would move by the gradient of the window before. A parameter
-        first used in a later micro-batch would add to that gradient.
+        first used in a later micro-batch would add to that gradient. Within a window it would be too late: a buffer may
+        hold the gradient of other ranks already, for a parameter that this rank has not reached.
         """
-        for parameter in parameters:
-            self._buffers[parameter].zero_()
+        self._zero.grad_partitions_flat_buffer.zero_()
