@@ -13,7 +13,9 @@ from types import FrameType
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import RemovableHandle
 
+_MARK = "_ds_lena_looks_only"
 NO_TASK = -2
 """No graph task. Outside of backward, autograd itself answers -1."""
 
@@ -35,6 +37,32 @@ def accumulates(parameter: Tensor) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch raises it for a leaf whose gradient torch.autograd.grad returns
         return False
+
+
+def is_followed(parameter: Tensor, handle: RemovableHandle) -> bool:
+    """Whether a hook that may change the gradient comes after the one of `handle`. Marked hooks only look at it."""
+    for number, hook in reversed((parameter._backward_hooks or {}).items()):
+        if number == handle.id:
+            return False
+        if not getattr(hook, _MARK, False):
+            return True
+    return False
+
+
+def mark(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Say of a tensor hook that it never changes the gradient. Returns it."""
+    setattr(hook, _MARK, True)
+    return hook
+
+
+def before_accumulation(parameter: Tensor, action: Callable[[Tensor], None]) -> None:
+    """Within a hook of `parameter`: run `action` on its gradient once, after all of its hooks, before it is added."""
+
+    def once(gradients: tuple[Tensor, ...]) -> None:
+        handle.remove()
+        action(gradients[0])
+
+    handle = torch.autograd.graph.get_gradient_edge(parameter).node.register_prehook(once)
 
 
 def inside_function_backward() -> bool:

@@ -1,11 +1,13 @@
 """Hooks that see every micro-gradient of this rank, before any reduction, and add up the squared norms.
 
-Autograd calls a tensor hook on each parameter with the full gradient of one backward pass. DDP and ZeRO reduce it only
-afterwards. The hooks count the backward passes too: LENA counts n and does not read it from a configuration.
+Autograd calls a tensor hook on each parameter with the full gradient of one backward pass. Ours comes after the user's
+own hooks, so that it sees what is added. DDP and ZeRO reduce only afterwards. The hooks count the backward passes too:
+LENA counts n and does not read it from a configuration.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -77,10 +79,10 @@ class GradientHooks:
             )
 
     def _see(self, index: int, gradient: Tensor) -> None:
-        task = backward.current_task()
+        task, is_final = backward.current_task(), True
         if task != self._pass_task:  # hardly ever: this runs once for every parameter in every pass
             if task not in (self._nested_task, self._ignored_task):
-                self._enter(task, index)
+                is_final = self._enter(task, index)
             if task == self._ignored_task:
                 return
         wanted = self._wanted[index]
@@ -92,21 +94,28 @@ class GradientHooks:
                 'gradient_checkpointing_kwargs={"use_reentrant": false}), or exclude this weight from LENA.'
             )
         self.last_pass[index] = self.passes
-        if wanted:
-            self._measure(index, gradient.detach() if gradient.requires_grad else gradient)
+        if wanted and is_final:
+            self._measure(index, gradient)
+        elif wanted:
+            backward.before_accumulation(self.parameters[index], functools.partial(self._measure, index))
 
     def _measure(self, index: int, gradient: Tensor) -> None:
+        gradient = gradient.detach() if gradient.requires_grad else gradient
         join = self._joins[index]
         whole = gradient if join is None else join(gradient)
         if whole is not None:
             self._norms.write(index, whole)
 
-    def _enter(self, task: int, index: int) -> None:
-        """Classify a new graph task: a new backward pass, a part of the running pass, or no backward pass."""
+    def _enter(self, task: int, index: int) -> bool:
+        """Classify a new graph task: a new backward pass, a part of the running pass, or no backward pass.
+
+        Returns whether the gradient of parameter `index` is as autograd will add it. It is not if the user has hooked
+        the parameter after us.
+        """
         if backward.inside_function_backward():
             if self._in_pass:
                 self._nested_task = task
-                return
+                return True
             raise UnsupportedError(
                 f'LENA: the first gradient of a backward pass, of "{self.names[index]}", came from within reentrant '
                 "activation checkpointing, so passes cannot be counted. Use checkpointing with use_reentrant=False, "
@@ -115,7 +124,7 @@ class GradientHooks:
         # torch.autograd.grad runs tensor hooks too, but accumulates nothing: its gradients are no micro-gradients.
         if not backward.accumulates(self.parameters[index]):
             self._ignored_task = task
-            return
+            return True
         self._pass_task = task
         if self.before_pass is not None:
             self.before_pass()
@@ -123,6 +132,16 @@ class GradientHooks:
         self._in_pass = True
         self._norms.clear()
         backward.when_task_ends(self._leave)
+        return index not in self._come_last()
+
+    def _come_last(self) -> list[int]:
+        """Move our hooks behind those that may change a gradient. Returns the parameters where one was behind ours."""
+        pairs = enumerate(zip(self.parameters, self._handles, strict=True))
+        followed = [i for i, (parameter, handle) in pairs if backward.is_followed(parameter, handle)]
+        for i in followed:
+            self._handles[i].remove()
+            self._handles[i] = _hook(self, i)
+        return followed
 
     def _leave(self) -> None:
         self._in_pass = False
@@ -140,7 +159,7 @@ def _hook(hooks: GradientHooks, index: int) -> torch.utils.hooks.RemovableHandle
         if alive is not None:
             alive._see(index, gradient)
 
-    return hooks.parameters[index].register_hook(hook)
+    return hooks.parameters[index].register_hook(backward.mark(hook))
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -174,6 +174,52 @@ def test_a_pass_that_reaches_no_watched_parameter_is_not_counted(model):
     assert hooks.passes == 0
 
 
+# -- a user's own hooks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["before", "after", "between passes"])
+@pytest.mark.parametrize("name", ["0.weight", "2.bias"], ids=["late in the pass", "first in the pass"])
+def test_what_is_measured_is_what_is_added(model, place, name):
+    parameter = model.get_parameter(name)
+    index = [each for each, _ in model.named_parameters()].index(name)
+
+    def halve():
+        parameter.register_hook(lambda gradient: 0.5 * gradient)
+
+    if place == "before":
+        halve()
+    hooks = watch(model.parameters())
+    if place == "after":
+        halve()
+    wanted = 0.0
+    for seed in range(3):
+        if place == "between passes" and seed == 1:
+            halve()
+        parameter.grad = None
+        loss(model, seed).backward()
+        wanted += squares([parameter.grad])
+    assert hooks.passes == 3
+    assert hooks.sums[index].item() == pytest.approx(wanted)
+
+
+def test_a_hook_that_is_taken_off_again(model):
+    hooks = watch(model.parameters())
+    handle = model[2].bias.register_hook(lambda gradient: 0.5 * gradient)
+    loss(model, 0).backward()
+    handle.remove()
+    model[2].bias.grad, before = None, hooks.sums[3].item()
+    loss(model, 1).backward()
+    assert hooks.sums[3].item() - before == pytest.approx(squares([model[2].bias.grad]))
+
+
+def test_two_optimizers_on_one_model_do_not_push_each_other_back(model):
+    first, second = watch(model.parameters()), watch(model.parameters())
+    handles = [*first._handles, *second._handles]
+    loss(model).backward()
+    assert [*first._handles, *second._handles] == handles
+    assert torch.equal(first.sums, second.sums)
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
