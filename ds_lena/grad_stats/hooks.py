@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class GradientHooks:
     It is 0 for a parameter whose norms are not wanted.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
     `before_pass()`, `after_pass()`: called around every pass, if set.
+    `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
     """
 
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -36,7 +37,8 @@ class GradientHooks:
         self.last_pass = [0] * len(self.parameters)
         self.before_pass: Callable[[], None] | None = None
         self.after_pass: Callable[[], None] | None = None
-        self._in_pass = False
+        self.is_broken_off = False
+        self._end: weakref.ref[Callable[[], None]] | None = None
         self._pass_task = self._nested_task = self._ignored_task = backward.NO_TASK
         self.watch([True] * len(self.parameters))
         self._handles = [_hook(self, i) for i, parameter in enumerate(self.parameters)]
@@ -63,7 +65,25 @@ class GradientHooks:
         self.sums.zero_()
         self.passes = 0
         self.last_pass = [0] * len(self.parameters)
-        self._in_pass = False
+
+    def reached(self) -> list[int]:
+        """Indices of the parameters that a pass of this window has reached."""
+        return [i for i, last in enumerate(self.last_pass) if last]
+
+    def forget(self, thrown_away: Iterable[int]) -> None:
+        """Forget parameters whose gradient of this window was thrown away. If it was that of all, forget the window."""
+        for i in thrown_away:
+            self.sums[i] = 0
+            self.last_pass[i] = 0
+        if not any(self.last_pass):
+            self.clear()
+
+    def forget_broken_pass(self) -> None:
+        """Forget the pass that an exception has ended, at the start of the next one."""
+        self.sums.sub_(self._norms.read())
+        self.passes -= 1
+        self.last_pass = [min(last, self.passes) for last in self.last_pass]
+        self.is_broken_off = False
 
     def close(self) -> None:
         """Remove the hooks. Gradients are not seen afterwards."""
@@ -113,7 +133,7 @@ class GradientHooks:
         the parameter after us.
         """
         if backward.inside_function_backward():
-            if self._in_pass:
+            if self._end is not None and self._end() is not None:
                 self._nested_task = task
                 return True
             raise UnsupportedError(
@@ -126,12 +146,16 @@ class GradientHooks:
             self._ignored_task = task
             return True
         self._pass_task = task
+        self.is_broken_off, self._end = self._end is not None, None
+        if self.is_broken_off and self.passes:
+            self.sums.add_(self._norms.read())
         if self.before_pass is not None:
             self.before_pass()
         self.passes += 1
-        self._in_pass = True
         self._norms.clear()
-        backward.when_task_ends(self._leave)
+        end = functools.partial(GradientHooks._leave, self)
+        backward.when_task_ends(end)
+        self._end = weakref.ref(end)  # autograd holds the action as long as the pass runs
         return index not in self._come_last()
 
     def _come_last(self) -> list[int]:
@@ -144,7 +168,7 @@ class GradientHooks:
         return followed
 
     def _leave(self) -> None:
-        self._in_pass = False
+        self._end = None
         self.sums.add_(self._norms.read())
         if self.after_pass is not None:
             self.after_pass()

@@ -26,6 +26,7 @@ from ._internals.engine import EngineView, logical_shapes
 from ._internals.select import layout_of
 from .monitor import write_model
 from .support import refuse_unsupported
+from .window import Window
 
 logger = logging.getLogger("ds_lena")
 
@@ -85,13 +86,19 @@ def attach(engine: Any, lena: LENA) -> None:
     ownership.take(engine, controller.parameters)
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
+    window = Window(view, controller)
 
     def release() -> None:
         ownership.release(engine, controller.parameters)
         controller.close()
 
+    def before() -> None:
+        window.begin()
+        controller.begin_update(lena.param_groups, lena.state)
+
     def after(applied: bool) -> None:
         controller.end_update(applied)
+        window.end()
         if applied:
             write_model(engine, controller)
 
@@ -102,7 +109,7 @@ def attach(engine: Any, lena: LENA) -> None:
             raise unknown_total_steps()
         controller.look_at_scheduler(lena.param_groups)
 
-    view.around_model_step(lambda: controller.begin_update(lena.param_groups, lena.state), after)
+    view.around_model_step(before, after)
     view.before_destroy(release)
     view.after_scheduler(check_schedule)
 

@@ -52,10 +52,14 @@ _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
 _CHECKPOINTING = "tests/unit/test_hooks_checkpointing.py"
 _MISUSE = "tests/integrations/test_misuse.py"
 
+_WINDOWS = "tests/integrations/test_window.py"
+_TWO_ENGINES = "test_the_generators_gradients_in_the_critic_are_dropped"
+
 _INTERNALS = "integrations/deepspeed/_internals"
 _ATTACH = "integrations/deepspeed/attach.py"
 _HOOKS = "grad_stats/hooks.py"
 _STATISTICS = "grad_stats/statistics.py"
+_WINDOW = "integrations/deepspeed/window.py"
 _ZERO12 = f"{_INTERNALS}/zero12.py"
 _ZERO3 = f"{_INTERNALS}/zero3.py"
 
@@ -148,6 +152,15 @@ SUPPORTED: tuple[Feature, ...] = (
         _LOOPS,
         is_on=lambda facts: facts.accumulates,
     ),
+    _runs(
+        _LOOP,
+        "gradients thrown away by zero_grad(), a backward pass that an exception ended, load_checkpoint",
+        _WINDOW,
+        _WINDOWS,
+        "In the middle of an update. `engine.zero_grad()` throws away the gradients at ZeRO 0 and 1. At ZeRO 2 and 3, "
+        "and with BF16_Optimizer, DeepSpeed keeps them: LENA counts them, and says so once.",
+    ),
+    _runs(_LOOP, "two engines where one's loss goes through the other's model", _WINDOW, f"{_WINDOWS}::{_TWO_ENGINES}"),
     _runs(_LOOP, "micro-batches without backward, evaluation between micro-batches", _HOOKS, _LOOPS),
     _runs(
         _LOOP,
@@ -247,6 +260,16 @@ REFUSED: tuple[Feature, ...] = (
         "a model wrapped by DistributedDataParallel",
         lambda facts: facts.in_data_parallel,
         instead="give DeepSpeed the model itself",
+    ),
+    _refused(
+        "several backward passes for one micro-batch (under DeepSpeed)",
+        "engine.backward(loss_1 + loss_2)",
+        f"{_WINDOWS}::test_several_backward_passes_for_one_micro_batch_are_refused",
+    ),
+    _refused(
+        "going on after an exception in a backward pass, at ZeRO 2 and 3, and with overlap_comm",
+        "make a new engine and load a checkpoint",
+        f"{_WINDOWS}::test_where_deepspeed_cannot_go_on_the_error_says_so",
     ),
     _refused(
         "a parameter that another DeepSpeed engine with LENA trains",

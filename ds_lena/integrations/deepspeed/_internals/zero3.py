@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class Zero3Layout(Layout):
     """`DeepSpeedZeroOptimizer_Stage3`: each parameter has one part of averaged gradient, in a buffer that stays."""
 
     def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
-        self._zero = zero
+        self._zero, self._index = zero, index
         self._segments: list[list[Segment]] = []
         for parameters in zero.fp16_groups:
             segments, position = [], 0
@@ -41,6 +41,28 @@ class Zero3Layout(Layout):
     def model_values(self, parameter: Tensor, segment: Segment) -> Tensor:
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.data.reshape(-1).narrow(0, 0, segment.length)
+
+    def thrown_away(self, reached: Sequence[int]) -> list[int]:
+        """`engine.zero_grad()` does not reach what is reduced. After the wrapper's `zero_grad()` DeepSpeed starts over.
+        But it keeps what the next micro-batch does not reach: `discard` has to follow.
+        """
+        zero = self._zero
+        if zero._coalesce_grad_reduction:
+            without = {self._index[id(p)] for group in zero.fp16_groups for p in group if p.grad is None}
+            return [i for i in reached if i in without]
+        return list(reached) if zero.micro_step_id == 0 and not zero._epilogue_ran_this_backward else []
+
+    def next_pass(self) -> Literal["adds", "replaces all", "replaces some"]:
+        """DeepSpeed takes a pass for the first one until the engine's next forward pass."""
+        is_first = self._zero.micro_step_id == 0 and not self._zero._coalesce_grad_reduction
+        return "replaces some" if is_first else "adds"
+
+    def broken_pass(self) -> Literal["kept", "dropped", "fatal"]:
+        return "fatal"  # gradients wait in a bucket, parameters are gathered
+
+    def discard(self) -> None:
+        self._zero.zero_grad()
+        self.clear_gradients()
 
     def clear_gradients(self) -> None:
         """Zero the gradient buffers, which DeepSpeed never does.
