@@ -97,7 +97,10 @@ PRIVATE_NAMES = (
     "ds_numel", "ds_shape",
 )  # fmt: skip
 
-PRIVATE_TO_AUTOGRAD = ("_current_graph_task_id", "_will_engine_execute_node", "_execution_engine", "BackwardCFunction")
+PRIVATE_TO_AUTOGRAD = (
+    "_current_graph_task_id", "_will_engine_execute_node", "_execution_engine", "BackwardCFunction",
+    "_engine_run_backward",
+)  # fmt: skip
 
 WAITING_METHODS = {"item", "tolist", "cpu", "numpy", "nonzero"}
 WAITING_CONVERSIONS = {"float", "bool", "int"}

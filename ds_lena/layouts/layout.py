@@ -72,8 +72,8 @@ class Layout(Protocol):
         return "kept"
 
     def discard(self) -> None:
-        """Throw away the gradients of this window."""
-        raise NotImplementedError
+        """Throw away the gradients of this window. Engines only."""
+        return None
 
     def clear_gradients(self) -> None:
         """Clear what the wrapper would carry into the next window. Called when a window has ended."""

@@ -201,6 +201,13 @@ SUPPORTED: tuple[Feature, ...] = (
         _LAYOUTS,
         "use_reentrant=True is refused in two cases, see below.",
     ),
+    _runs(
+        _MODELS,
+        "losses that call backward in their own forward, as TiledFusedLogitsLoss",
+        _HOOKS,
+        "tests/integrations/test_tiled_loss.py",
+        "The gradients of the shards are kept and added until the pass ends.",
+    ),
     _runs(_WAYS, "deepspeed.initialize with a JSON entry", _ATTACH, _SELECTION),
     _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),
     _runs(_WAYS, "deepspeed --module ds_lena.run with an unmodified script", "run.py", _SELECTION),
