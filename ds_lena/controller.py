@@ -78,6 +78,11 @@ class Controller:
         self.is_managed = self._has_names = True
         self.bind(binding)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the hooks were removed from the parameters."""
+        return self.hooks.is_closed
+
     def close(self) -> None:
         """Remove the hooks from the parameters. Gradients are not seen afterwards."""
         self.hooks.close()

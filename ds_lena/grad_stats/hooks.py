@@ -94,6 +94,11 @@ class GradientHooks:
         """Remove the hooks. Gradients are not seen afterwards."""
         self._finalizer()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the hooks were removed."""
+        return not self._finalizer.alive
+
     def require_passes(self) -> None:
         """Raise `StateError` if no backward pass was seen in this window."""
         if self.passes == 0:

@@ -46,6 +46,8 @@ def _configure(
     named_in_json = client_optimizer is None and engine.optimizer_name() == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(EngineView(engine).facts)
+        if not named_in_json:
+            _require_open(controller_of(client_optimizer))
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, engine.module, given)
         _warn_of_version()
@@ -93,6 +95,7 @@ def attach(engine: Any, lena: LENA) -> None:
         controller.close()
 
     def before() -> None:
+        _require_open(controller)
         window.begin()
         controller.begin_update(lena.param_groups, lena.state)
 
@@ -157,6 +160,14 @@ def _names(model: torch.nn.Module, controller: Controller) -> tuple[list[str], l
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _require_open(controller: Controller) -> None:
+    if controller.is_closed:
+        raise StateError(
+            "LENA: this optimizer belongs to a DeepSpeed engine that was destroyed, and sees no gradients. Make a new "
+            "LENA for the new engine; a checkpoint of the old engine can be loaded into it."
+        )
 
 
 def _check_micro_batch_size(view: EngineView, controller: Controller) -> None:

@@ -284,6 +284,11 @@ REFUSED: tuple[Feature, ...] = (
         f"{_MISUSE}::test_two_engines_cannot_share_a_parameter",
     ),
     _refused(
+        "a client optimizer of an engine that was destroyed",
+        "make a new LENA",
+        f"{_MISUSE}::test_an_optimizer_of_a_destroyed_engine_says_that_it_sees_nothing",
+    ),
+    _refused(
         "lamb or lars with gradient_clipping at ZeRO 0 in fp32, where LENA does not hold all trained parameters",
         "freeze the others, use ZeRO 1-3, or switch clipping off",
         f"{_UNSUPPORTED}::test_a_clipping_norm_that_trust_ratios_cannot_know_is_refused",

@@ -36,7 +36,7 @@ class Bf16Layout(Layout):
         """Gradients are added up in fp32, and only `zero_grad()` of the wrapper throws them away, not the engine's."""
         groups, kept = self._wrapper.bf16_groups, self._wrapper.fp32_groups_has_gradients
         pairs = [pair for group in zip(groups, kept, strict=True) for pair in zip(*group, strict=True)]
-        held = {self._index[id(parameter)] for parameter, is_held in pairs if is_held}
+        held = {self._index.get(id(parameter)) for parameter, is_held in pairs if is_held}
         return [i for i in reached if i not in held]
 
     def broken_pass(self) -> Literal["kept", "dropped", "fatal"]:

@@ -55,7 +55,7 @@ class Zero12Layout(Layout):
         if self._is_reduced() or (zero.partition_gradients and not zero._coalesce_grad_reduction):
             return []
         parameters = [parameter for group in zero.bit16_groups for parameter in group]
-        held = {self._index[id(p)] for p in parameters if p.grad is not None or p.grad_accum is not None}
+        held = {self._index.get(id(p)) for p in parameters if p.grad is not None or p.grad_accum is not None}
         return [i for i in reached if i not in held]
 
     def next_pass(self) -> Literal["adds", "replaces all", "replaces some"]:
