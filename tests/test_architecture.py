@@ -93,6 +93,7 @@ PRIVATE_NAMES = (
     "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "fp16_groups", "fp32_groups",
     "grad_partitions_flat_buffer", "micro_step_id", "_epilogue_ran_this_backward", "_coalesce_grad_reduction",
     "_use_compact_grad_partition_buffer", "all_grad_tensors", "fp32_groups_has_gradients", "inside_no_sync_ctxt",
+    "ds_grad_is_ready",
     "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
     "ds_numel", "ds_shape",
 )  # fmt: skip

@@ -30,6 +30,7 @@ class GradientHooks:
     It is 0 for a parameter whose norms are not wanted.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
     `before_pass()`, `after_pass()`: called around every pass, if set.
+    `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
     `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
     """
 
@@ -40,6 +41,7 @@ class GradientHooks:
         self.last_pass = [0] * len(self.parameters)
         self.before_pass: Callable[[], None] | None = None
         self.after_pass: Callable[[], None] | None = None
+        self.has_more_parts: Callable[[Tensor], bool] | None = None
         self.is_broken_off = False
         self._end: weakref.ref[Callable[[], None]] | None = None
         self._pass_task = self._nested_task = self._part_task = self._ignored_task = backward.NO_TASK
@@ -116,6 +118,8 @@ class GradientHooks:
             if task == self._ignored_task:
                 return
         wanted, is_part = self._wanted[index], task == self._part_task
+        if self.has_more_parts is not None:
+            is_part = is_part or self.has_more_parts(self.parameters[index])
         if wanted and not is_part and self.last_pass[index] == self.passes:
             raise UnsupportedError(
                 f'LENA: the gradient of "{self.names[index]}" came in several parts within one backward pass, so the '

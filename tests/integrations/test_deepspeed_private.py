@@ -128,7 +128,18 @@ ELSEWHERE = {
     "param_groups",  # torch
     "register_forward_pre_hook",  # torch
 }
-PINNED = {*ENGINE, *ZERO_CONFIG, *ZERO_1_2, *BF16, *ZERO_3, *ZERO_3_PARAMETER, *UNFUSED, *ELSEWHERE, "grad_accum"}
+PINNED = {
+    *ENGINE,
+    *ZERO_CONFIG,
+    *ZERO_1_2,
+    *BF16,
+    *ZERO_3,
+    *ZERO_3_PARAMETER,
+    *UNFUSED,
+    *ELSEWHERE,
+    "grad_accum",
+    "ds_grad_is_ready",
+}
 
 
 def where() -> str:

@@ -1,4 +1,4 @@
-"""DeepSpeed's TiledFusedLogitsLoss calls backward in its forward, once for every shard."""
+"""DeepSpeed's functions that work in tiles: a loss calls backward in its forward, a layer in its backward."""
 
 from __future__ import annotations
 
@@ -40,21 +40,49 @@ class Head(nn.Module):
         return (self.head(hidden) - 1).square().mean()
 
 
+class Layer(nn.Module):
+    """`model(x)` is the loss of a body, a layer in one piece or in tiles, and a last layer."""
+
+    def __init__(self, tiled: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.body, self.inner, self.last = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.tiled = tiled
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        if not self.tiled:
+            return self.last(self.layer(hidden)).square().mean()
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+
+        weights = [self.inner.weight]
+        hidden = TiledMLP.apply(lambda model, x: model.layer(x), self, hidden, SHARDS, weights)
+        return self.last(hidden).square().mean()
+
+    def layer(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.inner(hidden))
+
+
+MODELS = {"loss": Head, "layer": Layer}
+
+
 def batch(rank: int, update: int, micro: int) -> tuple[Tensor]:
     return (numbers(rank, update, micro, shape=(2, 4, 8)),)
 
 
-def tiled_run(stage: int) -> list[str]:
+def tiled_run(stage: int, what: str) -> list[str]:
     windows = [every_rank(lambda rank, u=update: [batch(rank, u, micro) for micro in range(2)]) for update in UPDATES]
     entries: dict[str, Any] = config(stage, lena=KEYS, zero={"stage3_param_persistence_threshold": 0})
-    with engine(entries, Head(tiled=True)) as made:
+    with engine(entries, MODELS[what](tiled=True)) as made:
         for update in UPDATES:
             for micro in range(2):
                 made.backward(made(*batch(torch.distributed.get_rank(), update, micro)))
                 made.step()
-        return differences(made, Head(tiled=False), windows, divisor=2)
+        return differences(made, MODELS[what](tiled=False), windows, divisor=2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_loss_in_shards_is_measured_and_trained_as_the_reference_without_them(ranks: Ranks, stage: int) -> None:
-    assert ranks.run(tiled_run, stage) == [[], []]
+@pytest.mark.parametrize("what", MODELS)
+def test_tiles_are_measured_and_trained_as_the_reference_without_them(ranks: Ranks, what: str, stage: int) -> None:
+    assert ranks.run(tiled_run, stage, what) == [[], []]

@@ -53,6 +53,7 @@ _CHECKPOINTING = "tests/unit/test_hooks_checkpointing.py"
 _MISUSE = "tests/integrations/test_misuse.py"
 
 _WINDOWS = "tests/integrations/test_window.py"
+_TILED = "tests/integrations/test_tiled_loss.py"
 _TWO_ENGINES = "test_the_generators_gradients_in_the_critic_are_dropped"
 
 _INTERNALS = "integrations/deepspeed/_internals"
@@ -203,10 +204,10 @@ SUPPORTED: tuple[Feature, ...] = (
     ),
     _runs(
         _MODELS,
-        "losses that call backward in their own forward, as TiledFusedLogitsLoss",
+        "TiledFusedLogitsLoss, TiledMLP, SequenceTiledCompute; losses of your own that call backward in their forward",
         _HOOKS,
-        "tests/integrations/test_tiled_loss.py",
-        "The gradients of the shards are kept and added until the pass ends.",
+        _TILED,
+        "The gradients of the tiles are added before they are measured.",
     ),
     _runs(_WAYS, "deepspeed.initialize with a JSON entry", _ATTACH, _SELECTION),
     _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),

@@ -12,7 +12,7 @@ import torch
 
 from ...controller import Controller
 from ...errors import StateError, UnsupportedError
-from ._internals.engine import EngineView
+from ._internals.engine import EngineView, has_more_parts
 
 logger = logging.getLogger("ds_lena")
 
@@ -26,6 +26,7 @@ class Window:
         self._has_told = self._is_stuck = False
         self.end()
         self._hooks.before_pass = self._before_pass
+        self._hooks.has_more_parts = has_more_parts
         view.before_forward(self._before_forward)
         view.after_zero_grad(self._after_zero_grad)
         view.after_load(self._after_load)
@@ -77,7 +78,7 @@ class Window:
             return
         if fate == "dropped":
             self._hooks.forget_broken_pass()
-        elif self._hooks.passes and not self._layout.thrown_away(self._hooks.reached()):
+        elif not self._layout.thrown_away(self._hooks.reached()):
             logger.warning(
                 "LENA: an exception has ended a backward pass, and the gradients that it made before stay in this "
                 "update. They count as a micro-batch. Call engine.zero_grad() after such an exception to throw away "

@@ -154,6 +154,11 @@ def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None
         )
 
 
+def has_more_parts(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's functions that work in tiles have marked the gradient at hand: not that of the last tile."""
+    return not getattr(parameter, "ds_grad_is_ready", True)
+
+
 def logical_shapes(parameters: Iterable[Tensor]) -> list[torch.Size]:
     """Shapes of the whole parameters, also if ZeRO-3 has partitioned them."""
     return [torch.Size(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters]
