@@ -78,6 +78,11 @@ class Controller:
         self.is_managed = self._has_names = True
         self.bind(binding)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the hooks were removed from the parameters."""
+        return self.hooks.is_closed
+
     def close(self) -> None:
         """Remove the hooks from the parameters. Gradients are not seen afterwards."""
         self.hooks.close()
@@ -96,7 +101,7 @@ class Controller:
         self.hooks.names = names
         self.hooks.watch([not out for out in left_out], [placement.join for placement in placements])
         self.hooks.before_pass = None if self.is_managed else self._before_plain_pass
-        self.hooks.after_pass = self._clear_stale if self.is_managed else self._after_plain_pass
+        self.hooks.after_pass = None if self.is_managed else self._after_plain_pass
         self._mean_norms = self.hooks.new_norms()
         self._squares_of_mean = self._mean_norms.read()
         self._statistics = GradientStatistics(
@@ -177,6 +182,7 @@ class Controller:
         """End the update. If it was not applied, nothing of it stays but the count of skipped updates."""
         proposal, self._proposal = self._proposal, None
         self.hooks.clear()
+        self.binding.layout.clear_gradients()
         if proposal is None:
             return
         if applied:
@@ -194,11 +200,6 @@ class Controller:
 
     def _read_mean(self) -> None:
         self._squares_of_mean = squared_norms(self.binding.layout.gradients(), self._mean_norms)
-
-    def _clear_stale(self) -> None:
-        """After the first pass of a window: clear what the wrapper still holds of older windows."""
-        if self.hooks.passes == 1:
-            self.binding.layout.clear_stale(self.hooks.unreached())
 
     # -- plain PyTorch ------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ FLOORS = (
                                                      "_internals.seam", "ownership"))},
     {f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                    "_internals.zero12", "_internals.zero3", "support")},
-    {"integrations.deepspeed._internals.select", "integrations.deepspeed.monitor"},
+    {"integrations.deepspeed._internals.select", "integrations.deepspeed.monitor", "integrations.deepspeed.window"},
     {"integrations.deepspeed", "integrations.deepspeed.attach"},
     {"_registration"},
     {"__init__"},
@@ -91,11 +91,17 @@ PRIVATE_NAMES = (
     "averaged_gradients",
     "round_robin_bit16_groups", "round_robin_bit16_offsets", "real_dp_process_group", "single_partition_of_fp32_groups",
     "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "fp16_groups", "fp32_groups",
-    "grad_partitions_flat_buffer", "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
+    "grad_partitions_flat_buffer", "micro_step_id", "_epilogue_ran_this_backward", "_coalesce_grad_reduction",
+    "_use_compact_grad_partition_buffer", "all_grad_tensors", "fp32_groups_has_gradients", "inside_no_sync_ctxt",
+    "ds_grad_is_ready",
+    "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
     "ds_numel", "ds_shape",
 )  # fmt: skip
 
-PRIVATE_TO_AUTOGRAD = ("_current_graph_task_id", "_will_engine_execute_node", "_execution_engine", "BackwardCFunction")
+PRIVATE_TO_AUTOGRAD = (
+    "_current_graph_task_id", "_will_engine_execute_node", "_execution_engine", "BackwardCFunction",
+    "_engine_run_backward",
+)  # fmt: skip
 
 WAITING_METHODS = {"item", "tolist", "cpu", "numpy", "nonzero"}
 WAITING_CONVERSIONS = {"float", "bool", "int"}

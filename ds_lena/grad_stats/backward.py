@@ -9,11 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, Function
+from torch.autograd.graph import _engine_run_backward
+from torch.utils.hooks import RemovableHandle
 
+_FORWARD = Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_BACKWARD = BackwardCFunction.apply.__code__
+_RUN_BACKWARD = _engine_run_backward.__code__
+_MARK = "_ds_lena_looks_only"
 NO_TASK = -2
 """No graph task. Outside of backward, autograd itself answers -1."""
 
@@ -37,11 +44,56 @@ def accumulates(parameter: Tensor) -> bool:
         return False
 
 
-def inside_function_backward() -> bool:
-    """Whether the caller runs within the backward of a Python autograd function, as reentrant checkpointing does."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is BackwardCFunction.apply.__code__:
+def is_followed(parameter: Tensor, handle: RemovableHandle) -> bool:
+    """Whether a hook that may change the gradient comes after the one of `handle`. Marked hooks only look at it."""
+    for number, hook in reversed((parameter._backward_hooks or {}).items()):
+        if number == handle.id:
+            return False
+        if not getattr(hook, _MARK, False):
             return True
-        frame = frame.f_back
     return False
+
+
+def mark(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Say of a tensor hook that it never changes the gradient. Returns it."""
+    setattr(hook, _MARK, True)
+    return hook
+
+
+def before_accumulation(parameter: Tensor, action: Callable[[Tensor], None]) -> None:
+    """Within a hook of `parameter`: run `action` on its gradient once, after all of its hooks, before it is added."""
+
+    def once(gradients: tuple[Tensor, ...]) -> None:
+        handle.remove()
+        action(gradients[0])
+
+    handle = torch.autograd.graph.get_gradient_edge(parameter).node.register_prehook(once)
+
+
+def inside_function() -> Literal["forward", "backward"] | None:
+    """Whether the running backward was called within the forward or backward of a Python autograd function.
+
+    Reentrant checkpointing calls it in a backward, and fused losses that save memory in a forward. On a GPU hooks run
+    in a thread of autograd's own: then the thread that waits for it is looked at.
+    """
+    place, calls = _innermost(sys._getframe(1))
+    if place is None and not calls:
+        for frame in sys._current_frames().values():
+            place, calls = _innermost(frame)
+            if place is not None and calls:
+                return place
+        return None
+    return place
+
+
+def _innermost(frame: FrameType | None) -> tuple[Literal["forward", "backward"] | None, bool]:
+    """The innermost autograd function of a stack, and whether backward is called within it, or at all."""
+    calls = False
+    while frame is not None:
+        if frame.f_code is _FORWARD:
+            return "forward", calls
+        if frame.f_code is _BACKWARD:
+            return "backward", calls
+        calls = calls or frame.f_code is _RUN_BACKWARD
+        frame = frame.f_back
+    return None, calls

@@ -1,13 +1,18 @@
 """Hooks that see every micro-gradient of this rank, before any reduction, and add up the squared norms.
 
-Autograd calls a tensor hook on each parameter with the full gradient of one backward pass. DDP and ZeRO reduce it only
-afterwards. The hooks count the backward passes too: LENA counts n and does not read it from a configuration.
+Autograd calls a tensor hook on each parameter with the full gradient of one backward pass. Ours comes after the user's
+own hooks, so that it sees what is added. DDP and ZeRO reduce only afterwards. The hooks count the backward passes too:
+LENA counts n and does not read it from a configuration.
+
+A loss that calls backward in its own forward, on one chunk of its input after the other, makes a part of the
+micro-gradient before its pass starts. Parts are kept and added, so that the norm is that of the whole.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +30,8 @@ class GradientHooks:
     It is 0 for a parameter whose norms are not wanted.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
     `before_pass()`, `after_pass()`: called around every pass, if set.
+    `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
+    `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
     """
 
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -34,8 +41,10 @@ class GradientHooks:
         self.last_pass = [0] * len(self.parameters)
         self.before_pass: Callable[[], None] | None = None
         self.after_pass: Callable[[], None] | None = None
-        self._in_pass = False
-        self._pass_task = self._nested_task = self._ignored_task = backward.NO_TASK
+        self.has_more_parts: Callable[[Tensor], bool] | None = None
+        self.is_broken_off = False
+        self._end: weakref.ref[Callable[[], None]] | None = None
+        self._pass_task = self._nested_task = self._part_task = self._ignored_task = backward.NO_TASK
         self.watch([True] * len(self.parameters))
         self._handles = [_hook(self, i) for i, parameter in enumerate(self.parameters)]
         self._finalizer = weakref.finalize(self, _remove, self._handles)
@@ -61,15 +70,36 @@ class GradientHooks:
         self.sums.zero_()
         self.passes = 0
         self.last_pass = [0] * len(self.parameters)
-        self._in_pass = False
+        self._parts: dict[int, Tensor] = {}
+        self._has_begun = False
+
+    def reached(self) -> list[int]:
+        """Indices of the parameters that a pass of this window has reached."""
+        return [i for i, last in enumerate(self.last_pass) if last]
+
+    def forget(self, thrown_away: Iterable[int]) -> None:
+        """Forget parameters whose gradient of this window was thrown away. If it was that of all, forget the window."""
+        for i in thrown_away:
+            self.sums[i] = 0
+            self.last_pass[i] = 0
+        if not any(self.last_pass):
+            self.clear()
+
+    def forget_broken_pass(self) -> None:
+        """Forget the pass that an exception has ended, at the start of the next one."""
+        self.sums.sub_(self._norms.read())
+        self.passes -= 1
+        self.last_pass = [min(last, self.passes) for last in self.last_pass]
+        self.is_broken_off = False
 
     def close(self) -> None:
         """Remove the hooks. Gradients are not seen afterwards."""
         self._finalizer()
 
-    def unreached(self) -> list[int]:
-        """Indices of the parameters that no pass of this window has reached yet."""
-        return [i for i, last in enumerate(self.last_pass) if last == 0]
+    @property
+    def is_closed(self) -> bool:
+        """Whether the hooks were removed."""
+        return not self._finalizer.alive
 
     def require_passes(self) -> None:
         """Raise `StateError` if no backward pass was seen in this window."""
@@ -81,55 +111,102 @@ class GradientHooks:
             )
 
     def _see(self, index: int, gradient: Tensor) -> None:
-        task = backward.current_task()
+        task, is_final = backward.current_task(), True
         if task != self._pass_task:  # hardly ever: this runs once for every parameter in every pass
-            if task not in (self._nested_task, self._ignored_task):
-                self._enter(task, index)
+            if task not in (self._nested_task, self._ignored_task, self._part_task):
+                is_final = self._enter(task, index)
             if task == self._ignored_task:
                 return
-        wanted = self._wanted[index]
-        if wanted and self.last_pass[index] == self.passes:
+        wanted, is_part = self._wanted[index], task == self._part_task
+        if self.has_more_parts is not None:
+            is_part = is_part or self.has_more_parts(self.parameters[index])
+        if wanted and not is_part and self.last_pass[index] == self.passes:
             raise UnsupportedError(
                 f'LENA: the gradient of "{self.names[index]}" came in several parts within one backward pass, so the '
                 "norm of the whole cannot be measured. This happens to a weight that is shared by segments under "
                 "reentrant activation checkpointing. Use checkpointing with use_reentrant=False (HF: "
                 'gradient_checkpointing_kwargs={"use_reentrant": false}), or exclude this weight from LENA.'
             )
-        self.last_pass[index] = self.passes
-        if wanted:
-            self._measure(index, gradient.detach() if gradient.requires_grad else gradient)
+        if not is_part:
+            self.last_pass[index] = self.passes
+        if not wanted:
+            return
+        action = self._keep if is_part else self._measure
+        if is_final:
+            action(index, gradient)
+        else:
+            backward.before_accumulation(self.parameters[index], functools.partial(action, index))
+
+    def _keep(self, index: int, gradient: Tensor) -> None:
+        """Add a part to those of the same micro-gradient, until its pass comes."""
+        part = self._parts.get(index)
+        self._parts[index] = gradient.detach().clone() if part is None else part.add_(gradient.detach())
 
     def _measure(self, index: int, gradient: Tensor) -> None:
+        gradient = gradient.detach() if gradient.requires_grad else gradient
+        if self._parts:
+            part = self._parts.pop(index, None)
+            gradient = gradient if part is None else gradient + part
         join = self._joins[index]
         whole = gradient if join is None else join(gradient)
         if whole is not None:
             self._norms.write(index, whole)
 
-    def _enter(self, task: int, index: int) -> None:
-        """Classify a new graph task: a new backward pass, a part of the running pass, or no backward pass."""
-        if backward.inside_function_backward():
-            if self._in_pass:
-                self._nested_task = task
-                return
+    def _enter(self, task: int, index: int) -> bool:
+        """Classify a new graph task: a new backward pass, a part of the running pass or of the next, or no pass at all.
+
+        Returns whether the gradient of parameter `index` is as autograd will add it. It is not if the user has hooked
+        the parameter after us.
+        """
+        # torch.autograd.grad runs tensor hooks too, but accumulates nothing: its gradients are no micro-gradients.
+        if not backward.accumulates(self.parameters[index]):
+            self._ignored_task = task
+            return True
+        if self._end is not None and self._end() is not None:
+            self._nested_task = task
+            return True
+        place = backward.inside_function()
+        if place == "backward":
             raise UnsupportedError(
                 f'LENA: the first gradient of a backward pass, of "{self.names[index]}", came from within reentrant '
                 "activation checkpointing, so passes cannot be counted. Use checkpointing with use_reentrant=False, "
                 "or keep the last layer outside the checkpointed segment."
             )
-        # torch.autograd.grad runs tensor hooks too, but accumulates nothing: its gradients are no micro-gradients.
-        if not backward.accumulates(self.parameters[index]):
-            self._ignored_task = task
-            return
-        self._pass_task = task
+        if not self._has_begun:
+            self._begin()
+        if place == "forward":
+            self._part_task, self._has_begun = task, True
+            return index not in self._come_last()
+        self._pass_task, self._has_begun = task, False
+        self.passes += 1
+        self._norms.clear()
+        end = functools.partial(GradientHooks._leave, self)
+        backward.when_task_ends(end)
+        self._end = weakref.ref(end)  # autograd holds the action as long as the pass runs
+        return index not in self._come_last()
+
+    def _begin(self) -> None:
+        """Before the first gradient of a micro-batch."""
+        self.is_broken_off, self._end = self._end is not None, None
+        if self.is_broken_off and self.passes:
+            self.sums.add_(self._norms.read())
         if self.before_pass is not None:
             self.before_pass()
-        self.passes += 1
-        self._in_pass = True
-        self._norms.clear()
-        backward.when_task_ends(self._leave)
+
+    def _come_last(self) -> list[int]:
+        """Move our hooks behind those that may change a gradient. Returns the parameters where one was behind ours."""
+        pairs = enumerate(zip(self.parameters, self._handles, strict=True))
+        followed = [i for i, (parameter, handle) in pairs if backward.is_followed(parameter, handle)]
+        for i in followed:
+            self._handles[i].remove()
+            self._handles[i] = _hook(self, i)
+        return followed
 
     def _leave(self) -> None:
-        self._in_pass = False
+        for index in list(self._parts):  # reached by no other part of this pass
+            self.last_pass[index] = self.passes
+            self._measure(index, self._parts.pop(index))
+        self._end = None
         self.sums.add_(self._norms.read())
         if self.after_pass is not None:
             self.after_pass()
@@ -144,7 +221,7 @@ def _hook(hooks: GradientHooks, index: int) -> torch.utils.hooks.RemovableHandle
         if alive is not None:
             alive._see(index, gradient)
 
-    return hooks.parameters[index].register_hook(hook)
+    return hooks.parameters[index].register_hook(backward.mark(hook))
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -6,9 +6,9 @@ lie on several ranks. Each wrapper has one class: `plain.py` here, DeepSpeed's i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -56,8 +56,25 @@ class Layout(Protocol):
         """The factor that is still in the gradients of this window, the local ones too."""
         return 1.0
 
-    def clear_stale(self, parameters: Iterable[int]) -> None:
-        """Clear the gradients of older windows that the wrapper still holds, for parameters that the first pass of a
-        window has not reached.
+    def thrown_away(self, reached: Sequence[int]) -> list[int]:
+        """Those of the parameters that backward has reached in this window whose gradient is gone, by zero_grad()."""
+        return []
+
+    def next_pass(self) -> Literal["adds", "replaces all", "replaces some"]:
+        """What the next backward pass does to the gradients of this window."""
+        return "adds"
+
+    def broken_pass(self) -> Literal["kept", "dropped", "fatal"]:
+        """What becomes of the gradients that a pass has made before an exception ended it, once the next one starts.
+
+        Fatal: the wrapper cannot go on.
         """
+        return "kept"
+
+    def discard(self) -> None:
+        """Throw away the gradients of this window. Engines only."""
+        return None
+
+    def clear_gradients(self) -> None:
+        """Clear what the wrapper would carry into the next window. Called when a window has ended."""
         return None

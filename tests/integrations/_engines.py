@@ -79,10 +79,10 @@ def engine(entries: dict[str, Any], model: nn.Module | None = None, **initialize
 
 
 @contextmanager
-def stock_engine(entries: dict[str, Any], model: nn.Module | None = None) -> Iterator[Any]:
+def stock_engine(entries: dict[str, Any], model: nn.Module | None = None, **keys: Any) -> Iterator[Any]:
     """The same engine with torch's fused AdamW."""
     model = Net() if model is None else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LENA["lr"], fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LENA["lr"], fused=True, **keys)
     with engine(without_optimizer(entries), model, optimizer=optimizer) as made:
         yield made
 

@@ -38,8 +38,11 @@ ENGINE = (
     "gradient_clipping",
     "gradient_predivide_factor",
     "has_moe_layers",
+    "inside_no_sync_ctxt",
+    "is_gradient_accumulation_boundary",
     "is_deepcompile_enabled",
     "mesh_device",
+    "load_checkpoint",
     "load_universal_checkpoint",
     "lr_scheduler",
     "module",
@@ -56,6 +59,7 @@ ENGINE = (
     "torch_autocast_enabled",
     "train_micro_batch_size_per_gpu",
     "was_step_applied",
+    "zero_grad",
     "zenflow",
     "zero_optimization_stage",
 )
@@ -71,23 +75,44 @@ ZERO_CONFIG = (
     "zero_quantized_weights",
 )
 ZERO_1_2 = (
+    "_coalesce_grad_reduction",
+    "_use_compact_grad_partition_buffer",
+    "all_grad_tensors",
     "averaged_gradients",
+    "bit16_groups",
+    "overlap_comm",
+    "partition_gradients",
     "partition_size",
     "real_dp_process_group",
     "round_robin_bit16_groups",
     "round_robin_bit16_offsets",
     "single_partition_of_fp32_groups",
 )
-BF16 = ("bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "real_dp_process_group")
-ZERO_3 = ("averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer")
+BF16 = (
+    "bf16_groups",
+    "fp32_groups_flat_partition",
+    "fp32_groups_gradient_flat_partition",
+    "fp32_groups_has_gradients",
+    "immediate_grad_update",
+    "real_dp_process_group",
+)
+ZERO_3 = (
+    "_coalesce_grad_reduction",
+    "_epilogue_ran_this_backward",
+    "averaged_gradients",
+    "fp16_groups",
+    "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer",
+    "micro_step_id",
+)
 ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor", "partition_numel")
 UNFUSED = ("fp16_groups", "fp32_groups")
 LAYOUTS = {
     # (stage, precision): the wrapper's class, its names, those of a parameter
     (0, "fp32"): ("LENA", (), ()),
     (0, "bf16"): ("FP16_UnfusedOptimizer", UNFUSED, ()),
-    (1, "fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
-    (1, "bf16"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
+    (1, "fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ("grad_accum",)),
+    (1, "bf16"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ("grad_accum",)),
     (1, "bf16-fp32"): ("BF16_Optimizer", BF16, ()),
     (2, "fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
     (2, "bf16-fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
@@ -101,8 +126,20 @@ ELSEWHERE = {
     "get_model_parallel_world_size",  # the user's mpu
     "total_num_steps",  # DeepSpeed's schedulers that decay
     "param_groups",  # torch
+    "register_forward_pre_hook",  # torch
 }
-PINNED = {*ENGINE, *ZERO_CONFIG, *ZERO_1_2, *BF16, *ZERO_3, *ZERO_3_PARAMETER, *UNFUSED, *ELSEWHERE}
+PINNED = {
+    *ENGINE,
+    *ZERO_CONFIG,
+    *ZERO_1_2,
+    *BF16,
+    *ZERO_3,
+    *ZERO_3_PARAMETER,
+    *UNFUSED,
+    *ELSEWHERE,
+    "grad_accum",
+    "ds_grad_is_ready",
+}
 
 
 def where() -> str:

@@ -9,7 +9,7 @@ import torch
 
 import ds_lena
 from ds_lena.optimizer import controller_of
-from tests.integrations._engines import Net, batch, config, engine, moved, refusal, train
+from tests.integrations._engines import LENA, Net, batch, config, engine, moved, refusal, train, without_optimizer
 from tests.integrations._ranks import Ranks
 
 BEFORE, AFTER = range(2), range(2, 5)
@@ -64,7 +64,7 @@ def second_engine(stage: int) -> tuple[str, bool]:
 def test_two_engines_cannot_share_a_parameter(ranks: Ranks, stage: int) -> None:
     for message, trains_on in ranks.run(second_engine, stage):
         assert '"left.0.weight" is already trained by another DeepSpeed engine' in message
-        assert "call destroy() on the first engine" in message
+        assert "call destroy() on the first engine" in message and "trainer.model_wrapped.destroy()" in message
         assert trains_on
 
 
@@ -90,6 +90,31 @@ def destroyed_but_kept(stage: int) -> tuple[str, int, int]:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_destroyed_engine_lets_go_of_its_parameters(ranks: Ranks, stage: int) -> None:
     assert ranks.run(destroyed_but_kept, stage) == [("", 2, 0)] * 2
+
+
+def used_after_destroy(stage: int) -> tuple[str, str]:
+    """The errors of a client LENA given to a second engine, and of a destroyed engine's step."""
+    import deepspeed
+
+    model = Net()
+    client = ds_lena.LENA(model.named_parameters(), **LENA)
+    entries = without_optimizer(config(stage, gradient_accumulation_steps=1))
+    first = deepspeed.initialize(model=model, optimizer=client, config=entries)[0]
+    first.backward(first(*batch(0, 0)))
+    first.step()
+    first.destroy()
+    second = refusal(entries, model, optimizer=client)
+    try:
+        first.step()
+        return second, ""
+    except ds_lena.StateError as error:
+        return second, str(error)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_optimizer_of_a_destroyed_engine_says_that_it_sees_nothing(ranks: Ranks, stage: int) -> None:
+    for messages in ranks.run(used_after_destroy, stage):
+        assert all("belongs to a DeepSpeed engine that was destroyed" in message for message in messages)
 
 
 def two_models() -> list[int]:

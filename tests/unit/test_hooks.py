@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ds_lena import LENA, StateError, report
+from ds_lena import LENA, StateError, UnsupportedError, report
 from ds_lena.grad_stats.hooks import GradientHooks
 from ds_lena.optimizer import controller_of
 from tests.unit.support import backward, random_gradients, weights
@@ -77,18 +78,17 @@ def test_clearing_starts_a_new_window():
     hooks = watch(parameters)
     backward(parameters, [torch.ones(2)])
     hooks.clear()
-    assert (hooks.passes, hooks.sums.tolist(), hooks.unreached()) == (0, [0], [0])
+    assert (hooks.passes, hooks.sums.tolist(), hooks.last_pass) == (0, [0], [0])
     backward(parameters, [torch.ones(2)])
     assert hooks.passes == 1
     assert hooks.sums.tolist() == pytest.approx([2])
 
 
-def test_parameters_that_no_pass_has_reached_are_known():
+def test_the_last_pass_that_reached_a_parameter_is_known():
     parameters = weights(2, 2, 2)
     hooks = watch(parameters)
     backward(parameters, [torch.ones(2), None, None])
     backward(parameters, [torch.ones(2), None, torch.ones(2)])
-    assert hooks.unreached() == [1]
     assert hooks.last_pass == [2, 0, 2]
 
 
@@ -166,13 +166,119 @@ def test_a_pass_for_some_parameters_only_is_a_micro_gradient_of_those(model):
     hooks = watch(model.parameters())
     loss(model).backward(inputs=[model[2].weight])
     assert hooks.passes == 1
-    assert hooks.unreached() == [0, 1, 3]
+    assert hooks.last_pass == [0, 0, 1, 0]
 
 
 def test_a_pass_that_reaches_no_watched_parameter_is_not_counted(model):
     hooks = watch(model[0].parameters())
     model[2](torch.ones(1, 4, dtype=torch.float64)).sum().backward()
     assert hooks.passes == 0
+
+
+# -- gradients that are thrown away, passes that are broken off ------------------------------------------------------
+
+
+def test_a_gradient_that_was_thrown_away_is_forgotten_and_with_the_last_one_the_window(model):
+    hooks = watch(model.parameters())
+    loss(model).backward()
+    hooks.forget([0, 1])
+    assert hooks.passes == 1 and hooks.reached() == [2, 3]
+    assert hooks.sums[:2].tolist() == [0, 0] and hooks.sums[2:4].min() > 0
+    hooks.forget([2, 3])
+    assert hooks.passes == 0 and hooks.sums.tolist() == [0] * 4
+
+
+def broken_backward(model, seed):
+    """A backward pass that an exception ends before the first layer; the squared norms of what it has added."""
+
+    def fail(gradient):
+        raise MemoryError
+
+    handle = model[0].bias.register_hook(fail)
+    before = [parameter.grad for parameter in model.parameters()]
+    before = [None if gradient is None else gradient.clone() for gradient in before]
+    with pytest.raises(MemoryError):
+        loss(model, seed).backward()
+    handle.remove()
+    pairs = zip(before, (parameter.grad for parameter in model.parameters()), strict=True)
+    return [0 if now is None else squares([now if was is None else now - was]) for was, now in pairs]
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_pass_that_an_exception_has_ended_counts_as_far_as_it_came_or_is_forgotten(model, forgets):
+    hooks = watch(model.parameters())
+    seen = []
+
+    def before_pass():
+        seen.append(hooks.is_broken_off)
+        if forgets and hooks.is_broken_off:
+            hooks.forget_broken_pass()
+
+    hooks.before_pass = before_pass
+    whole = expected_squares(model, seeds=(0, 2))
+    loss(model, 0).backward()
+    part = broken_backward(model, 1)
+    assert part[2] > 0 and part[0] == 0
+    loss(model, 2).backward()
+    assert seen == [False, False, True]
+    assert hooks.passes == (2 if forgets else 3)
+    wanted = whole if forgets else [a + b for a, b in zip(whole, part, strict=True)]
+    assert hooks.sums[2:4].tolist() == pytest.approx(wanted[2:4])
+
+
+def test_a_reentrant_segment_after_a_broken_pass_is_not_taken_for_a_part_of_it(model):
+    hooks = watch(model.parameters())
+    broken_backward(model, 1)
+    x = torch.ones(5, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="the first gradient of a backward pass"):
+        checkpoint(model, x, use_reentrant=True).square().mean().backward()
+    assert hooks.passes == 1
+
+
+# -- a user's own hooks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["before", "after", "between passes"])
+@pytest.mark.parametrize("name", ["0.weight", "2.bias"], ids=["late in the pass", "first in the pass"])
+def test_what_is_measured_is_what_is_added(model, place, name):
+    parameter = model.get_parameter(name)
+    index = [each for each, _ in model.named_parameters()].index(name)
+
+    def halve():
+        parameter.register_hook(lambda gradient: 0.5 * gradient)
+
+    if place == "before":
+        halve()
+    hooks = watch(model.parameters())
+    if place == "after":
+        halve()
+    wanted = 0.0
+    for seed in range(3):
+        if place == "between passes" and seed == 1:
+            halve()
+        parameter.grad = None
+        loss(model, seed).backward()
+        wanted += squares([parameter.grad])
+    assert hooks.passes == 3
+    assert hooks.sums[index].item() == pytest.approx(wanted)
+
+
+def test_a_hook_that_is_taken_off_again(model):
+    hooks = watch(model.parameters())
+    handle = model[2].bias.register_hook(lambda gradient: 0.5 * gradient)
+    loss(model, 0).backward()
+    handle.remove()
+    model[2].bias.grad, before = None, hooks.sums[3].item()
+    loss(model, 1).backward()
+    assert hooks.sums[3].item() - before == pytest.approx(squares([model[2].bias.grad]))
+
+
+def test_two_optimizers_on_one_model_do_not_push_each_other_back(model):
+    first, second = watch(model.parameters()), watch(model.parameters())
+    handles = [*first._handles, *second._handles]
+    loss(model).backward()
+    assert [*first._handles, *second._handles] == handles
+    assert torch.equal(first.sums, second.sums)
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ._internals.engine import EngineView, logical_shapes
 from ._internals.select import layout_of
 from .monitor import write_model
 from .support import refuse_unsupported
+from .window import Window
 
 logger = logging.getLogger("ds_lena")
 
@@ -45,6 +46,8 @@ def _configure(
     named_in_json = client_optimizer is None and engine.optimizer_name() == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(EngineView(engine).facts)
+        if not named_in_json:
+            _require_open(controller_of(client_optimizer))
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, engine.module, given)
         _warn_of_version()
@@ -85,13 +88,20 @@ def attach(engine: Any, lena: LENA) -> None:
     ownership.take(engine, controller.parameters)
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
+    window = Window(view, controller)
 
     def release() -> None:
         ownership.release(engine, controller.parameters)
         controller.close()
 
+    def before() -> None:
+        _require_open(controller)
+        window.begin()
+        controller.begin_update(lena.param_groups, lena.state)
+
     def after(applied: bool) -> None:
         controller.end_update(applied)
+        window.end()
         if applied:
             write_model(engine, controller)
 
@@ -102,7 +112,7 @@ def attach(engine: Any, lena: LENA) -> None:
             raise unknown_total_steps()
         controller.look_at_scheduler(lena.param_groups)
 
-    view.around_model_step(lambda: controller.begin_update(lena.param_groups, lena.state), after)
+    view.around_model_step(before, after)
     view.before_destroy(release)
     view.after_scheduler(check_schedule)
 
@@ -150,6 +160,14 @@ def _names(model: torch.nn.Module, controller: Controller) -> tuple[list[str], l
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _require_open(controller: Controller) -> None:
+    if controller.is_closed:
+        raise StateError(
+            "LENA: this optimizer belongs to a DeepSpeed engine that was destroyed, and sees no gradients. Make a new "
+            "LENA for the new engine; a checkpoint of the old engine can be loaded into it."
+        )
 
 
 def _check_micro_batch_size(view: EngineView, controller: Controller) -> None:

@@ -28,8 +28,8 @@ def require_free(engine: Any, model: nn.Module, given: Iterable[Any]) -> None:
             if other is not None and other() is not None and other() is not engine:
                 raise UnsupportedError(
                     f'LENA: "{names.get(id(parameter))}" is already trained by another DeepSpeed engine with LENA. Two '
-                    "engines cannot share a parameter: call destroy() on the first engine, or give each engine its own "
-                    "parameters."
+                    "engines cannot share a parameter: call destroy() on the first engine (HF Trainer: "
+                    "trainer.model_wrapped.destroy()), or give each engine its own parameters."
                 )
 
 

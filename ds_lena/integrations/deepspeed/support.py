@@ -52,10 +52,15 @@ _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
 _CHECKPOINTING = "tests/unit/test_hooks_checkpointing.py"
 _MISUSE = "tests/integrations/test_misuse.py"
 
+_WINDOWS = "tests/integrations/test_window.py"
+_TILED = "tests/integrations/test_tiled_loss.py"
+_TWO_ENGINES = "test_the_generators_gradients_in_the_critic_are_dropped"
+
 _INTERNALS = "integrations/deepspeed/_internals"
 _ATTACH = "integrations/deepspeed/attach.py"
 _HOOKS = "grad_stats/hooks.py"
 _STATISTICS = "grad_stats/statistics.py"
+_WINDOW = "integrations/deepspeed/window.py"
 _ZERO12 = f"{_INTERNALS}/zero12.py"
 _ZERO3 = f"{_INTERNALS}/zero3.py"
 
@@ -135,12 +140,28 @@ SUPPORTED: tuple[Feature, ...] = (
     _runs(_OPTIONS, "contiguous_gradients, bucket sizes, communication_data_type", _ZERO12, _LAYOUTS),
     _runs(_OPTIONS, "sub_group_size, stage3_param_persistence_threshold, zero.Init", _ZERO3, _LAYOUTS),
     _runs(
+        _OPTIONS,
+        "set_z3_leaf_modules, leaf_module (ZeRO 3)",
+        _ZERO3,
+        "tests/integrations/test_leaf_modules.py",
+        "Ranks may use different experts in a micro-batch.",
+    ),
+    _runs(
         _LOOP,
         "gradient accumulation, a short last window, set_train_batch_size, no_sync",
         _HOOKS,
         _LOOPS,
         is_on=lambda facts: facts.accumulates,
     ),
+    _runs(
+        _LOOP,
+        "gradients thrown away by zero_grad(), a backward pass that an exception ended, load_checkpoint",
+        _WINDOW,
+        _WINDOWS,
+        "In the middle of an update. `engine.zero_grad()` throws away the gradients at ZeRO 0 and 1. At ZeRO 2 and 3, "
+        "and with BF16_Optimizer, DeepSpeed keeps them: LENA counts them, and says so once.",
+    ),
+    _runs(_LOOP, "two engines where one's loss goes through the other's model", _WINDOW, f"{_WINDOWS}::{_TWO_ENGINES}"),
     _runs(_LOOP, "micro-batches without backward, evaluation between micro-batches", _HOOKS, _LOOPS),
     _runs(
         _LOOP,
@@ -180,6 +201,13 @@ SUPPORTED: tuple[Feature, ...] = (
         "grad_stats/backward.py",
         _LAYOUTS,
         "use_reentrant=True is refused in two cases, see below.",
+    ),
+    _runs(
+        _MODELS,
+        "TiledFusedLogitsLoss, TiledMLP, SequenceTiledCompute; losses of your own that call backward in their forward",
+        _HOOKS,
+        _TILED,
+        "The gradients of the tiles are added before they are measured.",
     ),
     _runs(_WAYS, "deepspeed.initialize with a JSON entry", _ATTACH, _SELECTION),
     _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),
@@ -242,9 +270,24 @@ REFUSED: tuple[Feature, ...] = (
         instead="give DeepSpeed the model itself",
     ),
     _refused(
+        "several backward passes for one micro-batch (under DeepSpeed)",
+        "engine.backward(loss_1 + loss_2)",
+        f"{_WINDOWS}::test_several_backward_passes_for_one_micro_batch_are_refused",
+    ),
+    _refused(
+        "going on after an exception in a backward pass, at ZeRO 2 and 3, and with overlap_comm",
+        "make a new engine and load a checkpoint",
+        f"{_WINDOWS}::test_where_deepspeed_cannot_go_on_the_error_says_so",
+    ),
+    _refused(
         "a parameter that another DeepSpeed engine with LENA trains",
         "call destroy() on the first engine, or give each engine its own parameters",
         f"{_MISUSE}::test_two_engines_cannot_share_a_parameter",
+    ),
+    _refused(
+        "a client optimizer of an engine that was destroyed",
+        "make a new LENA",
+        f"{_MISUSE}::test_an_optimizer_of_a_destroyed_engine_says_that_it_sees_nothing",
     ),
     _refused(
         "lamb or lars with gradient_clipping at ZeRO 0 in fp32, where LENA does not hold all trained parameters",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Bf16Layout(Layout):
     """One flat fp32 partition per group."""
 
     def __init__(self, wrapper: Any, index: Mapping[int, int]) -> None:
-        self._wrapper = wrapper
+        self._wrapper, self._index = wrapper, index
         self._segments: list[list[Segment]] = []
         for group, parameters in enumerate(wrapper.bf16_groups):
             size = wrapper.fp32_groups_flat_partition[group].numel()
@@ -31,3 +31,17 @@ class Bf16Layout(Layout):
         for flat, segments in zip(flats, self._segments, strict=True):
             for segment in segments:
                 yield segment.parameter, flat.narrow(0, segment.start, segment.length)
+
+    def thrown_away(self, reached: Sequence[int]) -> list[int]:
+        """Gradients are added up in fp32, and only `zero_grad()` of the wrapper throws them away, not the engine's."""
+        groups, kept = self._wrapper.bf16_groups, self._wrapper.fp32_groups_has_gradients
+        pairs = [pair for group in zip(groups, kept, strict=True) for pair in zip(*group, strict=True)]
+        held = {self._index.get(id(parameter)) for parameter, is_held in pairs if is_held}
+        return [i for i in reached if i not in held]
+
+    def broken_pass(self) -> Literal["kept", "dropped", "fatal"]:
+        """The next pass starts by clearing what has not been added in fp32, which happens at the end of a pass."""
+        return "fatal" if self._wrapper.immediate_grad_update else "dropped"
+
+    def discard(self) -> None:
+        self._wrapper.zero_grad()

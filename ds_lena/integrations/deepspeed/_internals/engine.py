@@ -96,6 +96,35 @@ class EngineView:
 
         engine._take_model_step = take_model_step
 
+    def reduces_now(self) -> bool:
+        """Whether the gradients of this window are complete, and reduced, at the end of the backward pass that runs."""
+        return self._engine.is_gradient_accumulation_boundary() and not self._engine.inside_no_sync_ctxt
+
+    def before_forward(self, action: Callable[[], None]) -> None:
+        """Call `action()` before each forward pass of the engine."""
+        self._engine.register_forward_pre_hook(lambda *_: action())
+
+    def after_zero_grad(self, action: Callable[[], None]) -> None:
+        """Call `action()` after `zero_grad()` of the engine, or of its wrapper. A wrapper calls it in its `step()`."""
+        self._after(self._engine, "zero_grad", lambda _: action())
+        if self.wrapper is not self.optimizer:
+            self._after(self.wrapper, "zero_grad", lambda _: action())
+
+    def after_load(self, action: Callable[[], None]) -> None:
+        """Call `action()` after `load_checkpoint` has loaded one."""
+        self._after(self._engine, "load_checkpoint", lambda result: action() if result[0] is not None else None)
+
+    @staticmethod
+    def _after(owner: Any, method: str, action: Callable[[Any], None]) -> None:
+        original = getattr(owner, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            action(result)
+            return result
+
+        setattr(owner, method, call)
+
     def after_scheduler(self, action: Callable[[], None]) -> None:
         """Call `action()` right after the engine has made its learning-rate scheduler, inside `initialize`."""
         original = self._engine._configure_lr_scheduler
@@ -123,6 +152,11 @@ def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None
         engine.monitor.write_events(
             [(f"Train/{name}", value, engine.global_samples) for name, value in values().items()]
         )
+
+
+def has_more_parts(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's functions that work in tiles have marked the gradient at hand: not that of the last tile."""
+    return not getattr(parameter, "ds_grad_is_ready", True)
 
 
 def logical_shapes(parameters: Iterable[Tensor]) -> list[torch.Size]:

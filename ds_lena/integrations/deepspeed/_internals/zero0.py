@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -26,3 +26,11 @@ class Zero0Layout(Layout):
         for i, parameter, _ in self._masters:
             if i % self._ranks == self._rank:
                 yield i, parameter.grad
+
+    def thrown_away(self, reached: Sequence[int]) -> list[int]:
+        without = {i for i, parameter, _ in self._masters if parameter.grad is None}
+        return [i for i in reached if i in without]
+
+    def discard(self) -> None:
+        for _, parameter, _ in self._masters:
+            parameter.grad = None

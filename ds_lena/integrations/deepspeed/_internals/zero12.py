@@ -5,8 +5,8 @@ The parameters have the optimizer's own order. DeepSpeed's `_hp_mapping` can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Zero12Layout(Layout):
     """`DeepSpeedZeroOptimizer`: each group has a list of averaged pieces of gradients, which contains padding."""
 
     def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
-        self._zero = zero
+        self._zero, self._index = zero, index
         self._segments: list[list[Segment]] = []
         for group, parameters in enumerate(zero.round_robin_bit16_groups):
             size = int(zero.partition_size[group])
@@ -48,3 +48,30 @@ class Zero12Layout(Layout):
                 position += piece.numel()
             for segment in by_start.values():
                 yield segment.parameter, None
+
+    def thrown_away(self, reached: Sequence[int]) -> list[int]:
+        """At ZeRO 1 gradients lie in the parameters until the last micro-batch, and while reduction is coalesced."""
+        zero = self._zero
+        if self._is_reduced() or (zero.partition_gradients and not zero._coalesce_grad_reduction):
+            return []
+        parameters = [parameter for group in zero.bit16_groups for parameter in group]
+        held = {self._index.get(id(p)) for p in parameters if p.grad is not None or p.grad_accum is not None}
+        return [i for i in reached if i not in held]
+
+    def next_pass(self) -> Literal["adds", "replaces all", "replaces some"]:
+        """What has been reduced for the update is replaced, unless it lies in the fp32 buffer of bf16 at ZeRO 2."""
+        adds = all(map(self._zero._use_compact_grad_partition_buffer, range(len(self._segments))))
+        return "replaces all" if self._is_reduced() and not adds else "adds"
+
+    def broken_pass(self) -> Literal["kept", "dropped", "fatal"]:
+        """Where gradients are reduced during the pass, DeepSpeed refuses to reduce any of them a second time."""
+        return "fatal" if self._zero.partition_gradients or self._zero.overlap_comm else "kept"
+
+    def discard(self) -> None:
+        self._zero.zero_grad()
+        for held in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+            for group in held:
+                held[group] = None
+
+    def _is_reduced(self) -> bool:
+        return any(pieces is not None for pieces in self._zero.averaged_gradients.values())

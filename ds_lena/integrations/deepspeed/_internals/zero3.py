@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ class Zero3Layout(Layout):
     """`DeepSpeedZeroOptimizer_Stage3`: each parameter has one part of averaged gradient, in a buffer that stays."""
 
     def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
-        self._zero = zero
+        self._zero, self._index = zero, index
         self._segments: list[list[Segment]] = []
-        self._buffers: dict[int, Tensor] = {}
-        buffer_start = 0
         for parameters in zero.fp16_groups:
             segments, position = [], 0
             for parameter in parameters:
@@ -26,9 +24,7 @@ class Zero3Layout(Layout):
                 offset = part * torch.distributed.get_rank(parameter.ds_process_group)
                 i, length = index[id(parameter)], max(0, min(part, parameter.ds_numel - offset))
                 segments.append(Segment(i, position, length, offset))
-                self._buffers[i] = zero.grad_partitions_flat_buffer.narrow(0, buffer_start, part)
                 position += part
-                buffer_start += part
             self._segments.append(segments)
 
     def segments(self) -> list[tuple[Tensor, list[Segment]]]:
@@ -46,11 +42,33 @@ class Zero3Layout(Layout):
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.data.reshape(-1).narrow(0, 0, segment.length)
 
-    def clear_stale(self, parameters: Iterable[int]) -> None:
-        """Zero the gradient buffers of parameters, which DeepSpeed never does.
+    def thrown_away(self, reached: Sequence[int]) -> list[int]:
+        """`engine.zero_grad()` does not reach what is reduced. After the wrapper's `zero_grad()` DeepSpeed starts over.
+        But it keeps what the next micro-batch does not reach: `discard` has to follow.
+        """
+        zero = self._zero
+        if zero._coalesce_grad_reduction:
+            without = {self._index.get(id(p)) for group in zero.fp16_groups for p in group if p.grad is None}
+            return [i for i in reached if i in without]
+        return list(reached) if zero.micro_step_id == 0 and not zero._epilogue_ran_this_backward else []
+
+    def next_pass(self) -> Literal["adds", "replaces all", "replaces some"]:
+        """DeepSpeed takes a pass for the first one until the engine's next forward pass."""
+        is_first = self._zero.micro_step_id == 0 and not self._zero._coalesce_grad_reduction
+        return "replaces some" if is_first else "adds"
+
+    def broken_pass(self) -> Literal["kept", "dropped", "fatal"]:
+        return "fatal"  # gradients wait in a bucket, parameters are gathered
+
+    def discard(self) -> None:
+        self._zero.zero_grad()
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Zero the gradient buffers, which DeepSpeed never does.
 
         Otherwise a parameter that a window does not use would move by the gradient of the window before. A parameter
-        first used in a later micro-batch would add to that gradient.
+        first used in a later micro-batch would add to that gradient. Within a window it would be too late: a buffer may
+        hold the gradient of other ranks already, for a parameter that this rank has not reached.
         """
-        for parameter in parameters:
-            self._buffers[parameter].zero_()
+        self._zero.grad_partitions_flat_buffer.zero_()
