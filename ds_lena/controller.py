@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .binding import Binding, Watched, plain_binding
 from .config import LenaConfig, unknown_total_steps
+from .errors import ConfigError
 from .grad_stats import backward
 from .grad_stats.hooks import GradientHooks
 from .grad_stats.norms import squared_norms
@@ -76,6 +77,7 @@ class Controller:
     def manage(self, binding: Binding) -> None:
         """Let an engine run the updates from now on."""
         self.is_managed = self._has_names = True
+        self._watched = self._watched.without_empty_groups()
         self.bind(binding)
 
     def close(self) -> None:
@@ -141,6 +143,7 @@ class Controller:
         It makes one all-reduce, and a second one for a base rule with trust ratios.
         """
         self.look_at_scheduler(groups)
+        self._require_names()
         if not self._patterns_are_checked:
             self._warn_of_patterns()
         layout = self.binding.layout
@@ -183,6 +186,13 @@ class Controller:
             self.schedule.commit(proposal)
         else:
             self.schedule.skip()
+
+    def _require_names(self) -> None:
+        if self.config.layer in ("module", "block") and not self._has_names:
+            raise ConfigError(
+                f'LENA: "layer": "{self.config.layer}" needs the names of the parameters, and they were given without '
+                'names. Give model.named_parameters(), or use "layer": "tensor" or "model".'
+            )
 
     def _run_plan(self) -> RunPlan:
         known = self.binding.run()

@@ -47,6 +47,25 @@ def controller_of(lena: LENA) -> Controller:
     return lena._controller
 
 
+def watch_anew(lena: LENA) -> None:
+    """Watch the parameters that need a gradient now, before an engine takes over. Names come from the engine.
+
+    Parameters may have been frozen, unfrozen or replaced since construction.
+
+    Raises:
+        StateError: an engine has taken over before. It has put tensors of its own into the groups.
+    """
+    if lena._controller.is_managed:
+        raise StateError(
+            "LENA: this optimizer was given to a DeepSpeed engine before, and its groups hold that engine's tensors. "
+            "Make a new LENA for a new engine."
+        )
+    now = [id(p) for group in lena.param_groups for p in group["params"] if p.requires_grad]
+    if now != [id(p) for p in lena._controller.parameters]:
+        lena._controller.close()
+        lena._controller = Controller(lena._config, lena._watched({}), None)
+
+
 def train_in_plain_pytorch(parameters: Iterable[Tensor]) -> bool:
     """Whether a LENA in plain PyTorch, which no engine manages, holds one of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
@@ -145,6 +164,7 @@ class LENA(torch.optim.Optimizer):
             groups_of=[i for _, i, _ in found],
             left_out=[not self.param_groups[i].get("lena", True) for _, i, _ in found],
             lr_at_start=[float(group["lr"]) for group in self.param_groups],
+            group_sizes=[len(group["params"]) for group in self.param_groups],
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

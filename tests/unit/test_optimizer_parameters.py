@@ -243,6 +243,16 @@ def test_layers_may_be_coarser_than_tensors():
     )
 
 
+@pytest.mark.parametrize("layer", ["module", "block"])
+def test_layers_of_modules_need_names(layer):
+    parameters = weights(2, 3)
+    optimizer = LENA(parameters, layer=layer, **NO_WARMUP)
+    start = [p.detach().clone() for p in parameters]
+    with pytest.raises(ConfigError, match=rf'"layer": "{layer}" needs the names.*named_parameters\(\)'):
+        train_window(optimizer, parameters, random_gradients(parameters, 2, seed=0))
+    assert all(torch.equal(p, before) for p, before in zip(parameters, start, strict=True))
+
+
 def by_tensor(pairs, names):
     fresh = [(name, nn.Parameter(p.detach().clone())) for name, p in pairs]
     optimizer = LENA(fresh, **NO_WARMUP)
