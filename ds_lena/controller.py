@@ -19,10 +19,11 @@ from .binding import Binding, Watched, plain_binding
 from .config import LenaConfig, unknown_total_steps
 from .errors import ConfigError
 from .grad_stats import backward
+from .grad_stats.agreement import require_agreement
 from .grad_stats.hooks import GradientHooks
-from .grad_stats.norms import squared_norms
+from .grad_stats.norms import squared_norm, squared_norms
 from .grad_stats.placement import Placement
-from .grad_stats.reduce import Group, default_group
+from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
 from .layers import LayerTable, build_table, matches, unmatched_patterns
 from .schedule import checkpoint
@@ -43,12 +44,14 @@ class Controller:
     """Runs the updates of one optimizer: `begin_update`, then `apply` for the groups, then `end_update`.
 
     `group`: for plain PyTorch, the ranks that average the gradients. None is all ranks.
-    `binding`: describes what runs the updates. `is_managed`: an engine runs them. `schedule`: what is remembered.
+    `parameter_ids`: the `id` of each parameter. `binding`: describes what runs the updates. `is_managed`: an engine
+    runs them. `schedule`: what is remembered.
     """
 
     def __init__(self, config: LenaConfig, watched: Watched, group: Group | None) -> None:
         self.config = config
         self.hooks = GradientHooks(watched.parameters, watched.names)
+        self.parameter_ids = frozenset(id(parameter) for parameter in watched.parameters)
         self._watched = watched
         self._group = group
         self._has_names = watched.has_names
@@ -106,6 +109,8 @@ class Controller:
         )
         self.schedule = Schedule(self.config, table, self._device)
         self._make_update(table, names)
+        self._ranks_agree = self.is_managed or world_size(binding.group) == 1
+        self._square_here = torch.zeros((), dtype=torch.float64, device=self._device)
         self._patterns_are_checked = False
         if self._has_names:
             self._warn_of_patterns()
@@ -144,6 +149,7 @@ class Controller:
         """
         self.look_at_scheduler(groups)
         self._require_names()
+        self.require_agreement()
         if not self._patterns_are_checked:
             self._warn_of_patterns()
         layout = self.binding.layout
@@ -245,6 +251,16 @@ class Controller:
             return
         with torch.no_grad():
             self._read_mean()
+            if not self._ranks_agree:
+                squares = [squared_norm(p.grad) for p in self.parameters if p.grad is not None]
+                self._square_here = sum(squares, torch.zeros_like(self._square_here))
+
+    def require_agreement(self) -> None:
+        """Raise `StateError` if the ranks hold other parameters or gradients. Once, in plain PyTorch on many ranks."""
+        if not self._ranks_agree:
+            shapes = [placement.shape for placement in self.binding.placements]
+            require_agreement(self.names, shapes, self._square_here, self.binding.group)
+            self._ranks_agree = True
 
     # -- warnings -----------------------------------------------------------------------------------------------------
 

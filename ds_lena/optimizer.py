@@ -195,6 +195,10 @@ class LENA(torch.optim.Optimizer):
             if not controller.is_in_update:
                 raise StateError("LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step().")
             controller.apply(self.param_groups, self.state)
+            return loss
+        self._refuse_unwatched()
+        if not controller.parameters:
+            controller.require_agreement()  # so that the other ranks, which hold some, do not wait for this one
         elif any(p.grad is not None for p in controller.parameters):
             self._refuse_grad_scaler()
             if self._is_asked_for_state_alone():
@@ -274,6 +278,21 @@ class LENA(torch.optim.Optimizer):
     # -- checks -------------------------------------------------------------------------------------------------------
 
     _step_supports_amp_scaling = True  # so torch.amp.GradScaler sets found_inf, by which it is recognized
+
+    def _refuse_unwatched(self) -> None:
+        """Refuse a parameter with a gradient that LENA does not watch, which would stay as it is or be half right."""
+        watched = self._controller.parameter_ids
+        for number, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) in watched or parameter.grad is None:
+                    continue
+                names = group.get("param_names")
+                name = f'"{names[place]}"' if names else f"parameter {place} of group {number}"
+                raise StateError(
+                    f"LENA: {name}, of shape {tuple(parameter.shape)}, has a gradient and was not there or was frozen "
+                    "when LENA was constructed. Construct LENA after the parameters have been replaced or unfrozen, "
+                    "and load the old one's state_dict() into it."
+                )
 
     def _refuse_grad_scaler(self) -> None:
         if getattr(self, "found_inf", None) is not None:

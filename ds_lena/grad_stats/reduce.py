@@ -1,14 +1,23 @@
-"""The sum of one small buffer over the ranks of a group.
+"""The sum of one small buffer over the ranks of a group, and, once in a run, its smallest and largest values.
 
 No other file outside `integrations/` uses torch.distributed.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+logger = logging.getLogger("ds_lena")
+
 Group = dist.ProcessGroup
+
+PATIENCE = 30.0
+"""Seconds without the other ranks after which a rank says what it waits for."""
 
 
 def world_size(group: Group | None) -> int:
@@ -26,6 +35,24 @@ def sum_over(buffer: Tensor, group: Group | None) -> Tensor:
     if world_size(group) > 1:
         dist.all_reduce(buffer, group=group)
     return buffer
+
+
+def extremes_over(values: Tensor, group: Group | None, late: str) -> tuple[list[float], list[float]]:
+    """The smallest and the largest of each value over the group, by one all-reduce, on the host.
+
+    `late`: what to log if the other ranks do not come within `PATIENCE`.
+    """
+    both = torch.cat((-values, values))
+    timer = threading.Timer(PATIENCE, logger.warning, args=(late,))
+    timer.daemon = True
+    timer.start()
+    try:
+        if world_size(group) > 1:
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+        numbers = both.tolist()
+    finally:
+        timer.cancel()
+    return [-number for number in numbers[: len(values)]], numbers[len(values) :]
 
 
 def default_group() -> Group | None:

@@ -229,8 +229,33 @@ def test_parameters_that_are_replaced_after_construction_are_refused():
     other = weights(2)[0]
     optimizer.param_groups[0]["params"][1] = other
     backward([*parameters, other], [vector(1, 1)] * 3)
-    with pytest.raises(StateError, match="replaced after construction"):
+    with pytest.raises(StateError, match=r"parameter 1 of group 0, of shape .*Construct LENA after"):
         optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, weights(2, 2), strict=True))
+
+
+def test_parameters_of_another_model_in_all_groups_are_refused():
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = LENA(model.named_parameters(), **NO_WARMUP)
+    for group in optimizer.param_groups:
+        group["params"] = list(other.parameters())
+    other(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(StateError, match=r'"weight", of shape \(2, 3\), has a gradient and was not there'):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("others_have_gradients", [True, False])
+def test_a_parameter_that_is_unfrozen_after_construction_is_refused(others_have_gradients):
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    optimizer = LENA([{"params": [("w", model.weight)]}, {"params": [("b", model.bias)]}], **NO_WARMUP)
+    model.bias.requires_grad_(True)
+    model.weight.requires_grad_(others_have_gradients)
+    model(torch.ones(1, 3)).sum().backward()
+    start = model.weight.detach().clone()
+    with pytest.raises(StateError, match=r'"b", of shape .*was frozen'):
+        optimizer.step()
+    assert torch.equal(model.weight, start)
 
 
 def test_layers_may_be_coarser_than_tensors():
