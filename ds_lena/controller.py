@@ -8,7 +8,8 @@ reduction, and the last measurement before the step counts. Under an engine it i
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from .grad_stats.norms import squared_norm, squared_norms
 from .grad_stats.placement import Placement
 from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
-from .layers import LayerTable, build_table, matches, unmatched_patterns
+from .layers import LayerTable, build_table, matches, nearest_name, unmatched_patterns
 from .schedule import checkpoint
 from .schedule.clock import RunPlan
 from .schedule.schedule import Proposal, Schedule
@@ -56,6 +57,7 @@ class Controller:
         self._group = group
         self._has_names = watched.has_names
         self._warned_of_scheduler = False
+        self._warned_of_patterns: set[tuple[str, str]] = set()
         self._proposal: Proposal | None = None
         self.is_managed = False
         self.bind(plain_binding(watched.parameters, watched.names, self._plain_group()))
@@ -100,8 +102,8 @@ class Controller:
         self._layer_of = torch.tensor(table.of_parameter, dtype=torch.long, device=self._device)
         self.hooks.names = names
         self.hooks.watch([not out for out in left_out], [placement.join for placement in placements])
-        self.hooks.before_pass = None if self.is_managed else self._before_plain_pass
-        self.hooks.after_pass = self._clear_stale if self.is_managed else self._after_plain_pass
+        self.hooks.before_pass = None if self.is_managed else _weakly(self._before_plain_pass)
+        self.hooks.after_pass = _weakly(self._clear_stale if self.is_managed else self._after_plain_pass)
         self._mean_norms = self.hooks.new_norms()
         self._squares_of_mean = self._mean_norms.read()
         self._statistics = GradientStatistics(
@@ -284,9 +286,26 @@ class Controller:
         self._patterns_are_checked = True
         for key in ("exclude", "no_decay"):
             for pattern in unmatched_patterns(self.names, getattr(self.config, key)):
-                logger.warning(
-                    'LENA: "%s": the pattern "%s" matches no parameter, such as "%s"', key, pattern, self.names[0]
-                )
+                if (key, pattern) not in self._warned_of_patterns:  # a client LENA gets its engine's names, too
+                    self._warned_of_patterns.add((key, pattern))
+                    logger.warning(
+                        'LENA: "%s": the pattern "%s" matches no parameter. The nearest name is "%s".',
+                        key,
+                        pattern,
+                        nearest_name(self.names, pattern),
+                    )
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A call of a method that does not keep its object: a dropped optimizer is freed at once, and its hooks with it."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call
 
 
 def _layers(

@@ -6,6 +6,7 @@ No other file outside `integrations/` uses torch.distributed.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 
 import torch
@@ -30,6 +31,13 @@ def rank_in(group: Group | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of the run, or the only one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
 def sum_over(buffer: Tensor, group: Group | None) -> Tensor:
     """Sum `buffer` over the group, in place, by one all-reduce. A group of one rank needs none."""
     if world_size(group) > 1:
@@ -43,7 +51,7 @@ def extremes_over(values: Tensor, group: Group | None, late: str) -> tuple[list[
     `late`: what to log if the other ranks do not come within `PATIENCE`.
     """
     both = torch.cat((-values, values))
-    timer = threading.Timer(PATIENCE, logger.warning, args=(late,))
+    timer = threading.Timer(PATIENCE, logger.warning, args=(late,), kwargs={"extra": {"every_rank": True}})
     timer.daemon = True
     timer.start()
     try:

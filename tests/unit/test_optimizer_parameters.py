@@ -121,7 +121,7 @@ def test_a_pattern_that_matches_nothing_is_warned_of(key, caplog):
     LENA(named("a.weight", "a.bias"), **{key: ["*.bias", "*.biass"]})
     (record,) = caplog.records
     assert f'"{key}"' in record.getMessage()
-    assert '"*.biass"' in record.getMessage()
+    assert '"*.biass" matches no parameter. The nearest name is "a.bias"' in record.getMessage()
 
 
 def test_a_bad_value_in_a_group_is_refused():
@@ -313,3 +313,19 @@ def test_the_statistics_follow_a_model_that_is_moved_after_construction(monkeypa
     assert controller_of(optimizer)._device == parameters[0].device
     optimizer.step()
     assert ds_lena.report(optimizer)["n"] == 1
+
+
+@pytest.mark.parametrize("warmup", ["layer", "none"])
+def test_an_update_past_the_planned_end_is_warned_of_once(warmup, caplog):
+    parameters = weights(2)
+    optimizer = LENA(parameters, total_steps=2, warmup=warmup)
+    for seed in range(5):
+        train_window(optimizer, parameters, random_gradients(parameters, 2, seed))
+        said = ["update 3 is past the end" in message for message in caplog.messages]
+        assert said == ([True] if seed >= 2 and warmup == "layer" else [])
+
+
+def test_other_ranks_leave_warnings_to_the_first(caplog, monkeypatch):
+    monkeypatch.setattr("ds_lena._registration.is_first_rank", lambda: False)
+    LENA(named("a.weight"), exclude=["*.biass"])
+    assert caplog.messages == []
