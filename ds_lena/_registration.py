@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 
+from .grad_stats.reduce import is_first_rank
 from .optimizer import LENA
 
 Action = Callable[[ModuleType], None]
@@ -22,9 +24,15 @@ def register() -> None:
     """Called by `import ds_lena`. Calling it again changes nothing."""
     if getattr(torch.optim, LENA.__name__, None) is LENA:
         return
+    logging.getLogger("ds_lena").addFilter(_is_for_this_rank)
     torch.optim.LENA = LENA  # type: ignore[attr-defined]  # DeepSpeed looks up there the names that are not its own
     _when_imported("deepspeed.runtime.engine", _prepare_deepspeed)
     _when_imported("transformers.integrations.deepspeed", _prepare_transformers)
+
+
+def _is_for_this_rank(record: logging.LogRecord) -> bool:
+    """Rank 0 says for all ranks what they would say alike."""
+    return record.levelno > logging.WARNING or getattr(record, "every_rank", False) or is_first_rank()
 
 
 def _prepare_deepspeed(module: ModuleType) -> None:

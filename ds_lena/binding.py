@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -40,6 +40,7 @@ class Watched:
 
     `names`: from the user if `has_names`, else made. `groups_of[i]`: the group of parameter i.
     `left_out[i]`: parameter i is in a group with `"lena": false`. `lr_at_start`: the learning rate of each group.
+    `group_sizes`: how many parameters each group has, frozen ones too.
     """
 
     parameters: Sequence[Tensor]
@@ -48,6 +49,17 @@ class Watched:
     groups_of: Sequence[int]
     left_out: Sequence[bool]
     lr_at_start: Sequence[float]
+    group_sizes: Sequence[int]
+
+    def without_empty_groups(self) -> Watched:
+        """The same parameters, with the groups counted as DeepSpeed counts them: it drops those without parameters."""
+        kept = [i for i, size in enumerate(self.group_sizes) if size]
+        return replace(
+            self,
+            groups_of=[kept.index(i) for i in self.groups_of],
+            lr_at_start=[self.lr_at_start[i] for i in kept],
+            group_sizes=[self.group_sizes[i] for i in kept],
+        )
 
 
 def plain_binding(parameters: Sequence[Tensor], names: Sequence[str], group: Group | None) -> Binding:

@@ -15,6 +15,18 @@ from torch import Tensor
 from .errors import ConfigError
 from .keys import BASES, KEYS, bases_of, group_keys, not_negative, number_in
 
+_CHOOSES = "LENA takes torch's fused kernels by itself, where there are any. Leave the key out."
+_OF_TORCH = {
+    "foreach": _CHOOSES,
+    "fused": _CHOOSES,
+    "amsgrad": "LENA has no AMSGrad. Leave the key out.",
+    "maximize": "LENA minimizes; negate the loss to maximize it. Leave the key out.",
+    "capturable": "An update of LENA cannot be captured in a CUDA graph. Leave the key out.",
+    "differentiable": "An update of LENA cannot be differentiated. Leave the key out.",
+    "dampening": "LENA has no dampening. Leave the key out.",
+}
+"""Arguments of torch's optimizers that LENA does not have, and what is so."""
+
 
 @dataclass(frozen=True)
 class LenaConfig:
@@ -112,6 +124,7 @@ def _check_value(name: str, value: Any) -> None:
     if name not in KEYS:
         close = difflib.get_close_matches(name.lower(), KEYS, n=1)
         hint = f'Did you mean "{close[0]}"? ' if close else ""
+        hint = f"{_OF_TORCH[name]} " if name in _OF_TORCH else hint
         raise ConfigError(f'LENA: unknown key "{name}" (value {value!r}). {hint}Known keys: {", ".join(sorted(KEYS))}.')
     key = KEYS[name]
     if key.accepts(value) or (value is None and bases_of(name)):

@@ -8,7 +8,8 @@ reduction, and the last measurement before the step counts. Under an engine it i
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from .binding import Binding, Watched, plain_binding
 from .config import LenaConfig, unknown_total_steps
+from .errors import ConfigError
 from .grad_stats import backward
+from .grad_stats.agreement import require_agreement
 from .grad_stats.hooks import GradientHooks
-from .grad_stats.norms import squared_norms
+from .grad_stats.norms import squared_norm, squared_norms
 from .grad_stats.placement import Placement
-from .grad_stats.reduce import Group, default_group
+from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
-from .layers import LayerTable, build_table, matches, unmatched_patterns
+from .layers import LayerTable, build_table, matches, nearest_name, unmatched_patterns
 from .schedule import checkpoint
 from .schedule.clock import RunPlan
 from .schedule.schedule import Proposal, Schedule
@@ -42,16 +45,19 @@ class Controller:
     """Runs the updates of one optimizer: `begin_update`, then `apply` for the groups, then `end_update`.
 
     `group`: for plain PyTorch, the ranks that average the gradients. None is all ranks.
-    `binding`: describes what runs the updates. `is_managed`: an engine runs them. `schedule`: what is remembered.
+    `parameter_ids`: the `id` of each parameter. `binding`: describes what runs the updates. `is_managed`: an engine
+    runs them. `schedule`: what is remembered.
     """
 
     def __init__(self, config: LenaConfig, watched: Watched, group: Group | None) -> None:
         self.config = config
         self.hooks = GradientHooks(watched.parameters, watched.names)
+        self.parameter_ids = frozenset(id(parameter) for parameter in watched.parameters)
         self._watched = watched
         self._group = group
         self._has_names = watched.has_names
         self._warned_of_scheduler = False
+        self._warned_of_patterns: set[tuple[str, str]] = set()
         self._proposal: Proposal | None = None
         self.is_managed = False
         self.bind(plain_binding(watched.parameters, watched.names, self._plain_group()))
@@ -76,6 +82,7 @@ class Controller:
     def manage(self, binding: Binding) -> None:
         """Let an engine run the updates from now on."""
         self.is_managed = self._has_names = True
+        self._watched = self._watched.without_empty_groups()
         self.bind(binding)
 
     @property
@@ -100,8 +107,8 @@ class Controller:
         self._layer_of = torch.tensor(table.of_parameter, dtype=torch.long, device=self._device)
         self.hooks.names = names
         self.hooks.watch([not out for out in left_out], [placement.join for placement in placements])
-        self.hooks.before_pass = None if self.is_managed else self._before_plain_pass
-        self.hooks.after_pass = None if self.is_managed else self._after_plain_pass
+        self.hooks.before_pass = None if self.is_managed else _weakly(self._before_plain_pass)
+        self.hooks.after_pass = None if self.is_managed else _weakly(self._after_plain_pass)
         self._mean_norms = self.hooks.new_norms()
         self._squares_of_mean = self._mean_norms.read()
         self._statistics = GradientStatistics(
@@ -109,6 +116,8 @@ class Controller:
         )
         self.schedule = Schedule(self.config, table, self._device)
         self._make_update(table, names)
+        self._ranks_agree = self.is_managed or world_size(binding.group) == 1
+        self._square_here = torch.zeros((), dtype=torch.float64, device=self._device)
         self._patterns_are_checked = False
         if self._has_names:
             self._warn_of_patterns()
@@ -146,6 +155,8 @@ class Controller:
         It makes one all-reduce, and a second one for a base rule with trust ratios.
         """
         self.look_at_scheduler(groups)
+        self._require_names()
+        self.require_agreement()
         if not self._patterns_are_checked:
             self._warn_of_patterns()
         layout = self.binding.layout
@@ -189,6 +200,13 @@ class Controller:
             self.schedule.commit(proposal)
         else:
             self.schedule.skip()
+
+    def _require_names(self) -> None:
+        if self.config.layer in ("module", "block") and not self._has_names:
+            raise ConfigError(
+                f'LENA: "layer": "{self.config.layer}" needs the names of the parameters, and they were given without '
+                'names. Give model.named_parameters(), or use "layer": "tensor" or "model".'
+            )
 
     def _run_plan(self) -> RunPlan:
         known = self.binding.run()
@@ -236,6 +254,16 @@ class Controller:
             return
         with torch.no_grad():
             self._read_mean()
+            if not self._ranks_agree:
+                squares = [squared_norm(p.grad) for p in self.parameters if p.grad is not None]
+                self._square_here = sum(squares, torch.zeros_like(self._square_here))
+
+    def require_agreement(self) -> None:
+        """Raise `StateError` if the ranks hold other parameters or gradients. Once, in plain PyTorch on many ranks."""
+        if not self._ranks_agree:
+            shapes = [placement.shape for placement in self.binding.placements]
+            require_agreement(self.names, shapes, self._square_here, self.binding.group)
+            self._ranks_agree = True
 
     # -- warnings -----------------------------------------------------------------------------------------------------
 
@@ -259,9 +287,26 @@ class Controller:
         self._patterns_are_checked = True
         for key in ("exclude", "no_decay"):
             for pattern in unmatched_patterns(self.names, getattr(self.config, key)):
-                logger.warning(
-                    'LENA: "%s": the pattern "%s" matches no parameter, such as "%s"', key, pattern, self.names[0]
-                )
+                if (key, pattern) not in self._warned_of_patterns:  # a client LENA gets its engine's names, too
+                    self._warned_of_patterns.add((key, pattern))
+                    logger.warning(
+                        'LENA: "%s": the pattern "%s" matches no parameter. The nearest name is "%s".',
+                        key,
+                        pattern,
+                        nearest_name(self.names, pattern),
+                    )
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A call of a method that does not keep its object: a dropped optimizer is freed at once, and its hooks with it."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call
 
 
 def _layers(

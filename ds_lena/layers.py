@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 def unmatched_patterns(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The patterns that match no name. Most likely they are a mistake."""
     return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+
+
+def nearest_name(names: Sequence[str], pattern: str) -> str:
+    """The name that a pattern was most likely meant for."""
+    return difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,25 @@ def controller_of(lena: LENA) -> Controller:
     return lena._controller
 
 
+def watch_anew(lena: LENA) -> None:
+    """Watch the parameters that need a gradient now, before an engine takes over. Names come from the engine.
+
+    Parameters may have been frozen, unfrozen or replaced since construction.
+
+    Raises:
+        StateError: an engine has taken over before. It has put tensors of its own into the groups.
+    """
+    if lena._controller.is_managed:
+        raise StateError(
+            "LENA: this optimizer was given to a DeepSpeed engine before, and its groups hold that engine's tensors. "
+            "Make a new LENA for a new engine."
+        )
+    now = [id(p) for group in lena.param_groups for p in group["params"] if p.requires_grad]
+    if now != [id(p) for p in lena._controller.parameters]:
+        lena._controller.close()
+        lena._controller = Controller(lena._config, lena._watched({}), None)
+
+
 def train_in_plain_pytorch(parameters: Iterable[Tensor]) -> bool:
     """Whether a LENA in plain PyTorch, which no engine manages, holds one of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
@@ -145,6 +164,7 @@ class LENA(torch.optim.Optimizer):
             groups_of=[i for _, i, _ in found],
             left_out=[not self.param_groups[i].get("lena", True) for _, i, _ in found],
             lr_at_start=[float(group["lr"]) for group in self.param_groups],
+            group_sizes=[len(group["params"]) for group in self.param_groups],
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -175,6 +195,10 @@ class LENA(torch.optim.Optimizer):
             if not controller.is_in_update:
                 raise StateError("LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step().")
             controller.apply(self.param_groups, self.state)
+            return loss
+        self._refuse_unwatched()
+        if not controller.parameters:
+            controller.require_agreement()  # so that the other ranks, which hold some, do not wait for this one
         elif any(p.grad is not None for p in controller.parameters):
             self._refuse_grad_scaler()
             if self._is_asked_for_state_alone():
@@ -254,6 +278,21 @@ class LENA(torch.optim.Optimizer):
     # -- checks -------------------------------------------------------------------------------------------------------
 
     _step_supports_amp_scaling = True  # so torch.amp.GradScaler sets found_inf, by which it is recognized
+
+    def _refuse_unwatched(self) -> None:
+        """Refuse a parameter with a gradient that LENA does not watch, which would stay as it is or be half right."""
+        watched = self._controller.parameter_ids
+        for number, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) in watched or parameter.grad is None:
+                    continue
+                names = group.get("param_names")
+                name = f'"{names[place]}"' if names else f"parameter {place} of group {number}"
+                raise StateError(
+                    f"LENA: {name}, of shape {tuple(parameter.shape)}, has a gradient and was not there or was frozen "
+                    "when LENA was constructed. Construct LENA after the parameters have been replaced or unfrozen, "
+                    "and load the old one's state_dict() into it."
+                )
 
     def _refuse_grad_scaler(self) -> None:
         if getattr(self, "found_inf", None) is not None:

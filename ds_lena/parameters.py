@@ -70,6 +70,11 @@ def _require_form(parameter: Tensor) -> None:
             f"LENA: a parameter is a {shard}. Sharded parameters are supported under DeepSpeed ZeRO 1-3: "
             "use that, or DDP."
         )
+    if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise UnsupportedError(
+            f"LENA: a parameter of shape {tuple(parameter.shape)} is expanded: several of its elements share one place "
+            "in memory, so they cannot move apart. Make the parameter from a clone(), or expand it in forward()."
+        )
     if parameter.is_complex() or parameter.dtype == torch.float16:
         raise UnsupportedError(
             f"LENA: a parameter is of type {parameter.dtype}. Supported are bfloat16, float32 and float64."

@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "version", "keys", "grad_stats", "schedule", "layouts", "update"},
     {"config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
      "layouts.layout", "update.rules.common"},
-    {"parameters", "grad_stats.hooks", "schedule.algorithm", "layouts.plain", "update.segments",
+    {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "update.segments",
      "update.rules.adamw", "update.rules.sgd"},
     {"grad_stats.statistics", "schedule.authors_code", "schedule.clock", "schedule.carrier"},
     {"schedule.schedule", "binding", "update.rules"},
@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "grad_stats.placement": set(),
     "grad_stats.reduce": set(),
     "grad_stats.hooks": {"errors", "grad_stats", "grad_stats.backward", "grad_stats.norms", "grad_stats.placement"},
+    "grad_stats.agreement": {"errors", "grad_stats.reduce"},
     "grad_stats.statistics": {"schedule.algorithm", "grad_stats.hooks", "grad_stats.placement", "grad_stats.reduce"},
     # decide: vectors only
     "schedule.algorithm": {"config"},
@@ -108,6 +109,7 @@ WAITING_CONVERSIONS = {"float", "bool", "int"}
 
 UPDATE_PATH = {
     "controller": set(),
+    "grad_stats.agreement": set(),
     "grad_stats.backward": set(),
     "grad_stats.hooks": set(),
     "grad_stats.norms": set(),
@@ -132,6 +134,7 @@ UPDATE_PATH = {
 """Modules that every update passes through, and their functions that it does not."""
 
 HARMLESS = {
+    "grad_stats.reduce: both.tolist()": "once a run",
     "grad_stats.statistics: float(self._hooks.passes)": "a Python number",
     "schedule.clock: float(plan.planned_n)": "a Python number",
     "update.apply: rates.tolist()": "where the pieces are on the CPU already",

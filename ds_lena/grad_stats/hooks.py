@@ -105,9 +105,10 @@ class GradientHooks:
         """Raise `StateError` if no backward pass was seen in this window."""
         if self.passes == 0:
             raise StateError(
-                "LENA: step() was called with gradients, but no backward pass was seen since the last step, so the "
-                "gradients were not made by backward() on this optimizer's parameters. LENA has to see each "
-                "micro-gradient: construct it before backward(), and do not fill in .grad by hand."
+                "LENA: step() was called with gradients, but no backward pass was seen since the last step. Was step() "
+                "called twice after one backward()? Call it once, and zero_grad() after it. Otherwise the gradients "
+                "were not made by backward() on this optimizer's parameters. LENA has to see each micro-gradient: "
+                "construct it before backward(), and do not fill in .grad by hand."
             )
 
     def _see(self, index: int, gradient: Tensor) -> None:

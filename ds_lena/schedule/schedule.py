@@ -83,6 +83,7 @@ class Schedule:
         if self.base_samples is None and micro_batch_size is not None:
             self.base_samples = self.clock.k * micro_batch_size
         self._log_cap_once()
+        self._warn_past_plan_once()
 
     def skip(self) -> None:
         """The proposed update was thrown away."""
@@ -111,6 +112,17 @@ class Schedule:
         if old is None or micro_batch_size is None or old == micro_batch_size:
             return self.state
         return algorithm.rescale_noise(self.state, old / micro_batch_size)
+
+    def _warn_past_plan_once(self) -> None:
+        planned = self.clock.plan.total_steps
+        if planned is not None and self.config.warmup != "none" and self.updates == planned + 1:
+            logger.warning(
+                "LENA: update %d is past the end of the run, which was planned for %d updates. So the warm-up was too "
+                'short. Give "total_steps", or the right total_num_steps to the scheduler: accelerate divides that of '
+                "a DummyScheduler by the number of ranks.",
+                self.updates,
+                planned,
+            )
 
     def _log_cap_once(self) -> None:
         config, total = self.config, self.clock.plan.total_steps

@@ -38,7 +38,7 @@ class Rates:
 def prepare(state: dict[str, Any], parameter: Tensor, buffers: Sequence[str]) -> dict[str, Any]:
     """The state of one tensor. Makes what it does not have yet: `step`, the count of its updates, and zero `buffers`.
 
-    The buffers get the parameter's present strides, also if they were made or saved with others.
+    The buffers lie as the dense parameter does, also if they were made or saved with other strides.
     """
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -50,8 +50,14 @@ def prepare(state: dict[str, Any], parameter: Tensor, buffers: Sequence[str]) ->
 
 
 def lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it with the parameter's strides. torch's fused kernels ignore strides."""
-    if tensor.dim() < 2 or tensor.stride() == parameter.stride():
+    """`tensor`, or a copy of it with the strides of the dense parameter.
+
+    torch's fused kernels walk through memory and ignore strides. A parameter whose memory has gaps, as a slice of
+    columns has, is no memory to walk through: the strides are then those of torch's dense copy of it.
+    """
+    is_dense = parameter.is_contiguous()
+    strides = parameter.stride() if is_dense else torch.empty_like(parameter, device="meta").stride()
+    if tensor.stride() == strides:
         return tensor
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
@@ -72,13 +78,16 @@ class Applier:
                     continue
                 own = prepare(state[parameter], parameter, names)
                 own["step"] += 1
-                tensors = [parameter, lying_as(parameter, parameter.grad), *(own[name] for name in names)]
-                pieces = self._pieces(tensors, group["weight_decay"])
+                dense = lying_as(parameter, parameter)
+                tensors = [dense, lying_as(parameter, parameter.grad), *(own[name] for name in names)]
+                pieces = self._pieces(parameter, tensors, group["weight_decay"])
                 self._rule.update(pieces, rates.of(group["lr"], parameter.device), own["step"], group)
+                if dense is not parameter:
+                    parameter.copy_(dense)
 
-    def _pieces(self, tensors: Sequence[Tensor], weight_decay: float) -> list[Pieces]:
-        """The pieces of one tensor that move. `tensors`: the tensor, its gradient and its buffers."""
-        cut = self._cuts.get(tensors[0])
+    def _pieces(self, parameter: Tensor, tensors: Sequence[Tensor], weight_decay: float) -> list[Pieces]:
+        """The pieces of one tensor that move. `tensors`: the dense tensor, its gradient and its buffers."""
+        cut = self._cuts.get(parameter)
         if cut is None:
             raise StateError(
                 "LENA: step() was given a tensor that did not exist when the layout was read. The optimizer's "

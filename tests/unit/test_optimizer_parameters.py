@@ -121,7 +121,7 @@ def test_a_pattern_that_matches_nothing_is_warned_of(key, caplog):
     LENA(named("a.weight", "a.bias"), **{key: ["*.bias", "*.biass"]})
     (record,) = caplog.records
     assert f'"{key}"' in record.getMessage()
-    assert '"*.biass"' in record.getMessage()
+    assert '"*.biass" matches no parameter. The nearest name is "a.bias"' in record.getMessage()
 
 
 def test_a_bad_value_in_a_group_is_refused():
@@ -241,8 +241,33 @@ def test_parameters_that_are_replaced_after_construction_are_refused():
     other = weights(2)[0]
     optimizer.param_groups[0]["params"][1] = other
     backward([*parameters, other], [vector(1, 1)] * 3)
-    with pytest.raises(StateError, match="replaced after construction"):
+    with pytest.raises(StateError, match=r"parameter 1 of group 0, of shape .*Construct LENA after"):
         optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, weights(2, 2), strict=True))
+
+
+def test_parameters_of_another_model_in_all_groups_are_refused():
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = LENA(model.named_parameters(), **NO_WARMUP)
+    for group in optimizer.param_groups:
+        group["params"] = list(other.parameters())
+    other(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(StateError, match=r'"weight", of shape \(2, 3\), has a gradient and was not there'):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("others_have_gradients", [True, False])
+def test_a_parameter_that_is_unfrozen_after_construction_is_refused(others_have_gradients):
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    optimizer = LENA([{"params": [("w", model.weight)]}, {"params": [("b", model.bias)]}], **NO_WARMUP)
+    model.bias.requires_grad_(True)
+    model.weight.requires_grad_(others_have_gradients)
+    model(torch.ones(1, 3)).sum().backward()
+    start = model.weight.detach().clone()
+    with pytest.raises(StateError, match=r'"b", of shape .*was frozen'):
+        optimizer.step()
+    assert torch.equal(model.weight, start)
 
 
 def test_layers_may_be_coarser_than_tensors():
@@ -253,6 +278,16 @@ def test_layers_may_be_coarser_than_tensors():
     assert layers(optimizer)["h.0"]["noise"] == approx(
         sum(fine["noise"] for fine in by_tensor(pairs, ["h.0.weight", "h.0.bias"]))
     )
+
+
+@pytest.mark.parametrize("layer", ["module", "block"])
+def test_layers_of_modules_need_names(layer):
+    parameters = weights(2, 3)
+    optimizer = LENA(parameters, layer=layer, **NO_WARMUP)
+    start = [p.detach().clone() for p in parameters]
+    with pytest.raises(ConfigError, match=rf'"layer": "{layer}" needs the names.*named_parameters\(\)'):
+        train_window(optimizer, parameters, random_gradients(parameters, 2, seed=0))
+    assert all(torch.equal(p, before) for p, before in zip(parameters, start, strict=True))
 
 
 def by_tensor(pairs, names):
@@ -294,3 +329,19 @@ def test_the_statistics_follow_a_model_that_is_moved_after_construction(monkeypa
     optimizer.step()
     report = ds_lena.report(optimizer)
     assert (report["n"], report["update"]) == (1, 2), "the updates before are not forgotten"
+
+
+@pytest.mark.parametrize("warmup", ["layer", "none"])
+def test_an_update_past_the_planned_end_is_warned_of_once(warmup, caplog):
+    parameters = weights(2)
+    optimizer = LENA(parameters, total_steps=2, warmup=warmup)
+    for seed in range(5):
+        train_window(optimizer, parameters, random_gradients(parameters, 2, seed))
+        said = ["update 3 is past the end" in message for message in caplog.messages]
+        assert said == ([True] if seed >= 2 and warmup == "layer" else [])
+
+
+def test_other_ranks_leave_warnings_to_the_first(caplog, monkeypatch):
+    monkeypatch.setattr("ds_lena._registration.is_first_rank", lambda: False)
+    LENA(named("a.weight"), exclude=["*.biass"])
+    assert caplog.messages == []

@@ -54,14 +54,31 @@ REFUSED = {
         UnsupportedError,
         "Give all parameters, the frozen ones too",
     ),
+    "a second step after one backward": (
+        lambda optimizer: (fill_in_by_backward(optimizer), optimizer.step(), optimizer.step()),
+        StateError,
+        r"Was step\(\) called twice after one backward\(\)",
+    ),
     "gradients that were filled in by hand": (
         lambda optimizer: (fill_in(optimizer), optimizer.step()),
         StateError,
         "LENA has to see each micro-gradient",
     ),
     **{
-        f"the argument {name}": (lambda _, name=name: make(**{name: True}), ConfigError, f'unknown key "{name}"')
-        for name in ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "dampening")
+        f"the argument {name}": (
+            lambda _, name=name: make(**{name: True}),
+            ConfigError,
+            rf'unknown key "{name}" .*{reason}.* Leave the key out',
+        )
+        for name, reason in {
+            "foreach": "fused kernels by itself",
+            "fused": "fused kernels by itself",
+            "capturable": "CUDA graph",
+            "differentiable": "cannot be differentiated",
+            "maximize": "LENA minimizes",
+            "amsgrad": "no AMSGrad",
+            "dampening": "no dampening",
+        }.items()
     },
 }
 """What is done, how it is refused, and the reason that the message gives.
@@ -69,6 +86,10 @@ REFUSED = {
 Other forms of parameters (complex, float16, sparse gradients, several devices, sharded) and GradScaler are in
 test_optimizer_parameters.py.
 """
+
+
+def fill_in_by_backward(optimizer):
+    sum(parameter.sum() for parameter in optimizer.param_groups[0]["params"]).backward()
 
 
 def fill_in(optimizer):

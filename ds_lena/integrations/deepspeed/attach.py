@@ -16,7 +16,7 @@ from ...controller import Controller
 from ...errors import ConfigError, StateError, UnsupportedError
 from ...grad_stats.placement import data_parallel
 from ...layers import named_parameters
-from ...optimizer import LENA, controller_of, dormant
+from ...optimizer import LENA, controller_of, dormant, watch_anew
 from ...schedule import carrier
 from ...schedule.clock import RunPlan
 from .. import _transformers_internals as hf
@@ -48,6 +48,7 @@ def _configure(
         refuse_unsupported(EngineView(engine).facts)
         if not named_in_json:
             _require_open(controller_of(client_optimizer))
+            watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, engine.module, given)
         _warn_of_version()

@@ -328,6 +328,16 @@ REFUSED: tuple[Feature, ...] = (
         "sparse gradients", "build the embedding with sparse=False", f"{_PARAMETERS}::test_a_sparse_gradient_is_refused"
     ),
     _refused(
+        "plain PyTorch on several ranks without DDP's averaging: averaged by hand, LocalSGD, ZeroRedundancyOptimizer",
+        "DistributedDataParallel, or DeepSpeed ZeRO 1; a model of some ranks only: their process_group",
+        "tests/integrations/test_ranks_apart.py::test_it_is_one_error_on_every_rank",
+    ),
+    _refused(
+        "parameters that are replaced or unfrozen after construction in plain PyTorch",
+        "construct LENA after that, and load the old state_dict() into it",
+        f"{_PARAMETERS}::test_a_parameter_that_is_unfrozen_after_construction_is_refused",
+    ),
+    _refused(
         "add_param_group() after construction",
         "give all parameters to a new LENA, and load the old state_dict() into it",
         f"{_PARAMETERS}::test_a_group_that_is_added_later_is_refused",

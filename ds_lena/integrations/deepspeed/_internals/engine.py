@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -63,16 +64,20 @@ class EngineView:
 
     def scheduler_total_steps(self) -> int | None:
         """`total_num_steps` of the engine's scheduler, from the JSON or given to `initialize`."""
-        value = getattr(self._engine.lr_scheduler, "total_num_steps", None)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        value: Any = getattr(self._engine.lr_scheduler, "total_num_steps", None)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return int(value) if is_number and value == value // 1 else None  # JSON may have 1e2
 
     def clips(self) -> bool:
         """Whether gradients are clipped by their norm."""
         return bool(self._engine.gradient_clipping())
 
     def clip_coefficient(self, norm: Tensor) -> Tensor | None:
-        """What DeepSpeed multiplies a gradient of this norm () by before `step()`. None if clipping is off."""
-        largest = self._engine.gradient_clipping()
+        """What DeepSpeed multiplies a gradient of this norm () by before `step()`. None if clipping is off.
+
+        A wrapper has a bound of its own: at ZeRO 1 and 2 a checkpoint's replaces that of the configuration.
+        """
+        largest = getattr(self.wrapper, "clip_grad", self._engine.gradient_clipping())
         return 1 / ((norm + 1e-6) / largest).clamp(min=1) if largest else None
 
     # -- calls that are added -----------------------------------------------------------------------------------------

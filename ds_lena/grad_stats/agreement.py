@@ -1,0 +1,59 @@
+"""Whether the ranks of plain PyTorch train one model and average its gradients. Asked once, at the first update."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from .reduce import Group, extremes_over
+
+TOLERANCE = 1e-3
+"""Between the ranks' squared norms of one gradient, relative. A gradient that is averaged is the same on all ranks."""
+
+_WHAT_TO_DO = (
+    "LENA takes the gradient as it is at the end of backward(), averaged over its ranks. Wrap the model in "
+    "DistributedDataParallel, and let it average in the last backward() of an update. If other ranks train "
+    "something else, or nothing, give the ranks of this model as process_group (one rank alone: "
+    "torch.distributed.new_group([rank]), which every rank has to call)."
+)
+_OTHER_PARAMETERS = (
+    "LENA: the parameters that LENA got are not the same on every rank: their number, names, order or shapes differ. "
+    "Under ZeroRedundancyOptimizer they do: use DeepSpeed ZeRO 1 instead. "
+) + _WHAT_TO_DO
+_NOT_AVERAGED = (
+    "LENA: at the end of backward() the gradients are not the same on every rank, so they are not averaged. They may "
+    "be averaged later, by hand, or the ranks train apart for some steps (no_sync(), LocalSGD), or hold other parts of "
+    "the model (ZeroRedundancyOptimizer). "
+) + _WHAT_TO_DO
+_MISSING = "LENA: at the first step() not every rank of LENA's process group took part. " + _WHAT_TO_DO
+_LATE = (
+    "LENA: waiting at the first step() for the other ranks of LENA's process group. If they never call step(): "
+) + _WHAT_TO_DO
+
+
+def require_agreement(names: Sequence[str], shapes: Sequence[torch.Size], square: Tensor, group: Group | None) -> None:
+    """Raise `StateError` if the ranks of `group` hold other parameters, or gradients that are not averaged.
+
+    The error is the same on every rank. `square` () float64: the squared norm of all gradients at the end of backward.
+    It makes one all-reduce of four numbers and waits for them.
+    """
+    fingerprint = torch.full_like(square, _fingerprint(names, shapes))
+    values = torch.stack((fingerprint, torch.where(square.isfinite(), square, -1.0)))
+    try:
+        lowest, highest = extremes_over(values, group, _LATE)
+    except RuntimeError as error:  # the backend's: a rank is gone, or did not come in time
+        raise StateError(_MISSING) from error
+    if lowest[0] != highest[0]:
+        raise StateError(_OTHER_PARAMETERS)
+    if highest[1] - lowest[1] > TOLERANCE * abs(highest[1]):
+        raise StateError(_NOT_AVERAGED)
+
+
+def _fingerprint(names: Sequence[str], shapes: Sequence[torch.Size]) -> int:
+    """48 bits, so that a float64 holds them."""
+    told = repr([(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)])
+    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:6], "big")
