@@ -69,6 +69,7 @@ wheel-check: $(LOCK)
 	rm -rf $(BARE) build
 	$(call base,$(BARE),--constraint $(LOCK))
 	$(BARE)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build .
+	rm -rf ds_lena.egg-info  # else Python takes it for this environment's, when it is run here
 	$(BARE)/bin/pip install --quiet --constraint $(LOCK) --no-build-isolation "$$(echo build/*.whl)[deepspeed]"
 	cd / && PYTHONPATH= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(abspath $(IN)) $(abspath $(BARE)) \
 		deepspeed --num_gpus 2 --num_nodes 1 --master_port $${MASTER_PORT:-29519} \
