@@ -14,7 +14,7 @@ STAGES = (0, 1, 2, 3)
 
 KEYS_PAGE = """# Keys of the optimizer entry
 
-Made from `KEYS` in [`config.py`](../ds_lena/config.py) by `make docs`. Do not edit this page.
+Made from `KEYS` in [`keys.py`](../ds_lena/keys.py) by `make docs`. Do not edit this page.
 
 The keys stand in the DeepSpeed JSON under `"optimizer": {{"type": "LENA", "params": {{…}}}}`. `ds_lena.LENA` takes the
 same keys as keyword arguments. [`guide.md`](guide.md) says how to choose them.

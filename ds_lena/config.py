@@ -168,8 +168,6 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
                 f'LENA: a parameter group has "{name}": {group[name]!r}, which is not a key of a group with "base": '
                 f'"{config.base}". A group may have {", ".join(mine)} and "lena".'
             )
-        if name == "lr" and hasattr(group[name], "item"):
-            continue  # a tensor learning rate, as torch's optimizers take
         # A scheduler may set a group's lr to 0, so only config.lr has to be positive.
         at_least_zero = name in ("lr", "weight_decay")
         accepts = not_negative if at_least_zero else KEYS[name].accepts

@@ -60,7 +60,8 @@ class Controller:
         self._warned_of_patterns: set[tuple[str, str]] = set()
         self._proposal: Proposal | None = None
         self.is_managed = False
-        self.bind(plain_binding(watched.parameters, watched.names, self._plain_group()))
+        self._amend: Callable[[Binding], Binding] = lambda binding: binding
+        self._bind_plain()
 
     # -- what runs it -------------------------------------------------------------------------------------------------
 
@@ -78,6 +79,14 @@ class Controller:
     def has_trust_ratios(self) -> bool:
         """Whether the base rule has trust ratios. They depend on how gradients will be clipped."""
         return RULES[self.config.base].trust is not None
+
+    def amend_plain_binding(self, amend: Callable[[Binding], Binding]) -> None:
+        """Change what plain PyTorch is bound to, now and whenever it is bound anew. Before the first update."""
+        self._amend = amend
+        self._bind_plain()
+
+    def _bind_plain(self) -> None:
+        self.bind(self._amend(plain_binding(self.parameters, self.hooks.names, self._plain_group())))
 
     def manage(self, binding: Binding) -> None:
         """Let an engine run the updates from now on."""
@@ -234,11 +243,8 @@ class Controller:
         group = self._plain_group()
         if self.parameters[0].device == self._device and group is self.binding.group:
             return
-        binding = plain_binding(self.parameters, self.names, group)
-        joins = [placement.join for placement in self.binding.placements]
-        placements = [replace(p, join=join) for p, join in zip(binding.placements, joins, strict=True)]
         saved, is_resumed = checkpoint.to_dict(self.schedule), self.schedule.clock.is_resumed
-        self.bind(replace(binding, placements=placements))
+        self._bind_plain()
         checkpoint.load(self.schedule, saved)
         self.schedule.clock = replace(self.schedule.clock, is_resumed=is_resumed)
 

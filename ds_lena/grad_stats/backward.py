@@ -25,9 +25,8 @@ NO_TASK = -2
 """No graph task. Outside of backward, autograd itself answers -1."""
 
 
-def current_task() -> int:
-    """The number of the running graph task. Each call of backward has its own, a nested call too."""
-    return torch._C._current_graph_task_id()
+current_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the running graph task. Each call of backward has its own, a nested call too. (No Python between.)"""
 
 
 def when_task_ends(action: Callable[[], None]) -> None:

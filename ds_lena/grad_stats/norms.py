@@ -32,12 +32,17 @@ class SquaredNorms:
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._device = device
         self._buffers: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
-        self._add_buffer(device)
+        self._on_cpu = device.type == "cpu"
+        _, self._slots = self._add_buffer(device)
 
     def _add_buffer(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
         written = torch.zeros(self._count, dtype=self._dtype, device=device)
         self._buffers[device] = written, written.unbind()
         return self._buffers[device]
+
+    def _slots_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Of a second device. A process uses one device beside the CPU."""
+        return (self._buffers.get(device) or self._add_buffer(device))[1]
 
     def write(self, index: int, gradient: Tensor) -> None:
         """Write the squared norm of `gradient` at `index`."""
@@ -46,10 +51,9 @@ class SquaredNorms:
                 f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
                 "Build the embedding with sparse=False."
             )
-        device = gradient.device
-        _, slots = self._buffers.get(device) or self._add_buffer(device)
-        slot = slots[index]
-        if device.type != "cpu":
+        on_cpu = gradient.is_cpu
+        slot = (self._slots if on_cpu == self._on_cpu else self._slots_on(gradient.device))[index]
+        if not on_cpu:
             torch.linalg.vector_norm(gradient, dtype=self._dtype, out=slot)
         elif gradient.numel() > _BLOCK:
             slot.copy_(_square_of_long(gradient, self._dtype))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..schedule.algorithm import Measurement
 from .hooks import GradientHooks
+from .measurement import Measurement
 from .placement import Placement
 from .reduce import Group, sum_over, world_size
 
@@ -91,5 +91,5 @@ class GradientStatistics:
             n=n,
             mean_square=zeros.index_add(0, self._layer_of_cell, dense),
             square_of_mean=zeros.index_add(0, self._layer_of_cell, square_of_mean),
-            fewest=n / self._most_spread,
+            micro_gradients=n / self._most_spread,
         )

@@ -30,39 +30,10 @@ import torch
 from torch import Tensor
 
 from ..config import LenaConfig
+from ..grad_stats.measurement import Measurement
 
 RELATIVE_FLOOR = 1e-8
 """e of the gain, as a share of the model's mean squared gradient per element. A layer below it shows rounding only."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one update measured, without loss scale and before any clipping.
-
-    `n` (): micro-batches averaged in the update. `mean_square` A (L,), `square_of_mean` B (L,).
-    `fewest` (L,): for each layer, the smallest number of micro-gradients averaged in one of its parameters. None if it
-    is n in every layer.
-    """
-
-    n: Tensor
-    mean_square: Tensor
-    square_of_mean: Tensor
-    fewest: Tensor | None = None
-
-    @property
-    def finite(self) -> Tensor:
-        """(L,) bool: both statistics are finite."""
-        return torch.isfinite(self.mean_square) & torch.isfinite(self.square_of_mean)
-
-    @property
-    def seen(self) -> Tensor:
-        """(L,) bool: the layer had a gradient in this update, and its statistics are finite."""
-        return self.finite & (self.mean_square > 0)
-
-    @property
-    def has_noise(self) -> Tensor:
-        """(L,) bool: the layer was seen in more than one micro-gradient, so its noise can be told from its signal."""
-        return self.seen & ((self.n if self.fewest is None else self.fewest) > 1)
 
 
 @dataclass(frozen=True)

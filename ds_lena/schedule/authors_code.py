@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..config import LenaConfig
-from .algorithm import Clock, LayerState, Measurement, noise_and_signal
+from ..grad_stats.measurement import Measurement
+from .algorithm import Clock, LayerState, noise_and_signal
 
 EPSILON = 1e-6
 

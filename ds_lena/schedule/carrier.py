@@ -6,7 +6,9 @@ every other entry. Flattened, they keep those entries of a group that a live gro
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +18,7 @@ ENTRY = "lena_state"
 
 def fill(groups: Iterable[dict[str, Any]], state: dict[str, Any]) -> None:
     """Put LENA's state into saved groups (modified in place)."""
-    text = json.dumps(state)
+    text = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     for group in groups:
         group[ENTRY] = text
 
@@ -34,4 +36,4 @@ def own_state(state_dict: dict[str, Any]) -> dict[str, Any] | None:
     if state_dict.get("lena") is not None:
         return state_dict["lena"]
     texts = (group.get(ENTRY) for group in state_dict["param_groups"])
-    return next((json.loads(text) for text in texts if text), None)
+    return next((json.loads(zlib.decompress(base64.b64decode(text))) for text in texts if text), None)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..config import LenaConfig
 from ..errors import ConfigError
+from ..grad_stats.measurement import Measurement
 from ..layers import LayerTable
 from . import algorithm, authors_code, clock
-from .algorithm import LayerState, Measurement
+from .algorithm import LayerState
 from .clock import ClockState, RunPlan, scalar
 
 logger = logging.getLogger("ds_lena")

@@ -72,16 +72,18 @@ class Applier:
     def apply(self, groups: Iterable[dict[str, Any]], state: State, rates: Rates) -> None:
         """Move all tensors of the groups that have a gradient (modified in place, with their state)."""
         for group in groups:
-            names = self._rule.buffers(group)
+            names, of_group = self._rule.buffers(group), None
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if of_group is None:  # the tensors of one group are on one device
+                    of_group = rates.of(group["lr"], parameter.device)
                 own = prepare(state[parameter], parameter, names)
                 own["step"] += 1
                 dense = lying_as(parameter, parameter)
                 tensors = [dense, lying_as(parameter, parameter.grad), *(own[name] for name in names)]
                 pieces = self._pieces(parameter, tensors, group["weight_decay"])
-                self._rule.update(pieces, rates.of(group["lr"], parameter.device), own["step"], group)
+                self._rule.update(pieces, of_group, own["step"], group)
                 if dense is not parameter:
                     parameter.copy_(dense)
 

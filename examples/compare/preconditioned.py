@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import ds_lena
+from ds_lena.binding import Binding
 from ds_lena.layouts.layout import GradientPieces
 from ds_lena.layouts.plain import PlainLayout
 from ds_lena.optimizer import controller_of
@@ -60,9 +61,12 @@ def precondition(lena: ds_lena.LENA, beta2: float, eps: float = 1e-8) -> None:
     """Scale every gradient, local and averaged, before its norm is taken. Before the first update."""
     controller = controller_of(lena)
     preconditioner = Preconditioner(lena, controller.parameters, beta2, eps)
-    placements = [
-        replace(placement, join=partial(preconditioner.scale, index))
-        for index, placement in enumerate(controller.binding.placements)
-    ]
-    layout = PreconditionedLayout(controller.parameters, preconditioner)
-    controller.bind(replace(controller.binding, placements=placements, layout=layout))
+
+    def amend(binding: Binding) -> Binding:
+        joins = [partial(preconditioner.scale, index) for index in range(len(binding.placements))]
+        placements = [replace(each, join=join) for each, join in zip(binding.placements, joins, strict=True)]
+        return replace(
+            binding, placements=placements, layout=PreconditionedLayout(controller.parameters, preconditioner)
+        )
+
+    controller.amend_plain_binding(amend)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ds_lena import LENA
 from ds_lena.config import LenaConfig
-from ds_lena.schedule.algorithm import Measurement
+from ds_lena.grad_stats.measurement import Measurement
 
 Rows = Sequence[Sequence[float]]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from pytest import approx
 
+from ds_lena.grad_stats.measurement import Measurement
 from ds_lena.schedule import algorithm
-from ds_lena.schedule.algorithm import Clock, LayerState, Measurement
+from ds_lena.schedule.algorithm import Clock, LayerState
 from tests.unit.support import config, measure, scalar, statistics, vector
 
 FAR = Clock(done=scalar(1.0), planned=scalar(1e9))

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import ds_lena
+from ds_lena.grad_stats.measurement import Measurement
 from ds_lena.optimizer import controller_of
 from ds_lena.schedule import authors_code
-from ds_lena.schedule.algorithm import Clock, LayerState, Measurement, step_factor
+from ds_lena.schedule.algorithm import Clock, LayerState, step_factor
 from tests.unit.support import config, measure, scalar
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -261,6 +261,12 @@ def test_a_key_that_a_group_cannot_have_is_refused(group):
         check_group(group, config())
 
 
+@pytest.mark.parametrize("lr", [torch.tensor(-1.0), torch.tensor(math.nan), torch.ones(2)], ids=str)
+def test_a_tensor_learning_rate_of_a_group_is_checked_as_a_number(lr):
+    with pytest.raises(ConfigError, match='a parameter group has "lr"'):
+        check_group({"lr": lr}, config())
+
+
 # -- as arguments of the class ----------------------------------------------------------------------------------------
 
 ARGUMENTS = inspect.signature(LENA).parameters

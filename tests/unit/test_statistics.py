@@ -166,7 +166,7 @@ def test_experts_show_the_noise_and_signal_of_a_dense_layer(monkeypatch, one_lay
         assert measured.n == n
         for layer, statistic in enumerate(wanted):
             assert seen(measured, layer) == approx(statistic)
-        assert measured.fewest.tolist() == ([n / 2] if one_layer else [n, n / 2])
+        assert measured.micro_gradients.tolist() == ([n / 2] if one_layer else [n, n / 2])
         assert measured.has_noise.all()
 
 

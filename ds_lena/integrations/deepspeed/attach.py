@@ -25,7 +25,7 @@ from ._internals import SEEN_WITH, seam
 from ._internals.engine import EngineView, logical_shapes
 from ._internals.select import layout_of
 from .monitor import write_model
-from .support import refuse_unsupported
+from .support import in_use, refuse_unsupported
 from .window import Window
 
 logger = logging.getLogger("ds_lena")
@@ -43,20 +43,21 @@ def _configure(
     engine: Any, original: Callable[..., None], client_optimizer: Any, model_parameters: list[Tensor]
 ) -> None:
     """Have DeepSpeed make or take the optimizer, and wrap it. For a LENA, check before that and attach after it."""
-    named_in_json = client_optimizer is None and engine.optimizer_name() == LENA.__name__
+    view = EngineView(engine)
+    named_in_json = client_optimizer is None and view.optimizer_name == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
-        refuse_unsupported(EngineView(engine).facts)
+        refuse_unsupported(view.facts)
         if not named_in_json:
             _require_open(controller_of(client_optimizer))
             watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
-        ownership.require_free(engine, engine.module, given)
+        ownership.require_free(engine, view.module, given)
         _warn_of_version()
     seam.allow_under_zero(LENA)
     with dormant():
         original(client_optimizer, model_parameters)
-    if isinstance(engine.basic_optimizer, LENA):
-        attach(engine, engine.basic_optimizer)
+    if isinstance(view.optimizer, LENA):
+        attach(view, view.optimizer)
 
 
 def _warn_of_version() -> None:
@@ -71,7 +72,7 @@ def _warn_of_version() -> None:
         )
 
 
-def attach(engine: Any, lena: LENA) -> None:
+def attach(view: EngineView, lena: LENA) -> None:
     """Bind a LENA to the engine that holds it, and have it run around the engine's model step.
 
     Raises:
@@ -79,8 +80,9 @@ def attach(engine: Any, lena: LENA) -> None:
         ConfigError: the length of the run is not known, or the entry contradicts DeepSpeed's own entries.
         StateError: this version of ds_lena does not know DeepSpeed's layout.
     """
-    view, controller = EngineView(engine), controller_of(lena)
+    engine, controller = view.engine, controller_of(lena)
     refuse_unsupported(view.facts)  # checked again: a callable that makes a LENA has not been checked before
+    logger.info("LENA under DeepSpeed, with what is exact: %s.", "; ".join(in_use(view.facts)))
     _check_micro_batch_size(view, controller)
     binding = _binding(view, controller)
     _check_layout(view, binding, controller.parameters)

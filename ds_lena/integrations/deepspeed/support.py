@@ -91,7 +91,7 @@ def _refused(what: str, instead: str, test: str) -> Feature:
 _NO_OFFLOAD = 'remove the entry, or set its "device" to "none"'
 _DATA_PARALLEL = "use ZeRO 1-3 with data parallelism only"
 
-SUPPORTED: tuple[Feature, ...] = (
+STAGES: tuple[Feature, ...] = (
     _stage(0, False, False, "zero0"),
     _stage(0, True, False, "zero0"),
     _stage(1, False, False, "zero12"),
@@ -103,6 +103,10 @@ SUPPORTED: tuple[Feature, ...] = (
     _stage(3, False, False, "zero3"),
     _stage(3, True, False, "zero3"),
     _stage(3, True, True, "zero3"),
+)
+
+SUPPORTED: tuple[Feature, ...] = (
+    *STAGES,
     _runs(
         _OPTIONS,
         "bf16_master_weights_and_grads (ZeRO 1-3)",
@@ -347,9 +351,19 @@ REFUSED: tuple[Feature, ...] = (
 FEATURES = SUPPORTED + REFUSED
 
 
+def in_use(facts: EngineFacts) -> list[str]:
+    """The supported features that an engine uses: its ZeRO stage and precision first."""
+    return [feature.what for feature in SUPPORTED if feature.is_on(facts)]
+
+
 def refuse_unsupported(facts: EngineFacts) -> None:
-    """Raise `UnsupportedError` for the first refused feature that is on."""
+    """Raise `UnsupportedError` for the first refused feature that is on, or for a stage that is not in the table."""
     for feature in REFUSED:
         if feature.is_on(facts):
             what = feature.what.format(predivide=facts.predivide)
             raise UnsupportedError(f"LENA does not support {what} yet. Nearest supported choice: {feature.instead}.")
+    if not any(feature.is_on(facts) for feature in STAGES):
+        raise UnsupportedError(
+            f"LENA does not support ZeRO {facts.stage} with these types of weights and gradients. Nearest supported "
+            f"choice: one of {', '.join(feature.what for feature in STAGES)}."
+        )

@@ -1,4 +1,4 @@
-"""Base rules: how a piece moves once its learning rate is known. Each rule has a file, and a line in `config.BASES`."""
+"""Base rules: how a piece moves once its learning rate is known. Each rule has a file, and a line in `keys.BASES`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -15,12 +16,16 @@ from .facts import EngineFacts, read_facts
 class EngineView:
     """All that LENA reads of an engine, and all calls that it adds to it.
 
-    `facts`: how the engine is configured, read once. What a user can change between updates is a method.
+    `engine`: the engine itself, for those that only pass it on. What a user can change between updates is a method.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.facts: EngineFacts = read_facts(engine)
+        self.engine = self._engine = engine
+
+    @functools.cached_property
+    def facts(self) -> EngineFacts:
+        """How the engine is configured. Read once: for a LENA that is known before, before it is wrapped."""
+        return read_facts(self._engine)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -67,10 +72,6 @@ class EngineView:
         value: Any = getattr(self._engine.lr_scheduler, "total_num_steps", None)
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         return int(value) if is_number and value == value // 1 else None  # JSON may have 1e2
-
-    def clips(self) -> bool:
-        """Whether gradients are clipped by their norm."""
-        return bool(self._engine.gradient_clipping())
 
     def clip_coefficient(self, norm: Tensor) -> Tensor | None:
         """What DeepSpeed multiplies a gradient of this norm () by before `step()`. None if clipping is off.
