@@ -72,16 +72,29 @@ ZERO_CONFIG = (
 )
 ZERO_1_2 = (
     "averaged_gradients",
+    "clip_grad",
     "partition_size",
     "real_dp_process_group",
     "round_robin_bit16_groups",
     "round_robin_bit16_offsets",
     "single_partition_of_fp32_groups",
 )
-BF16 = ("bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "real_dp_process_group")
-ZERO_3 = ("averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer")
+BF16 = (
+    "bf16_groups",
+    "clip_grad",
+    "fp32_groups_flat_partition",
+    "fp32_groups_gradient_flat_partition",
+    "real_dp_process_group",
+)
+ZERO_3 = (
+    "averaged_gradients",
+    "clip_grad",
+    "fp16_groups",
+    "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer",
+)
 ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor", "partition_numel")
-UNFUSED = ("fp16_groups", "fp32_groups")
+UNFUSED = ("clip_grad", "fp16_groups", "fp32_groups")
 LAYOUTS = {
     # (stage, precision): the wrapper's class, its names, those of a parameter
     (0, "fp32"): ("LENA", (), ()),
