@@ -20,7 +20,7 @@ from .binding import Binding, Watched, plain_binding
 from .config import LenaConfig, unknown_total_steps
 from .errors import ConfigError
 from .grad_stats import backward
-from .grad_stats.agreement import require_agreement
+from .grad_stats.agreement import require_agreement, require_average
 from .grad_stats.hooks import GradientHooks
 from .grad_stats.norms import squared_norm, squared_norms
 from .grad_stats.placement import Placement
@@ -165,6 +165,7 @@ class Controller:
         """
         self.look_at_scheduler(groups)
         self._require_names()
+        is_first = not self._ranks_agree
         self.require_agreement()
         if not self._patterns_are_checked:
             self._warn_of_patterns()
@@ -173,6 +174,10 @@ class Controller:
             self._read_mean()
         scale = layout.loss_scale()
         measured, square_of_mean = self._statistics.reduce(self._squares_of_mean, scale)
+        if is_first:
+            self._ranks_agree = False  # should the next line raise
+            require_average(measured.mean_square.sum(), measured.square_of_mean.sum())
+            self._ranks_agree = True
         self._proposal = self.schedule.propose(measured, self._run_plan())
         factor = self._proposal.factor[self._layer_of]
         if self._trust is not None:

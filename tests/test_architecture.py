@@ -137,6 +137,7 @@ UPDATE_PATH = {
 """Modules that every update passes through, and their functions that it does not."""
 
 HARMLESS = {
+    "grad_stats.agreement: bool(square_of_mean > ROUNDING * mean_square)": "once a run",
     "grad_stats.reduce: both.tolist()": "once a run",
     "grad_stats.statistics: float(self._hooks.passes)": "a Python number",
     "schedule.clock: float(plan.planned_n)": "a Python number",

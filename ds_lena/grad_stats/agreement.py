@@ -14,6 +14,9 @@ from .reduce import Group, extremes_over
 TOLERANCE = 1e-3
 """Between the ranks' squared norms of one gradient, relative. A gradient that is averaged is the same on all ranks."""
 
+ROUNDING = 1.1
+"""B is at most A. In bfloat16, sums of many micro-gradients are rounded; this leaves room for it."""
+
 _WHAT_TO_DO = (
     "LENA takes the gradient as it is at the end of backward(), averaged over its ranks. Wrap the model in "
     "DistributedDataParallel, and let it average in the last backward() of an update. If other ranks train "
@@ -28,6 +31,10 @@ _NOT_AVERAGED = (
     "LENA: at the end of backward() the gradients are not the same on every rank, so they are not averaged. They may "
     "be averaged later, by hand, or the ranks train apart for some steps (no_sync(), LocalSGD), or hold other parts of "
     "the model (ZeroRedundancyOptimizer). "
+) + _WHAT_TO_DO
+_LARGER_THAN_AN_AVERAGE = (
+    "LENA: the gradient at the end of backward() is larger than any average of the micro-gradients, so the ranks' "
+    "gradients were added up and not averaged, as by a communication hook without a division, or were scaled. "
 ) + _WHAT_TO_DO
 _MISSING = "LENA: at the first step() not every rank of LENA's process group took part. " + _WHAT_TO_DO
 _LATE = (
@@ -51,6 +58,15 @@ def require_agreement(names: Sequence[str], shapes: Sequence[torch.Size], square
         raise StateError(_OTHER_PARAMETERS)
     if highest[1] - lowest[1] > TOLERANCE * abs(highest[1]):
         raise StateError(_NOT_AVERAGED)
+
+
+def require_average(mean_square: Tensor, square_of_mean: Tensor) -> None:
+    """Raise `StateError` if B () is larger than A (), which no average of the micro-gradients can be.
+
+    It waits for both. They are sums over all layers and the same on every rank, so the error is, too.
+    """
+    if bool(square_of_mean > ROUNDING * mean_square):
+        raise StateError(_LARGER_THAN_AN_AVERAGE)
 
 
 def _fingerprint(names: Sequence[str], shapes: Sequence[torch.Size]) -> int:

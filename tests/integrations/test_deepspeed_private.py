@@ -80,6 +80,7 @@ ZERO_1_2 = (
     "all_grad_tensors",
     "averaged_gradients",
     "bit16_groups",
+    "clip_grad",
     "overlap_comm",
     "partition_gradients",
     "partition_size",
@@ -90,6 +91,7 @@ ZERO_1_2 = (
 )
 BF16 = (
     "bf16_groups",
+    "clip_grad",
     "fp32_groups_flat_partition",
     "fp32_groups_gradient_flat_partition",
     "fp32_groups_has_gradients",
@@ -100,13 +102,14 @@ ZERO_3 = (
     "_coalesce_grad_reduction",
     "_epilogue_ran_this_backward",
     "averaged_gradients",
+    "clip_grad",
     "fp16_groups",
     "fp32_partitioned_groups_flat",
     "grad_partitions_flat_buffer",
     "micro_step_id",
 )
 ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor", "partition_numel")
-UNFUSED = ("fp16_groups", "fp32_groups")
+UNFUSED = ("clip_grad", "fp16_groups", "fp32_groups")
 LAYOUTS = {
     # (stage, precision): the wrapper's class, its names, those of a parameter
     (0, "fp32"): ("LENA", (), ()),

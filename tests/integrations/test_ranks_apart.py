@@ -69,6 +69,18 @@ def sharded(widths: list[int]) -> None:
     optimizer.step()
 
 
+def summed_by_ddp() -> None:
+    """A communication hook that adds up and does not divide."""
+    model = DistributedDataParallel(Net())
+    model.register_comm_hook(
+        None,
+        lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0]),
+    )
+    optimizer = ds_lena.LENA(model.named_parameters(), **KEYS)
+    backward(model, 0)
+    optimizer.step()
+
+
 def two_models() -> None:
     model = Net() if dist.get_rank() else Net(width=6)
     optimizer = ds_lena.LENA(model.named_parameters(), **KEYS)
@@ -89,6 +101,7 @@ def error_of(run: Callable[..., None], *arguments: object) -> str:
 NOT_AVERAGED, OTHER_PARAMETERS = "the gradients are not the same on every rank", "are not the same on every rank: their"
 
 CASES = {
+    "added up": ("larger than any average", summed_by_ddp),
     "averaged by hand": (NOT_AVERAGED, by_hand),
     "not averaged": (NOT_AVERAGED, not_at_all),
     "LocalSGD": (NOT_AVERAGED, local_sgd),

@@ -22,6 +22,7 @@ NAMES = {
     "transformer.h.3.attn.c_proj.bias": ("transformer.h.3.attn.c_proj", "transformer.h.3"),
     "encoder.layers.10.experts.2.up.weight": ("encoder.layers.10.experts.2.up", "encoder.layers.10"),
     "0.weight": ("0", "0"),
+    "3.attn.c_proj.weight": ("3.attn.c_proj", "3"),
     "layer1.conv.weight": ("layer1.conv", "layer1.conv"),
     "heads.0": ("heads", "heads"),
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pytest import approx
 from torch import nn
+from torch.autograd import Variable
 
 import ds_lena
 from ds_lena import LENA, ConfigError, StateError
@@ -288,6 +289,18 @@ def test_a_gradient_that_is_not_finite_is_counted_and_its_layer_keeps_its_factor
     train_window(optimizer, parameters, [[vector(math.nan, 1), vector(1, 2)], [vector(1, 1), vector(2, 1)]])
     assert layer(optimizer) == before
     assert ds_lena.report(optimizer)["nonfinite"] == 1
+
+
+def test_the_gradient_is_measured_after_a_reduction_in_a_callback_of_a_callback():
+    """So DDP finishes with static_graph: in a callback at the end of backward, which queues another one."""
+    parameters = weights(2)
+    optimizer = LENA(parameters, warmup="none")
+    finish = Variable._execution_engine.queue_callback
+    parameters[0].register_post_accumulate_grad_hook(
+        lambda parameter: finish(lambda: finish(lambda: parameter.grad.mul_(0.5)))
+    )
+    backward(parameters, [vector(6, 8)])
+    assert controller_of(optimizer)._squares_of_mean.tolist() == [25]
 
 
 # -- memory formats and interruptions ---------------------------------------------------------------------------------

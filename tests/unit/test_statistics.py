@@ -13,6 +13,7 @@ from ds_lena.grad_stats import statistics
 from ds_lena.grad_stats.hooks import GradientHooks
 from ds_lena.grad_stats.placement import Placement, data_parallel
 from ds_lena.grad_stats.statistics import GradientStatistics
+from ds_lena.layouts.plain import PlainLayout
 
 CPU = torch.device("cpu")
 PASSES = 3
@@ -62,19 +63,29 @@ def seen(measured, layer=0):
     return measured.mean_square[layer].item(), measured.square_of_mean[layer].item()
 
 
-def test_data_parallel(monkeypatch):
-    g = numbers(2 * PASSES, 4)
+@pytest.mark.parametrize("world", [2, 3])
+def test_data_parallel(monkeypatch, world):
+    g = numbers(world * PASSES, 6)
     n, mean = len(g), g.mean(0)
+    sizes = [PASSES - 1, PASSES + 1, PASSES][:world]
     ranks = [
-        Rank(
-            data_parallel(["w"], [torch.Size([4])], 2), [[h * 2 / n] for h in mine], [mean[:2] if r == 0 else mean[2:]]
-        )
-        for r, mine in enumerate(g.split([PASSES - 1, PASSES + 1]))
+        Rank(data_parallel(["w"], [torch.Size([6])], world), [[h * world / n] for h in mine], [piece])
+        for mine, piece in zip(g.split(sizes), mean.chunk(world), strict=True)
     ]
     for measured, whole in reduced(monkeypatch, ranks):
         assert measured.n == n, "the passes of all ranks, which may differ"
         assert seen(measured) == approx(truth(g))
         assert whole.item() == approx(truth(g)[1])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_in_ddp_one_rank_measures_each_averaged_gradient(world):
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(5)]
+    for parameter in parameters[:4]:
+        parameter.grad = torch.ones(2)
+    shares = [[i for i, _ in PlainLayout(parameters, rank, world).gradients()] for rank in range(world)]
+    assert sorted(i for share in shares for i in share) == [0, 1, 2, 3]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_loss_scale_is_taken_out(monkeypatch):

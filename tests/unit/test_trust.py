@@ -1,5 +1,7 @@
 """Trust ratios in the optimizer: what has one, what it is when it cannot be, and that measuring it leaves no trace."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pytest import approx
@@ -208,6 +210,28 @@ def test_clipping_by_the_user_is_seen(base):
     for _ in range(2):
         step(optimizer, gradient(other) * 0.1 / gradient(other).norm())
     torch.testing.assert_close(weight.detach(), other.detach(), rtol=1e-5, atol=1e-7)
+
+
+@BASES
+def test_clipping_by_an_engine_is_foreseen(base):
+    """An engine clips after the ratios are measured."""
+    clipped, same = tensor(6, 4), tensor(6, 4)
+    controller, other = (controller_of(optimizer_of([w], base, weight_decay=0.1)) for w in (clipped, same))
+    norms = []
+    controller.manage(replace(controller.binding, clip=lambda norm: norms.append(norm) or 0.1 / norm))
+    other.manage(other.binding)
+    groups = [[{"params": [w], "lr": 0.5, "weight_decay": 0.1, **RULES[base]}] for w in (clipped, same)]
+    for made, weight, its in ((controller, clipped, groups[0]), (other, same, groups[1])):
+        state = {weight: {}}
+        weight.grad = gradient(weight) * (1.0 if weight is clipped else 0.1 / gradient(weight).norm())
+        made.begin_update(its, state)
+        if weight is clipped:
+            weight.grad *= 0.1 / norms[0]
+        with torch.no_grad():
+            made.apply(its, state)
+        made.end_update(applied=True)
+    assert norms == [approx(gradient(clipped).norm().item())]
+    torch.testing.assert_close(clipped.detach(), same.detach())
 
 
 @BASES
