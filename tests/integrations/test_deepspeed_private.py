@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ds_lena.integrations.deepspeed import _internals
+from ds_lena.integrations.deepspeed._internals.engine import EngineView
 from tests.integrations._engines import Net, batch, config, engine, stock_engine, train, without_optimizer
 from tests.integrations._ranks import Ranks
 
@@ -317,3 +318,18 @@ def default_clipping() -> float:
 
 def test_gradients_are_clipped_unless_told_otherwise(ranks: Ranks) -> None:
     assert ranks.run(default_clipping) == [1.0, 1.0], where()
+
+
+def coefficients(norm: float) -> tuple[float, float]:
+    """What DeepSpeed multiplies a gradient of this norm by, and what LENA takes it to be."""
+    with engine(config(2, gradient_clipping=1e-6)) as made:
+        gradient = torch.ones(1)
+        made.optimizer.unscale_and_clip_grads([gradient], torch.tensor(norm))
+        return float(gradient), float(EngineView(made).clip_coefficient(torch.tensor(norm)))
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.2e-6, 3e-6])
+def test_clipping_adds_a_small_number_to_the_norm(ranks: Ranks, norm: float) -> None:
+    for theirs, ours in ranks.run(coefficients, norm):
+        assert theirs == pytest.approx(min(1.0, 1e-6 / (norm + 1e-6))), where()
+        assert ours == pytest.approx(theirs)

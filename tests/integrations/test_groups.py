@@ -122,7 +122,7 @@ def given_twice(stage: int) -> str:
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_an_optimizer_of_an_engine_before_is_refused(ranks: Ranks, stage: int) -> None:
     for message in ranks.run(given_twice, stage):
-        assert message.startswith("StateError") and "Make a new LENA for a new engine" in message
+        assert message.startswith("StateError") and "Make a new LENA for the new engine" in message
 
 
 # -- what the engine says of the run ----------------------------------------------------------------------------------

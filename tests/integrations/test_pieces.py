@@ -20,9 +20,11 @@ def pieces(stage: int, precision: str) -> tuple[Pieces, list[tuple[int, int]], l
     with engine(config(stage, precision), model) as made:
         layout = controller_of(made.basic_optimizer).binding.layout
         found = [(s.parameter, s.offset, s.length) for _, segments in layout.segments() for s in segments]
+        at_first = [i for i, _ in layout.gradients()]
         gradients: list[tuple[int, int]] = []
         made._take_model_step = lambda *_: gradients.extend((i, g.numel()) for i, g in layout.gradients())
         train(made, range(1))
+        assert sorted(at_first) == sorted(i for i, _ in gradients), "a piece without gradient is None"
         return found, gradients, sizes
 
 

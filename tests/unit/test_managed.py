@@ -1,5 +1,7 @@
 """LENA in the hands of an engine: a stand-in with one flat tensor, two parameters and padding in it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pytest import approx
@@ -142,3 +144,10 @@ def test_the_engine_s_micro_batch_size_and_length_of_run_are_known(lena, layout)
     window(lena)
     plan = begin(lena).clock.plan
     assert (plan.total_steps, plan.planned_n, plan.micro_batch_size) == (50, 2, 4)
+
+
+def test_the_user_s_length_of_run_comes_before_the_engine_s(lena, layout):
+    controller = controller_of(lena)
+    controller.config = replace(controller.config, total_steps=30)
+    window(lena)
+    assert begin(lena).clock.plan.total_steps == 30

@@ -257,6 +257,26 @@ def test_a_group_s_own_moments_are_used_in_its_ratio():
     torch.testing.assert_close(moved, same)
 
 
+def test_a_group_s_own_weight_decay_is_used_in_its_ratio_and_may_change():
+    weights, keys = [tensor(6, 4), tensor(6, 4)], {"momentum": 0.0}
+    optimizer = optimizer_of([{"params": [weight], "weight_decay": 0.0} for weight in weights], "lars", **keys)
+    for seed, decay in ((1, 0.5), (2, 0.1)):
+        alone = optimizer_of([nn.Parameter(weights[1].detach().clone())], "lars", weight_decay=decay, **keys)
+        optimizer.param_groups[1]["weight_decay"] = decay
+        _, moved = step(optimizer, *(gradient(w, seed) for w in weights))
+        (same,) = step(alone, gradient(weights[1], seed))
+        torch.testing.assert_close(moved, same)
+
+
+def test_where_a_layout_has_no_gradient_the_ratio_is_that_of_zeros(monkeypatch):
+    known, unknown = (optimizer_of([tensor(6, 4)], "lamb") for _ in range(2))
+    for optimizer in (known, unknown):
+        step(optimizer, gradient(tensor(6, 4)))
+    monkeypatch.setattr(controller_of(unknown).binding.layout, "gradients", lambda: iter([(0, None)]))
+    zeros = torch.zeros(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(step(unknown, zeros), step(known, zeros))
+
+
 @pytest.mark.parametrize(("base", "key"), [("adamw", "trust_coefficient"), ("sgd", "trust_clip"), ("lars", "betas"),
                                            ("lars", "nesterov"), ("lamb", "momentum")])  # fmt: skip
 def test_keys_of_another_rule_are_refused_by_name(base, key):
