@@ -106,12 +106,14 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
 
 @contextmanager
 def _one_layout() -> Iterator[None]:
-    """DeepSpeed keeps its groups of ranks in a module: put back what one layout has set there."""
+    """DeepSpeed keeps its groups of ranks, and autocast, in modules: put back what one layout has set there."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.module_inject.layers import set_autotp_mode
+    from deepspeed.runtime import torch_autocast
     from deepspeed.utils import groups
 
-    before = dict(vars(groups))
+    modules = (groups, torch_autocast)
+    before = [dict(vars(module)) for module in modules]
     accelerator = get_accelerator()
     accelerator.is_fp16_supported = lambda: True  # this CPU's is not, and DeepSpeed would say so before us
     try:
@@ -119,7 +121,8 @@ def _one_layout() -> Iterator[None]:
     finally:
         del accelerator.is_fp16_supported
         set_autotp_mode(training=False)
-        vars(groups).update(before)
+        for module, names in zip(modules, before, strict=True):
+            vars(module).update(names)
 
 
 def refusal_of_layout(stage: int, entries: dict[str, Any], model: str = "plain", mpu: str = "none") -> str:
