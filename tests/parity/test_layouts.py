@@ -25,7 +25,7 @@ REDUCTION = [
     *stages((2, 3), "overlap-comm", zero={"overlap_comm": True}),
     *stages((2, 3), "no-contiguous-gradients", full_at=(1,), zero={"contiguous_gradients": False}),
     *stages((2, 3), "no-reduce-scatter", full_at=(1,), zero={"reduce_scatter": False}),
-    *stages((2, 3), "small-buckets", full_at=(1,), zero=SMALL_BUCKETS, world=4),
+    *stages((2, 3), "small-buckets", full_at=(1,), zero=SMALL_BUCKETS),
     *stages((2,), "one-bucket-per-rank", full_at=(1,), zero={"use_multi_rank_bucket_allreduce": False}),
     *stages((2,), "round-robin", full_at=(1,), zero={"round_robin_gradients": True}, world=4, clipping=0.5),
     *stages((0, 2, 3), "prescale", full_at=(1,), config={"prescale_gradients": True}, zero={"reduce_scatter": False}),
@@ -90,7 +90,9 @@ MODELS = [
     *stages((1,), "compiled-model", full_at=(0, 2), compiled="model"),  # not with DeepSpeed's ZeRO-3
     *stages((3,), "compiled-engine", full_at=(0, 1, 2), compiled="engine"),
     # Rounding noise alone: the relative floor of the gain keeps it at 1 instead of n.
-    *stages((3,), "true-gradient-of-zero", full_at=(0, 1, 2), model=ModelOptions(key_bias=True), base="sgd", world=4),
+    *stages(
+        (3,), "true-gradient-of-zero", full_at=(0, 1, 2), model=ModelOptions(key_bias=True), base="sgd", accumulation=4
+    ),
 ]
 
 

@@ -34,7 +34,7 @@ CASES = [
     *both(ALL, "bf16", (0,), (2, 3), precision="bf16", usage="always"),
     *both(ZERO, "bf16-fp32", (1,), (1,), precision="bf16-fp32", clipping=0.5, usage="always"),
     *both(ALL, "unused-window", (0, 3), (1, 3), usage="every other window", clipping=0.5),
-    *both(ZERO, "four-ranks", (2,), (3,), world=4, clipping=0.5),
+    *both(ZERO, "four-ranks", (2,), (), world=4, clipping=0.5),
     *both(ZERO, "skipped", (3,), (2,), windows=POISONED),
     *both((0, 3), "flat", (3,), (0,), groups="flat", lena={"no_decay": ["*bias"], "weight_decay": 0.1}),
     *both((1, 3), "blocks", (1,), (3,), layer="block"),
