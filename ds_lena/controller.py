@@ -2,7 +2,7 @@
 
 A controller is bound to plain PyTorch until an engine takes over. In plain PyTorch a user may clip or unscale `p.grad`
 between backward and step. So the averaged gradient is measured at the end of every backward pass, after DDP's
-reduction, and the last measurement before the step counts. Under an engine it is measured once per update.
+reduction, and the last measurement before the step counts. An engine says when its reduction has ended.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Controller:
 
     `group`: for plain PyTorch, the ranks that average the gradients. None is all ranks.
     `parameter_ids`: the `id` of each parameter. `binding`: describes what runs the updates. `is_managed`: an engine
-    runs them. `schedule`: what is remembered.
+    runs them. `has_read_mean`: the averaged gradient of this window is measured. `schedule`: what is remembered.
     """
 
     def __init__(self, config: LenaConfig, watched: Watched, group: Group | None) -> None:
@@ -120,6 +120,7 @@ class Controller:
         self.hooks.after_pass = None if self.is_managed else _weakly(self._after_plain_pass)
         self._mean_norms = self.hooks.new_norms()
         self._squares_of_mean = self._mean_norms.read()
+        self.has_read_mean = False
         self._statistics = GradientStatistics(
             self.hooks, placements, table.of_parameter, table.count, binding.group, self._device
         )
@@ -169,11 +170,10 @@ class Controller:
         self.require_agreement()
         if not self._patterns_are_checked:
             self._warn_of_patterns()
-        layout = self.binding.layout
-        if self.is_managed:
-            self._read_mean()
-        scale = layout.loss_scale()
-        measured, square_of_mean = self._statistics.reduce(self._squares_of_mean, scale)
+        if self.is_managed and not self.has_read_mean:
+            self.read_mean()
+        scale = self.binding.layout.loss_scale()
+        measured, square_now = self._statistics.reduce(self._squares_of_mean, self._squares_now(), scale)
         if is_first:
             self._ranks_agree = False  # should the next line raise
             require_average(measured.mean_square.sum(), measured.square_of_mean.sum())
@@ -181,7 +181,7 @@ class Controller:
         self._proposal = self.schedule.propose(measured, self._run_plan())
         factor = self._proposal.factor[self._layer_of]
         if self._trust is not None:
-            clip = self.binding.clip(square_of_mean.sqrt())
+            clip = self.binding.clip(square_now.sqrt())
             factor = factor * self._trust.measure(_unscaled(clip, scale), groups, state)
         self._rates = Rates(factor)
         return self._proposal
@@ -206,6 +206,7 @@ class Controller:
     def end_update(self, applied: bool) -> None:
         """End the update. If it was not applied, nothing of it stays but the count of skipped updates."""
         proposal, self._proposal = self._proposal, None
+        self.has_read_mean = False
         self.hooks.clear()
         self.binding.layout.clear_gradients()
         if proposal is None:
@@ -230,8 +231,20 @@ class Controller:
         size = self.config.micro_batch_size if known.micro_batch_size is None else known.micro_batch_size
         return replace(known, total_steps=total_steps, micro_batch_size=size)
 
-    def _read_mean(self) -> None:
-        self._squares_of_mean = squared_norms(self.binding.layout.gradients(), self._mean_norms)
+    def read_mean(self) -> None:
+        """Measure the averaged gradient, at the end of a backward pass that has reduced it. The last time counts.
+
+        What a user makes of it later moves the weights, and is not in the statistics.
+        """
+        self._squares_of_mean = self._squares()
+        self.has_read_mean = True
+
+    def _squares_now(self) -> Tensor:
+        """Of the averaged gradient that an engine will clip. Only trust ratios ask whether it has been changed."""
+        return self._squares() if self.is_managed and self._trust is not None else self._squares_of_mean
+
+    def _squares(self) -> Tensor:
+        return squared_norms(self.binding.layout.gradients(), self._mean_norms)
 
     # -- plain PyTorch ------------------------------------------------------------------------------------------------
 
@@ -264,7 +277,7 @@ class Controller:
             backward.when_task_ends(lambda: self._read_mean_later(turns - 1))
             return
         with torch.no_grad():
-            self._read_mean()
+            self.read_mean()
             if not self._ranks_agree:
                 squares = [squared_norm(p.grad) for p in self.parameters if p.grad is not None]
                 self._square_here = sum(squares, torch.zeros_like(self._square_here))

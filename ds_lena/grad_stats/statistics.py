@@ -56,24 +56,28 @@ class GradientStatistics:
         self._most_spread = vector([float(max(e for at, e in cells if at == layer)) for layer in range(layers)])
         self._is_spread = any(p.spread > 1 for p in placements)
 
-    def reduce(self, squares_of_mean: Tensor, loss_scale: float = 1.0) -> tuple[Measurement, Tensor]:
-        """The statistics of each layer, and the squared norm () of the averaged gradient of all parameters, excluded
-        ones too.
+    def reduce(
+        self, squares_of_mean: Tensor, squares_now: Tensor, loss_scale: float = 1.0
+    ) -> tuple[Measurement, Tensor]:
+        """The statistics of each layer, and the squared norm () now of the averaged gradient of all parameters,
+        excluded ones too.
 
-        `squares_of_mean` (P,): this rank's share of the squared norms of the averaged gradient.
+        `squares_of_mean`, `squares_now` (P,): this rank's share of the squared norms of the averaged gradient, as it
+        was averaged, and as it may have been changed since.
         `loss_scale`: the factor that is still in all gradients of this window.
         """
         cells = self._cells
         squares = self._by_cell(self._hooks.sums * self._weights)[:cells]
         passes = squares.new_full((1,), float(self._hooks.passes))
-        mean = self._by_cell(squares_of_mean * self._counted)
-        buffer = sum_over(torch.cat((passes, squares, mean)), self._group)
+        mean = self._by_cell(squares_of_mean * self._counted)[:cells]
+        now = (squares_now * self._counted).sum().reshape(1)
+        buffer = sum_over(torch.cat((passes, squares, mean, now)), self._group)
         n = buffer[0] / self._ranks_of_micro_batch
         if loss_scale != 1.0:
             buffer = buffer / loss_scale**2
         mean_square = buffer[1 : cells + 1] * (n / self._spread_of_cell)
-        square_of_mean = buffer[cells + 1 :]
-        return self._fold(n, mean_square, square_of_mean[:cells]), square_of_mean.sum()
+        square_of_mean = buffer[cells + 1 : -1]
+        return self._fold(n, mean_square, square_of_mean), buffer[-1]
 
     def _by_cell(self, of_parameters: Tensor) -> Tensor:
         """(cells + 1,): the sum over the parameters of each cell. The last entry sums the parameters of no layer."""

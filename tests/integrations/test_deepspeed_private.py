@@ -20,6 +20,7 @@ from tests.integrations._engines import Net, batch, config, engine, stock_engine
 from tests.integrations._ranks import Ranks
 
 ENGINE = (
+    "_backward_epilogue",
     "_config",
     "_configure_lr_scheduler",
     "_configure_optimizer",
@@ -181,7 +182,14 @@ def seam() -> dict[str, Any]:
     from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    methods = ("_configure_optimizer", "_configure_lr_scheduler", "_take_model_step", "was_step_applied", "destroy")
+    methods = (
+        "_backward_epilogue",
+        "_configure_optimizer",
+        "_configure_lr_scheduler",
+        "_take_model_step",
+        "was_step_applied",
+        "destroy",
+    )
     signatures = {name: list(inspect.signature(getattr(DeepSpeedEngine, name)).parameters) for name in methods}
     schedulers = [scheduler.__init__.__code__.co_varnames for scheduler in (WarmupDecayLR, WarmupCosineLR)]
     return {
@@ -194,6 +202,7 @@ def seam() -> dict[str, Any]:
 def test_the_methods_that_are_wrapped_take_what_they_took(ranks: Ranks) -> None:
     found = ranks.run(seam)[0]
     assert found["signatures"] == {
+        "_backward_epilogue": ["self"],
         "_configure_optimizer": ["self", "client_optimizer", "model_parameters"],
         "_configure_lr_scheduler": ["self"],
         "_take_model_step": ["self", "lr_kwargs"],

@@ -28,6 +28,7 @@ class Window:
         self._hooks.before_pass = self._before_pass
         self._hooks.has_more_parts = has_more_parts
         view.before_forward(self._before_forward)
+        view.after_backward(self._after_backward)
         view.after_zero_grad(self._after_zero_grad)
         view.after_load(self._after_load)
 
@@ -43,8 +44,13 @@ class Window:
     def _before_forward(self) -> None:
         self._forwards += torch.is_grad_enabled()
 
+    def _after_backward(self) -> None:
+        if self._view.reduces_now():
+            self._controller.read_mean()
+
     def _before_pass(self) -> None:
         hooks, layout = self._hooks, self._layout
+        self._controller.has_read_mean = False
         self._look_at_broken_pass()
         if hooks.passes:
             hooks.forget(layout.thrown_away(hooks.reached()))

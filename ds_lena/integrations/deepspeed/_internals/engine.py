@@ -110,6 +110,10 @@ class EngineView:
         """Call `action()` before each forward pass of the engine."""
         self._engine.register_forward_pre_hook(lambda *_: action())
 
+    def after_backward(self, action: Callable[[], None]) -> None:
+        """Call `action()` after each backward pass. If it `reduces_now()`, the gradient of the window is reduced."""
+        self._after(self._engine, "_backward_epilogue", lambda _: action())
+
     def after_zero_grad(self, action: Callable[[], None]) -> None:
         """Call `action()` after `zero_grad()` of the engine, or of its wrapper. A wrapper calls it in its `step()`."""
         self._after(self._engine, "zero_grad", lambda _: action())

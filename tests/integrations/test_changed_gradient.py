@@ -1,0 +1,73 @@
+"""A user changes the averaged gradient between backward and step: it moves the weights, and is not in the statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_lena
+from tests.integrations._engines import Net, config, engine, train
+from tests.integrations._ranks import Ranks
+
+HALF = 0.5
+LAYOUTS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "fp32"), (3, "fp32")]
+SGD = {"base": "sgd", "momentum": 0.0, "lr": 0.5}
+LAMB = {"base": "lamb", "eps": 1e-6}
+
+
+def halve(made: Any, stage: int) -> None:
+    """All gradients, as DeepSpeed has users do it."""
+    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+    for parameter in made.module.parameters():
+        if getattr(parameter, "ds_numel", 0) % 2:
+            continue  # DeepSpeed's ZeRO-3 cannot set it on two ranks
+        if stage == 0:
+            parameter.grad.mul_(HALF)
+        else:
+            safe_set_full_grad(parameter, safe_get_full_grad(parameter) * HALF)
+
+
+def after_one_update(
+    stage: int, precision: str, lena: dict[str, Any], clipping: float, is_halved: bool
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """The report, and the way that each weight has gone."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = Net()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with engine(config(stage, precision, lena=lena, gradient_clipping=clipping), model) as made:
+        if is_halved:
+            step = made.step
+            made.step = lambda: (made.is_gradient_accumulation_boundary() and halve(made, stage), step())
+        train(made, range(1))
+        with deepspeed.zero.GatheredParameters(list(made.module.parameters())):
+            gone = [p.detach().float() - b for p, b in zip(made.module.parameters(), before, strict=True)]
+        return ds_lena.report(made), gone
+
+
+def both(*given: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    return [after_one_update(*given, is_halved) for is_halved in (False, True)]
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_it_moves_the_weights_and_is_not_in_the_statistics(ranks: Ranks, stage: int, precision: str) -> None:
+    bounds = {"rtol": 1e-3, "atol": 1e-6} if precision == "fp32" else {"rtol": 0.1, "atol": 2e-2}
+    for (report, gone), (changed, half) in ranks.run(both, stage, precision, SGD, 0.0):
+        assert changed == report
+        assert max(float(part.abs().max()) for part in gone) > 0.05
+        for now, part in zip(half, gone, strict=True):
+            torch.testing.assert_close(now, part if stage == 3 and part.numel() % 2 else HALF * part, **bounds)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_trust_ratios_are_those_of_the_gradient_that_is_clipped(ranks: Ranks, stage: int) -> None:
+    """Both are clipped to the same gradient."""
+    for (report, gone), (changed, same) in ranks.run(both, stage, "fp32", LAMB, 0.01):
+        assert changed == report
+        assert any(bool(part.any()) for part in gone)
+        torch.testing.assert_close(same, gone, rtol=1e-3, atol=1e-6)
