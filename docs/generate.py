@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ds_lena.integrations.deepspeed.support import FEATURES, PRECISIONS, REFUSED, SUPPORTED, Feature
+from ds_lena.integrations.deepspeed.support import FEATURES, REFUSED, SUPPORTED, WITHOUT_EFFECT
+from ds_lena.integrations.deepspeed.support.feature import PRECISIONS, Feature
 from ds_lena.keys import KEYS
 
 DOCS = Path(__file__).parent
@@ -30,8 +31,9 @@ the value and what is allowed. LENA checks a group's values in the same way.
 
 SUPPORT_PAGE = """# What is supported
 
-Made from `FEATURES` in [`support.py`](../ds_lena/integrations/deepspeed/support.py) by `make docs`. Do not edit this
-page.
+Made from the table in [`support/`](../ds_lena/integrations/deepspeed/support) by `make docs`. Do not edit this page.
+Every key of DeepSpeed's JSON is supported, refused or without effect on LENA.
+[`test_every_key`](../tests/integrations/test_every_key.py) asks DeepSpeed for its keys.
 
 ## ZeRO stages and precisions
 
@@ -50,6 +52,12 @@ LENA refuses these by an error: inside `deepspeed.initialize` or the constructor
 The error names the nearest supported choice.
 
 {refused}
+
+## Without effect on LENA
+
+LENA measures, decides and moves the same with these keys of DeepSpeed's JSON. `*` stands for what follows.
+
+{without_effect}
 """
 
 
@@ -100,10 +108,12 @@ def support_page() -> str:
         ]
         parts.append(f"## {area}\n\n{table(['feature', 'supported by', 'test', 'note'], rows)}")
     refused = [[feature.what.format(predivide="N"), feature.instead, shown_by(feature)] for feature in REFUSED]
+    without_effect = [[", ".join(f"`{key}`" for key in row.keys), row.because] for row in WITHOUT_EFFECT]
     return SUPPORT_PAGE.format(
         matrix=matrix("../ds_lena"),
         areas="\n\n".join(parts),
         refused=table(["feature", "nearest supported choice", "test"], refused),
+        without_effect=table(["keys", "why"], without_effect),
     )
 
 

@@ -59,6 +59,12 @@ def mark(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     return hook
 
 
+def is_compiled() -> bool:
+    """Whether compiled autograd runs this backward pass. Then passes cannot be told apart."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled is not None and compiled.in_compiled_autograd_region
+
+
 def before_accumulation(parameter: Tensor, action: Callable[[Tensor], None]) -> None:
     """Within a hook of `parameter`: run `action` on its gradient once, after all of its hooks, before it is added."""
 

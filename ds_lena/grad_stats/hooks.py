@@ -159,6 +159,12 @@ class GradientHooks:
         Returns whether the gradient of parameter `index` is as autograd will add it. It is not if the user has hooked
         the parameter after us.
         """
+        if backward.is_compiled():
+            raise UnsupportedError(
+                "LENA does not support compiled autograd. Leave out compiled_autograd_enabled=True of engine.compile() "
+                "or torch._dynamo.config.compiled_autograd. Without it torch.compile and engine.compile() are "
+                "supported, and compile the model's backward pass, too."
+            )
         # torch.autograd.grad runs tensor hooks too, but accumulates nothing: its gradients are no micro-gradients.
         if not backward.accumulates(self.parameters[index]):
             self._ignored_task = task

@@ -57,7 +57,7 @@ class Case:
     name: str
     world: int = 2
     stage: int | None = 1  # None: plain PyTorch, DistributedDataParallel where world > 1
-    precision: str = "fp32"  # "fp32", "bf16" or "bf16-fp32" (fp32 accumulation)
+    precision: str = "fp32"  # "fp32", "bf16", "bf16-fp32" (fp32 accumulation) or "autocast" (torch_autocast to bf16)
     accumulation: int = 2
     clipping: float = 0.0
     base: str = "adamw"
@@ -98,7 +98,7 @@ class Case:
             clipping=self.clipping,
             schedule=SCHEDULES[self.schedule],
             idle="zeros" if self.stage is not None else "skipped",
-            bf16=self.precision != "fp32",
+            bf16=self.precision.startswith("bf16"),
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:
@@ -139,7 +139,9 @@ class Case:
             }
             | dict(self.zero),
         }
-        if self.precision != "fp32":
+        if self.precision == "autocast":
+            config["torch_autocast"] = {"enabled": True, "dtype": "bf16"}
+        if self.precision.startswith("bf16"):
             config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "bf16" if self.precision == "bf16" else "fp32"}
         if self.optimizer == "json":

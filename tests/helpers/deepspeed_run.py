@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import torch_autocast
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -21,7 +22,8 @@ from tests.helpers.model import TinyTransformer, build, initial_weights
 
 Result = dict[str, Any]
 LINEAR = torch.nn.functional.linear
-EVERY_MICRO_BATCH = ("engine", "torch backward")  # loops that call engine.step() after each one
+AUTOCAST = dict(vars(torch_autocast))  # DeepSpeed keeps there whether the last engine had autocast
+EVERY_MICRO_BATCH = ("engine", "torch backward", "offload states")  # loops that call engine.step() after each one
 
 
 def run(case: Case) -> Result:
@@ -58,6 +60,7 @@ def _engine(case: Case) -> Iterator[Any]:
         yield engine
     finally:
         engine.destroy()
+        vars(torch_autocast).update(AUTOCAST)
         torch.nn.functional.linear = LINEAR  # ZeRO-3 leaves its own behind, which rounds differently in bf16
         del engine
         gc.collect()
@@ -79,6 +82,9 @@ def _model(case: Case) -> nn.Module:
 def _update(case: Case, engine: Any, update: int, window: Window) -> Any:
     """One window, driven as `case.loop` says; the report after it."""
     _resize(case, engine, update)
+    if case.loop == "offload states":
+        engine.offload_states()
+        engine.reload_states()
     if case.evaluate == "between updates":
         _evaluate(case, engine, update)
     with engine.coalesce_grad_reduction() if case.loop == "coalesce" else nullcontext():
@@ -106,7 +112,7 @@ def _micro_batch(case: Case, engine: Any, update: int, micro: int) -> None:
         return
     if case.loop == "torch backward":
         loss.backward()
-    elif case.loop == "engine":
+    elif case.loop in EVERY_MICRO_BATCH:
         engine.backward(loss)
     else:
         engine.backward(loss / window.micros, scale_wrt_gas=False)
@@ -132,7 +138,7 @@ def _masters(case: Case, engine: Any) -> dict[str, Tensor]:
     """The fp32 weight of every trained parameter, read where the layout keeps it."""
     module = getattr(engine.module, "_orig_mod", engine.module)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if case.stage == 0 and case.precision != "fp32":
+    if case.stage == 0 and case.precision.startswith("bf16"):
         pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
         copies = {id(p): master for low, high in pairs for p, master in zip(low, high, strict=True)}
         return {name: copies[id(p)].detach().clone() for name, p in trained.items()}

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 class ModelOptions:
     """What varies between the models of two cases."""
 
-    checkpointing: str = "none"  # "none", "non-reentrant" or "reentrant"
+    checkpointing: str = "none"  # "none", "non-reentrant", "reentrant" or "deepspeed"
     shared: bool = False  # one weight used inside both blocks
     key_bias: bool = False  # attention keys with a bias, whose true gradient is zero
     spare: bool = True  # a parameter that no forward uses
@@ -96,6 +96,10 @@ class TinyTransformer(nn.Module):
         for block in self.h:
             if self.checkpointing == "none":
                 x = block(x)
+            elif self.checkpointing == "deepspeed":
+                from deepspeed import checkpointing
+
+                x = checkpointing.checkpoint(block, x)
             else:
                 x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
         x = self.norm(x)

@@ -23,6 +23,6 @@ BF16_OTHER_LINEAR = Tolerance(gain=4e-2, report=6e-2, path=6e-2)
 
 
 def tolerance(case: Case) -> Tolerance:
-    if case.precision == "fp32":
+    if case.precision == "fp32" and case.config.get("communication_data_type") != "bf16":
         return FP32
     return BF16_OTHER_LINEAR if case.zero.get("memory_efficient_linear") else BF16

@@ -1,4 +1,4 @@
-"""A user changes the averaged gradient between backward and step: it moves the weights, and is not in the statistics."""
+"""A user changes the averaged gradient between backward and step: it moves the weights, and is in no statistics."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ds_lena.integrations.deepspeed import attach
 from ds_lena.integrations.deepspeed._internals.facts import read_facts
 from ds_lena.integrations.deepspeed._internals.select import layout_of
 from ds_lena.integrations.deepspeed.support import FEATURES
-from tests.integrations._engines import LENA, Net, config, engine, refusal, without_optimizer
+from tests.integrations._engines import LENA, Net, config, engine, refusal, train, without_optimizer
 from tests.integrations._ranks import WORLD, Ranks
 
 
@@ -80,6 +80,7 @@ TENSOR_PARALLEL = {
 }
 PREDIVIDED = {"prescale_gradients": False, "gradient_predivide_factor": float(WORLD)}
 WRONGLY_SCALED = '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)'
+DYNAMIC_BATCHING = {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 8}}}}
 UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     # what the error calls it, stage, DeepSpeed's entries, what else is given
     ("fp16", 2, {"fp16": {"enabled": True}}, {}),
@@ -90,6 +91,9 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     ('"zero_hpz_partition_size"', 3, {"zero": {"zero_hpz_partition_size": 2}}, {}),
     ('"zero_quantized_gradients"', 3, {"zero": {"zero_quantized_gradients": True}}, {}),
     ('"zero_quantized_weights"', 3, {"zero": {"zero_quantized_weights": True}}, {}),
+    ('"zero_quantized_nontrainable_weights"', 3, {"zero": {"zero_quantized_nontrainable_weights": True}}, {}),
+    ('"weight_quantization"', 1, {"weight_quantization": {"enabled": True}}, {}),
+    ('"dynamic_batching", which makes micro-batches of several sizes', 1, DYNAMIC_BATCHING, {}),
     ('"elastic_checkpoint"', 2, {"zero": {"elastic_checkpoint": True}}, {}),
     ('"load_universal"', 2, {"checkpoint": {"load_universal": True}}, {}),
     ('"deepcompile"', 2, {"compile": {"deepcompile": True}}, {}),
@@ -214,6 +218,27 @@ def test_where_the_norm_is_known_a_part_of_the_model_is_welcome(
     ranks: Ranks, stage: int, base: str, clipping: float, freeze: bool, precision: str
 ) -> None:
     assert ranks.run(refusal_of_a_part, stage, base, clipping, freeze, precision) == ["", ""]
+
+
+def refusal_of_compiled_autograd(stage: int) -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    with pytest.MonkeyPatch.context() as patch, engine(config(stage)) as made:
+        patch.setattr(get_accelerator(), "get_compile_backend", lambda: "aot_eager")
+        made.compile(backend="aot_eager", compiled_autograd_enabled=True)
+        try:
+            train(made, range(1))
+        except ds_lena.UnsupportedError as error:
+            return str(error)
+        finally:
+            torch._dynamo.reset()
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_compiled_autograd_is_refused_in_the_first_backward(ranks: Ranks, stage: int) -> None:
+    for message in ranks.run(refusal_of_compiled_autograd, stage):
+        assert "LENA does not support compiled autograd" in message
 
 
 def another_optimizer_in(entries: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from tests.helpers.marks import full
 from tests.helpers.model import ModelOptions
 
 SMALL_BUCKETS = {"reduce_bucket_size": 300, "allgather_bucket_size": 300}
-REENTRANT, NON_REENTRANT = "reentrant", "non-reentrant"
+REENTRANT, NON_REENTRANT, BY_DEEPSPEED = "reentrant", "non-reentrant", "deepspeed"
 
 
 def bf16(**options: bool) -> dict[str, dict[str, bool]]:
@@ -33,15 +33,28 @@ REDUCTION = [
             zero={"reduce_scatter": False}, world=4),
     *stages((2,), "no-gradient-norm", full_at=(1,), zero={"compute_grad_norm": False}),
     *stages((2, 3), "fp32-communication", full_at=(1,), config={"communication_data_type": "fp32"}, precision="bf16"),
+    *stages((0, 2), "bf16-communication", full_at=(1, 3), config={"communication_data_type": "bf16"}),
+    *stages((1,), "alignment", full_at=(2,), zero={"parameter_alignment": True}),
+    *stages((2,), "alignment-bf16", full_at=(1,), zero={"parameter_alignment": True}, precision="bf16"),
+    *stages((2,), "all-reduced-weights", full_at=(1,), zero={"allgather_partitions": False}),
 ]  # fmt: skip
 
 PARTITIONED = {"stage3_param_persistence_threshold": 0}
 SUB_GROUPS = {"sub_group_size": 100}  # the first one ends before `sometimes`
+FETCHED_OTHERWISE = {
+    "stage3_use_all_reduce_for_fetch_params": True,
+    "stage3_allgather_sequential": True,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "override_module_apply": False,
+}
 STAGE_3 = [
     Case("all-partitioned", stage=3, zero=PARTITIONED, world=4),
     Case("all-persistent", stage=3, zero={"stage3_param_persistence_threshold": 10**9}),
     Case("sub-groups", stage=3, zero=SUB_GROUPS, clipping=0.5),
     Case("memory-efficient-linear-bf16", stage=3, precision="bf16", zero={"memory_efficient_linear": True}),
+    Case("weights-fetched-otherwise", stage=3, zero=FETCHED_OTHERWISE),
+    Case("leaf-by-size", stage=3, zero={"stage3_module_granularity_threshold": 300}),  # both `Attention` then are one
     Case("zero-init", stage=3, zero_init=True, clipping=0.5),
     *full(
         [
@@ -77,6 +90,8 @@ BF16 = [
             model=ModelOptions(checkpointing=REENTRANT)),
 ]  # fmt: skip
 
+AUTOCAST = stages((0, 1, 3), "autocast", full_at=(2,), precision="autocast")
+
 # At ZeRO 1-3 DeepSpeed itself needs ranks to agree on which parameters got a gradient.
 DISAGREE = [
     *stages((0,), "ranks-disagree", usage="ranks disagree"),
@@ -84,6 +99,8 @@ DISAGREE = [
 ]
 
 MODELS = [
+    *stages((1, 3), "hybrid-engine", full_at=(0, 2), config={"hybrid_engine": {"enabled": True}}),
+    *stages((2,), "checkpointing-by-deepspeed", full_at=(0, 1, 3), model=ModelOptions(checkpointing=BY_DEEPSPEED)),
     *stages((3,), "checkpointing", full_at=(0, 1, 2), model=ModelOptions(checkpointing=NON_REENTRANT)),
     *stages((0, 3), "reentrant-checkpointing", full_at=(1, 2), model=ModelOptions(checkpointing=REENTRANT)),
     *stages((1, 3), "shared-weight", full_at=(0, 2), model=ModelOptions(shared=True)),
@@ -96,7 +113,9 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("case", REDUCTION + STAGE_3 + STALE + BF16 + DISAGREE + MODELS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", REDUCTION + STAGE_3 + STALE + BF16 + AUTOCAST + DISAGREE + MODELS, ids=lambda case: case.name
+)
 def test_layout_does_not_show(case, run_case):
     check(case, run_case)
 

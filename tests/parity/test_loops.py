@@ -36,6 +36,7 @@ AROUND = [
     *stages((0, 3), "evaluation-between-micro-batches", full_at=(1, 2), evaluate="between micro-batches"),
     *stages((1,), "scheduler", full_at=(0, 2, 3), schedule="decaying"),
     *stages((0, 3), "client-optimizer", full_at=(1, 2), optimizer="client", schedule="decaying"),
+    *stages((2,), "states-offloaded-between-updates", full_at=(1,), loop="offload states"),
     *stages((3,), "second-engine", full_at=(0, 1, 2), repeat=2),
 ]
 

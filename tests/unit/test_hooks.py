@@ -389,6 +389,16 @@ def test_a_saved_model_has_no_hooks(model):
     controller_of(optimizer).close()
 
 
+def test_compiled_autograd_is_refused(model):
+    hooks = watch(model.parameters())
+    compiler = torch.compile(backend="aot_eager")
+    with torch._dynamo.compiled_autograd._enable(compiler), pytest.raises(UnsupportedError, match="compiled autograd"):
+        loss(model).backward()
+    torch._dynamo.reset()
+    loss(model).backward()
+    assert hooks.passes == 1
+
+
 def test_a_compiled_model(model):
     truth = expected_squares(model, seeds=(0, 1))
     hooks = watch(model.parameters())

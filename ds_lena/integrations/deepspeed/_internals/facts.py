@@ -23,6 +23,7 @@ class EngineFacts:
     fp16: bool
     bf16: bool
     fp32_accumulation: bool
+    autocasts: bool
     accumulates: bool
     clips: bool
     overlap_comm: bool
@@ -40,6 +41,9 @@ class EngineFacts:
     hpz: bool
     quantized_gradients: bool
     quantized_weights: bool
+    quantized_frozen_weights: bool
+    quantized_at_start: bool
+    dynamic_batching: bool
     elastic_checkpoint: bool
     universal_checkpoint: bool
     deepcompile: bool
@@ -53,7 +57,9 @@ def read_facts(engine: Any) -> EngineFacts:
     from deepspeed.utils import groups
 
     zero = engine._config.zero_config
-    autocast_fp16 = engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16
+    autocasts = bool(engine.torch_autocast_enabled())
+    autocast_fp16 = autocasts and engine.torch_autocast_dtype() == torch.float16
+    sampling = engine._config.data_efficiency_config["data_sampling"]
     in_parts = groups._get_sequence_parallel_world_size() > 1 or engine.mesh_device is not None
     model_parallel_size = getattr(engine.mpu, "get_model_parallel_world_size", lambda: 1)
     return EngineFacts(
@@ -62,6 +68,7 @@ def read_facts(engine: Any) -> EngineFacts:
         fp16=engine.fp16_enabled() or autocast_fp16,
         bf16=engine.bfloat16_enabled(),
         fp32_accumulation=engine.get_data_types()[1] == torch.float32,
+        autocasts=autocasts,
         accumulates=engine.gradient_accumulation_steps() > 1,
         clips=bool(engine.gradient_clipping()),
         overlap_comm=bool(zero.overlap_comm),
@@ -79,6 +86,9 @@ def read_facts(engine: Any) -> EngineFacts:
         hpz=zero.zero_hpz_partition_size > 1,
         quantized_gradients=bool(zero.zero_quantized_gradients),
         quantized_weights=bool(zero.zero_quantized_weights),
+        quantized_frozen_weights=bool(zero.zero_quantized_nontrainable_weights),
+        quantized_at_start=engine._config.weight_quantization_config is not None,
+        dynamic_batching=bool(sampling["dynamic_batching"]["enabled"]),
         elastic_checkpoint=bool(zero.elastic_checkpoint),
         universal_checkpoint=bool(engine.load_universal_checkpoint()),
         deepcompile=bool(engine.is_deepcompile_enabled()),

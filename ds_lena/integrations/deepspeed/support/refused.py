@@ -1,0 +1,222 @@
+"""What LENA refuses, with the nearest supported choice."""
+
+from __future__ import annotations
+
+from .feature import Feature, Keys, not_a_fact
+
+_CHECKPOINTING = "tests/unit/test_hooks_checkpointing.py"
+_MISUSE = "tests/integrations/test_misuse.py"
+_PARAMETERS = "tests/unit/test_optimizer_parameters.py"
+_UNSUPPORTED = "tests/integrations/test_unsupported.py"
+_WINDOWS = "tests/integrations/test_window.py"
+
+
+def _refused(what: str, instead: str, test: str, keys: Keys = ()) -> Feature:
+    return Feature(what, not_a_fact, instead=instead, test=test, keys=keys)
+
+
+_NO_OFFLOAD = 'remove the entry, or set its "device" to "none"'
+_DATA_PARALLEL = "use ZeRO 1-3 with data parallelism only"
+
+REFUSED: tuple[Feature, ...] = (
+    Feature("fp16", lambda facts: facts.fp16, instead='use "bf16": {"enabled": true}', keys=("fp16*",)),
+    Feature(
+        '"offload_optimizer"',
+        lambda facts: facts.offload_optimizer,
+        instead=_NO_OFFLOAD,
+        keys=(
+            "zero_optimization.offload_optimizer*",
+            "zero_optimization.cpu_offload",
+            "zero_optimization.cpu_offload_use_pin_memory",
+            "zero_force_ds_cpu_optimizer",
+            "aio*",
+        ),
+    ),
+    Feature(
+        '"offload_param"',
+        lambda facts: facts.offload_param,
+        instead=_NO_OFFLOAD,
+        keys=("zero_optimization.offload_param*", "zero_optimization.cpu_offload_param"),
+    ),
+    Feature(
+        '"zenflow"',
+        lambda facts: facts.zenflow,
+        instead="remove the entry",
+        test=f"{_UNSUPPORTED}::test_zenflow_is_refused_too_though_it_cannot_start_here",
+        keys=("zero_optimization.zenflow*",),
+    ),
+    Feature(
+        "a PipelineModule",
+        lambda facts: facts.pipeline,
+        instead="use ZeRO 1-3 without pipeline parallelism",
+        keys=("pipeline*",),
+    ),
+    Feature(
+        "mixture-of-experts layers",
+        lambda facts: facts.experts,
+        instead="use a dense model",
+        keys=("expert_parallel*", "use_data_before_expert_parallelism"),
+    ),
+    Feature(
+        '"tensor_parallel"',
+        lambda facts: facts.tensor_parallel,
+        instead=_DATA_PARALLEL,
+        keys=("tensor_parallel*",),
+    ),
+    Feature(
+        "sequence parallelism",
+        lambda facts: facts.sequence_parallel,
+        instead="use data parallelism only",
+        keys=("sequence_parallel_size", "data_parallel_size", "seq_parallel_communication_data_type"),
+    ),
+    Feature("a model-parallel mpu", lambda facts: facts.model_parallel, instead=_DATA_PARALLEL),
+    Feature(
+        '"zero_hpz_partition_size"',
+        lambda facts: facts.hpz,
+        instead="leave it at 1",
+        keys=("zero_optimization.zero_hpz_partition_size",),
+    ),
+    Feature(
+        '"zero_quantized_gradients"',
+        lambda facts: facts.quantized_gradients,
+        instead="set it to false",
+        keys=("zero_optimization.zero_quantized_gradients",),
+    ),
+    Feature(
+        '"zero_quantized_weights"',
+        lambda facts: facts.quantized_weights,
+        instead="set it to false",
+        keys=("zero_optimization.zero_quantized_weights",),
+    ),
+    Feature(
+        '"zero_quantized_nontrainable_weights"',
+        lambda facts: facts.quantized_frozen_weights,
+        instead="set it to false",
+        keys=("zero_optimization.zero_quantized_nontrainable_weights",),
+    ),
+    Feature(
+        '"weight_quantization"',
+        lambda facts: facts.quantized_at_start,
+        instead="remove the entry",
+        keys=("weight_quantization*",),
+    ),
+    Feature(
+        '"dynamic_batching", which makes micro-batches of several sizes',
+        lambda facts: facts.dynamic_batching,
+        instead="set it to false",
+        keys=("data_efficiency.data_sampling.dynamic_batching*",),
+    ),
+    Feature(
+        '"elastic_checkpoint"',
+        lambda facts: facts.elastic_checkpoint,
+        instead="set it to false",
+        keys=("zero_optimization.elastic_checkpoint",),
+    ),
+    Feature(
+        '"load_universal"',
+        lambda facts: facts.universal_checkpoint,
+        instead="load a checkpoint of the same world size",
+        keys=("checkpoint.load_universal",),
+    ),
+    Feature(
+        '"deepcompile"',
+        lambda facts: facts.deepcompile,
+        instead="use engine.compile() without it",
+        keys=("compile*",),
+    ),
+    Feature(
+        '"gradient_allreduce_op": "sum"',
+        lambda facts: facts.sums_gradients,
+        instead='use "mean"',
+        keys=("gradient_allreduce_op",),
+    ),
+    # DeepSpeed 0.19.8 leaves out the multiplication after the reduction there, so the gradient is too small.
+    Feature(
+        '"gradient_predivide_factor": {predivide}, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)',
+        lambda facts: facts.stage == 3 and facts.predivide != 1.0 and facts.predivide == facts.ranks,
+        instead="leave it out",
+    ),
+    Feature(
+        "a model wrapped by DistributedDataParallel",
+        lambda facts: facts.in_data_parallel,
+        instead="give DeepSpeed the model itself",
+    ),
+    _refused(
+        "compiled autograd",
+        "torch.compile or engine.compile() without it",
+        f"{_UNSUPPORTED}::test_compiled_autograd_is_refused_in_the_first_backward",
+    ),
+    _refused(
+        "several backward passes for one micro-batch (under DeepSpeed)",
+        "engine.backward(loss_1 + loss_2)",
+        f"{_WINDOWS}::test_several_backward_passes_for_one_micro_batch_are_refused",
+    ),
+    _refused(
+        "going on after an exception in a backward pass, at ZeRO 2 and 3, and with overlap_comm",
+        "make a new engine and load a checkpoint",
+        f"{_WINDOWS}::test_where_deepspeed_cannot_go_on_the_error_says_so",
+    ),
+    _refused(
+        "a parameter that another DeepSpeed engine with LENA trains",
+        "call destroy() on the first engine, or give each engine its own parameters",
+        f"{_MISUSE}::test_two_engines_cannot_share_a_parameter",
+    ),
+    _refused(
+        "a client optimizer of an engine that was destroyed",
+        "make a new LENA",
+        f"{_MISUSE}::test_an_optimizer_of_a_destroyed_engine_says_that_it_sees_nothing",
+    ),
+    _refused(
+        "lamb or lars with gradient_clipping at ZeRO 0 in fp32, where LENA does not hold all trained parameters",
+        "freeze the others, use ZeRO 1-3, or switch clipping off",
+        f"{_UNSUPPORTED}::test_a_clipping_norm_that_trust_ratios_cannot_know_is_refused",
+    ),
+    _refused(
+        "a weight that is shared by segments under activation checkpointing with use_reentrant=True",
+        "use_reentrant=False, or exclude the weight",
+        f"{_CHECKPOINTING}::test_a_weight_shared_by_reentrant_segments_is_refused_by_name",
+    ),
+    _refused(
+        "a last layer inside activation checkpointing with use_reentrant=True",
+        "use_reentrant=False, or keep the last layer outside",
+        f"{_CHECKPOINTING}::test_a_model_inside_of_reentrant_segments_as_a_whole_is_refused",
+    ),
+    _refused(
+        "FSDP, DTensor",
+        "use DeepSpeed ZeRO 1-3, or DistributedDataParallel",
+        f"{_PARAMETERS}::test_parameters_that_torch_shards_are_refused",
+    ),
+    _refused(
+        "float16 or complex parameters",
+        "use bfloat16, float32 or float64",
+        f"{_PARAMETERS}::test_a_type_of_number_in_which_lena_would_not_be_exact_is_refused",
+    ),
+    _refused(
+        "torch.amp.GradScaler",
+        "use bfloat16, which needs no loss scaling",
+        f"{_PARAMETERS}::test_a_gradient_scaler_is_refused",
+    ),
+    _refused(
+        "one process with parameters on several devices",
+        "use DeepSpeed ZeRO to spread the model",
+        f"{_PARAMETERS}::test_a_model_on_two_devices_is_refused",
+    ),
+    _refused(
+        "sparse gradients", "build the embedding with sparse=False", f"{_PARAMETERS}::test_a_sparse_gradient_is_refused"
+    ),
+    _refused(
+        "plain PyTorch on several ranks without DDP's averaging: averaged by hand, LocalSGD, ZeroRedundancyOptimizer",
+        "DistributedDataParallel, or DeepSpeed ZeRO 1; a model of some ranks only: their process_group",
+        "tests/integrations/test_ranks_apart.py::test_it_is_one_error_on_every_rank",
+    ),
+    _refused(
+        "parameters that are replaced or unfrozen after construction in plain PyTorch",
+        "construct LENA after that, and load the old state_dict() into it",
+        f"{_PARAMETERS}::test_a_parameter_that_is_unfrozen_after_construction_is_refused",
+    ),
+    _refused(
+        "add_param_group() after construction",
+        "give all parameters to a new LENA, and load the old state_dict() into it",
+        f"{_PARAMETERS}::test_a_group_that_is_added_later_is_refused",
+    ),
+)

@@ -1,0 +1,311 @@
+"""What LENA supports, and what shows it."""
+
+from __future__ import annotations
+
+from .._internals.facts import EngineFacts
+from .feature import PRECISIONS, Feature, IsOn, Keys, not_a_fact
+
+_LAYOUTS = "tests/parity/test_layouts.py"
+_LOOPS = "tests/parity/test_loops.py"
+_MATRIX = "tests/parity/test_matrix.py"
+_PLAIN = "tests/parity/test_plain.py"
+_SELECTION = "tests/integrations/test_selection.py"
+_PARAMETERS = "tests/unit/test_optimizer_parameters.py"
+
+_WINDOWS = "tests/integrations/test_window.py"
+_TILED = "tests/integrations/test_tiled_loss.py"
+_TWO_ENGINES = "test_the_generators_gradients_in_the_critic_are_dropped"
+
+_INTERNALS = "integrations/deepspeed/_internals"
+_ATTACH = "integrations/deepspeed/attach.py"
+_HOOKS = "grad_stats/hooks.py"
+_STATISTICS = "grad_stats/statistics.py"
+_WINDOW = "integrations/deepspeed/window.py"
+_ZERO12 = f"{_INTERNALS}/zero12.py"
+_ZERO3 = f"{_INTERNALS}/zero3.py"
+
+_OPTIONS = "DeepSpeed options"
+_LOOP = "Training loops"
+_MODELS = "Models and parameters"
+_WAYS = "Ways to start LENA"
+_PYTORCH = "Plain PyTorch"
+
+
+def _zero(*names: str) -> Keys:
+    return tuple(f"zero_optimization.{name}" for name in names)
+
+
+_PRECISION = (*_zero("stage"), "zero_optimization", "bf16", "bf16.enabled", "data_types", "data_types.grad_accum_dtype")
+
+
+def _stage(stage: int, bf16: bool, accumulates_in_fp32: bool, file: str) -> Feature:
+    def is_on(facts: EngineFacts) -> bool:
+        in_fp32 = facts.bf16 and facts.fp32_accumulation
+        return not facts.fp16 and (facts.stage, facts.bf16, in_fp32) == (stage, bf16, accumulates_in_fp32)
+
+    what = f"ZeRO {stage}, {PRECISIONS[bf16 + accumulates_in_fp32]}"
+    return Feature(what, is_on, by=f"{_INTERNALS}/{file}.py", test=_MATRIX, keys=_PRECISION)
+
+
+def _runs(
+    area: str, what: str, by: str, test: str, note: str = "", is_on: IsOn = not_a_fact, keys: Keys = ()
+) -> Feature:
+    return Feature(what, is_on, by=by, test=test, keys=keys, area=area, note=note)
+
+
+STAGES: tuple[Feature, ...] = (
+    _stage(0, False, False, "zero0"),
+    _stage(0, True, False, "zero0"),
+    _stage(1, False, False, "zero12"),
+    _stage(1, True, False, "zero12"),
+    _stage(1, True, True, "bf16"),
+    _stage(2, False, False, "zero12"),
+    _stage(2, True, False, "zero12"),
+    _stage(2, True, True, "zero12"),
+    _stage(3, False, False, "zero3"),
+    _stage(3, True, False, "zero3"),
+    _stage(3, True, True, "zero3"),
+)
+
+SUPPORTED: tuple[Feature, ...] = (
+    *STAGES,
+    _runs(
+        _OPTIONS,
+        "bf16_master_weights_and_grads (ZeRO 1-3)",
+        _ZERO12,
+        "tests/integrations/test_bf16_masters.py",
+        "bf16 without fp32 master weights. AdamW is bit-equal to torch's. The other rules are compared with the same "
+        "run that has fp32 master weights.",
+        keys=("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"),
+    ),
+    _runs(
+        _OPTIONS,
+        "immediate_grad_update, check_grad_overflow, the old name bfloat16",
+        f"{_INTERNALS}/bf16.py",
+        _LAYOUTS,
+        keys=("bf16.immediate_grad_update", "bf16.check_grad_overflow", "bfloat16*"),
+    ),
+    _runs(
+        _OPTIONS,
+        "torch_autocast with bf16",
+        _ZERO12,
+        _LAYOUTS,
+        "The reference computes in float64, so this is compared to the rounding of bf16.",
+        lambda facts: facts.autocasts,
+        ("torch_autocast*",),
+    ),
+    _runs(
+        _OPTIONS,
+        "gradient_clipping",
+        f"{_INTERNALS}/engine.py",
+        _MATRIX,
+        "The statistics are taken before it. DeepSpeed 0.19.8 clips at a norm of 1.0 when the JSON does not set it.",
+        lambda facts: facts.clips,
+        ("gradient_clipping", *_zero("compute_grad_norm")),
+    ),
+    _runs(
+        _OPTIONS,
+        "overlap_comm",
+        _ZERO12,
+        _LAYOUTS,
+        "At ZeRO 1 with accumulation, DeepSpeed 0.19.8 loses the gradient of a parameter that only some micro-batches "
+        "use. This happens with every optimizer.",
+        lambda facts: facts.overlap_comm,
+        _zero("overlap_comm"),
+    ),
+    _runs(
+        _OPTIONS,
+        "round_robin_gradients",
+        _ZERO12,
+        _LAYOUTS,
+        is_on=lambda facts: facts.round_robin,
+        keys=_zero("round_robin_gradients"),
+    ),
+    _runs(
+        _OPTIONS,
+        "reduce_scatter: false",
+        _ZERO12,
+        _LAYOUTS,
+        is_on=lambda facts: not facts.reduce_scatter,
+        keys=_zero("reduce_scatter"),
+    ),
+    _runs(
+        _OPTIONS,
+        "prescale_gradients, gradient_predivide_factor",
+        _STATISTICS,
+        _LAYOUTS,
+        is_on=lambda facts: facts.prescales or facts.predivide != 1.0,
+        keys=("prescale_gradients", "gradient_predivide_factor"),
+    ),
+    _runs(
+        _OPTIONS,
+        "communication_data_type",
+        _STATISTICS,
+        _LAYOUTS,
+        "Where it rounds the averaged gradient, LENA measures the rounded one, by which DeepSpeed moves the weights.",
+        keys=("communication_data_type",),
+    ),
+    _runs(
+        _OPTIONS,
+        "contiguous_gradients, parameter_alignment, bucket sizes (ZeRO 1-3)",
+        _ZERO12,
+        _LAYOUTS,
+        keys=_zero(
+            "contiguous_gradients",
+            "parameter_alignment",
+            "reduce_bucket_size",
+            "allgather_bucket_size",
+            "allgather_partitions",
+            "use_multi_rank_bucket_allreduce",
+        ),
+    ),
+    _runs(
+        _OPTIONS,
+        "sub_group_size, thresholds of sizes, how weights are fetched, zero.Init (ZeRO 3)",
+        _ZERO3,
+        _LAYOUTS,
+        keys=_zero(
+            "sub_group_size",
+            "stage3_param_persistence_threshold",
+            "stage3_model_persistence_threshold",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+            "stage3_prefetch_bucket_size",
+            "stage3_use_all_reduce_for_fetch_params",
+            "stage3_allgather_sequential",
+            "memory_efficient_linear",
+            "override_module_apply",
+        ),
+    ),
+    _runs(
+        _OPTIONS,
+        "hybrid_engine",
+        _ATTACH,
+        _LAYOUTS,
+        "Training with it. The tests generate no text.",
+        keys=("hybrid_engine*",),
+    ),
+    _runs(
+        _OPTIONS,
+        "set_z3_leaf_modules, leaf_module (ZeRO 3)",
+        _ZERO3,
+        "tests/integrations/test_leaf_modules.py",
+        "Ranks may use different experts in a micro-batch.",
+        keys=_zero("leaf_module*"),
+    ),
+    _runs(
+        _OPTIONS,
+        "stage3_module_granularity_threshold",
+        _ZERO3,
+        _LAYOUTS,
+        "If the whole model becomes a leaf module by it, DeepSpeed 0.19.8 cannot train, with any optimizer.",
+        keys=_zero("stage3_module_granularity_threshold"),
+    ),
+    _runs(
+        _LOOP,
+        "gradient accumulation, a short last window, set_train_batch_size, no_sync",
+        _HOOKS,
+        _LOOPS,
+        is_on=lambda facts: facts.accumulates,
+        keys=(
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "managed_gradient_accumulation",
+        ),
+    ),
+    _runs(
+        _LOOP,
+        "gradients thrown away by zero_grad(), a backward pass that an exception ended, load_checkpoint",
+        _WINDOW,
+        _WINDOWS,
+        "In the middle of an update. `engine.zero_grad()` throws away the gradients at ZeRO 0 and 1. At ZeRO 2 and 3, "
+        "and with BF16_Optimizer, DeepSpeed keeps them: LENA counts them, and says so once.",
+    ),
+    _runs(_LOOP, "two engines where one's loss goes through the other's model", _WINDOW, f"{_WINDOWS}::{_TWO_ENGINES}"),
+    _runs(_LOOP, "micro-batches without backward, evaluation between micro-batches", _HOOKS, _LOOPS),
+    _runs(
+        _LOOP,
+        "a gradient that is changed between the last backward and step(): safe_set_full_grad(), or p.grad at ZeRO 0",
+        _WINDOW,
+        "tests/integrations/test_changed_gradient.py",
+        "The statistics are those of the gradient before it.",
+    ),
+    _runs(
+        _LOOP,
+        "engine.offload_states(), reload_states() between updates (ZeRO 1, 2)",
+        _ZERO12,
+        _LOOPS,
+        "At ZeRO 3 DeepSpeed allows it to its own FusedAdam only, and says so.",
+    ),
+    _runs(
+        _LOOP,
+        "learning-rate schedulers",
+        "controller.py",
+        _LOOPS,
+        "A scheduler that warms up gets a warning: its warm-up and LENA's multiply.",
+        keys=("scheduler*",),
+    ),
+    _runs(_LOOP, "updates that DeepSpeed skips", "schedule/schedule.py", "tests/integrations/test_skipped.py"),
+    _runs(
+        _LOOP,
+        "saving and loading at the same world size",
+        "schedule/checkpoint.py",
+        "tests/integrations/test_checkpoint.py",
+        "The resumed run is bit-equal to the unbroken run.",
+        keys=("checkpoint",),
+    ),
+    _runs(
+        _MODELS,
+        "base rules adamw, sgd, lamb and lars",
+        "update/trust_ratio.py",
+        "tests/parity/test_trust.py",
+        "In every cell of the matrix. Trust ratios are those of whole tensors, from the clipped gradient.",
+    ),
+    _runs(_MODELS, "tied weights, frozen parameters", "layers.py", _LAYOUTS),
+    _runs(_MODELS, "parameters unused in some or all micro-batches", _ZERO3, _LAYOUTS),
+    _runs(_MODELS, "several parameter groups", "parameters.py", _MATRIX),
+    _runs(
+        _MODELS,
+        "torch.compile, engine.compile()",
+        "layers.py",
+        _LAYOUTS,
+        "At ZeRO 3 compile the engine. DeepSpeed does not run a model there that torch.compile has wrapped.",
+    ),
+    _runs(
+        _MODELS,
+        "activation checkpointing, by torch or by deepspeed.checkpointing",
+        "grad_stats/backward.py",
+        _LAYOUTS,
+        "use_reentrant=True is refused in two cases, see below. DeepSpeed's own checkpointing is of that kind.",
+        keys=("activation_checkpointing*",),
+    ),
+    _runs(
+        _MODELS,
+        "TiledFusedLogitsLoss, TiledMLP, SequenceTiledCompute; losses of your own that call backward in their forward",
+        _HOOKS,
+        _TILED,
+        "The gradients of the tiles are added before they are measured.",
+    ),
+    _runs(_WAYS, "deepspeed.initialize with a JSON entry", _ATTACH, _SELECTION, keys=("optimizer", "optimizer.type")),
+    _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),
+    _runs(_WAYS, "deepspeed --module ds_lena.run with an unmodified script", "run.py", _SELECTION),
+    _runs(
+        _WAYS, "HF Trainer, accelerate with a DeepSpeed plugin", "integrations/_transformers_internals.py", _SELECTION
+    ),
+    _runs(_PYTORCH, "one process, DistributedDataParallel", "layouts/plain.py", _PLAIN),
+    _runs(
+        _PYTORCH,
+        "clipping or changing p.grad between the last backward and step()",
+        "controller.py",
+        _PLAIN,
+        "The statistics are those of the gradient before it.",
+    ),
+    _runs(
+        _PYTORCH,
+        "float64, float32 and bfloat16 parameters",
+        "parameters.py",
+        "tests/unit/test_rules.py",
+        "bfloat16 has no master weights here.",
+    ),
+)
