@@ -166,7 +166,6 @@ class Controller:
         """
         self.look_at_scheduler(groups)
         self._require_names()
-        is_first = not self._ranks_agree
         self.require_agreement()
         if not self._patterns_are_checked:
             self._warn_of_patterns()
@@ -174,8 +173,7 @@ class Controller:
             self.read_mean()
         scale = self.binding.layout.loss_scale()
         measured, square_now = self._statistics.reduce(self._squares_of_mean, self._squares_now(), scale)
-        if is_first:
-            self._ranks_agree = False  # should the next line raise
+        if not self._ranks_agree:
             require_average(measured.mean_square.sum(), measured.square_of_mean.sum())
             self._ranks_agree = True
         self._proposal = self.schedule.propose(measured, self._run_plan())
@@ -283,11 +281,12 @@ class Controller:
                 self._square_here = sum(squares, torch.zeros_like(self._square_here))
 
     def require_agreement(self) -> None:
-        """Raise `StateError` if the ranks hold other parameters or gradients. Once, in plain PyTorch on many ranks."""
+        """Raise `StateError` if the ranks hold other parameters or gradients. Before the first update, in plain PyTorch
+        on many ranks.
+        """
         if not self._ranks_agree:
             shapes = [placement.shape for placement in self.binding.placements]
             require_agreement(self.names, shapes, self._square_here, self.binding.group)
-            self._ranks_agree = True
 
     # -- warnings -----------------------------------------------------------------------------------------------------
 

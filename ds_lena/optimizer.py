@@ -57,8 +57,8 @@ def watch_anew(lena: LENA) -> None:
     """
     if lena._controller.is_managed:
         raise StateError(
-            "LENA: this optimizer was given to a DeepSpeed engine before, and its groups hold that engine's tensors. "
-            "Make a new LENA for a new engine."
+            "LENA: this optimizer belongs to a DeepSpeed engine that was made before, and its groups hold the tensors "
+            "of that engine. Make a new LENA for the new engine; a checkpoint of the old engine can be loaded into it."
         )
     now = [id(p) for group in lena.param_groups for p in group["params"] if p.requires_grad]
     if now != [id(p) for p in lena._controller.parameters]:
@@ -70,7 +70,7 @@ def train_in_plain_pytorch(parameters: Iterable[Tensor]) -> bool:
     """Whether a LENA in plain PyTorch, which no engine manages, holds one of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
     controllers = [controller_of(lena) for lena in _instances]
-    return any(not c.is_managed and any(id(p) in wanted for p in c.parameters) for c in controllers)
+    return any(not c.is_managed and not wanted.isdisjoint(c.parameter_ids) for c in controllers)
 
 
 def _reads_keys(init: Callable[P, None]) -> Callable[P, None]:
@@ -149,6 +149,7 @@ class LENA(torch.optim.Optimizer):
         for group in self.param_groups:
             check_group(group, config)
         self._controller = Controller(config, self._watched(names), process_group)
+        self._has_warned_of_no_gradient = False
         carrier.empty(self.param_groups, is_managed=False)
         _instances.add(self)
 
@@ -208,6 +209,8 @@ class LENA(torch.optim.Optimizer):
             controller.begin_update(self.param_groups, self.state)
             controller.apply(self.param_groups, self.state)
             controller.end_update(applied=True)
+        else:
+            self._warn_of_no_gradient()
         return loss
 
     def _is_asked_for_state_alone(self) -> bool:
@@ -293,6 +296,14 @@ class LENA(torch.optim.Optimizer):
                     "when LENA was constructed. Construct LENA after the parameters have been replaced or unfrozen, "
                     "and load the old one's state_dict() into it."
                 )
+
+    def _warn_of_no_gradient(self) -> None:
+        if self._controller.schedule.updates == 0 and not self._has_warned_of_no_gradient:
+            self._has_warned_of_no_gradient = True
+            logger.warning(
+                "LENA: step() found no gradient in any of its parameters, and moved nothing. If the model was trained, "
+                "its parameters were replaced after LENA was constructed, as FSDP and to_empty() do."
+            )
 
     def _refuse_grad_scaler(self) -> None:
         if getattr(self, "found_inf", None) is not None:

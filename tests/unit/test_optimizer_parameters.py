@@ -246,6 +246,21 @@ def test_parameters_that_are_replaced_after_construction_are_refused():
     assert all(torch.equal(p, q) for p, q in zip(parameters, weights(2, 2), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_sharding_after_construction_is_told_or_refused(process_group, caplog):
+    """accelerate swaps the parameters in the groups; without that no gradient comes."""
+    model = nn.Linear(3, 2)
+    optimizer = LENA(model.named_parameters(), **NO_WARMUP)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert caplog.text.count("found no gradient in any of its parameters") == 1
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(StateError, match=r'"weight".*has a gradient and was not there'):
+        optimizer.step()
+
+
 def test_parameters_of_another_model_in_all_groups_are_refused():
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizer = LENA(model.named_parameters(), **NO_WARMUP)

@@ -48,7 +48,6 @@ def _configure(
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(view.facts)
         if not named_in_json:
-            _require_open(controller_of(client_optimizer))
             watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, view.module, given)

@@ -293,7 +293,20 @@ SUPPORTED: tuple[Feature, ...] = (
     _runs(
         _WAYS, "HF Trainer, accelerate with a DeepSpeed plugin", "integrations/_transformers_internals.py", _SELECTION
     ),
-    _runs(_PYTORCH, "one process, DistributedDataParallel", "layouts/plain.py", _PLAIN),
+    _runs(
+        _PYTORCH,
+        "one process, DistributedDataParallel with no_sync, static_graph or find_unused_parameters",
+        "layouts/plain.py",
+        _PLAIN,
+        "Not with join(), nor with PowerSGD, which LENA cannot see: see guide.md.",
+    ),
+    _runs(
+        _PYTORCH,
+        "communication hooks of DDP that average, such as fp16_compress_hook",
+        "grad_stats/agreement.py",
+        "tests/integrations/test_ranks_apart.py",
+        "A hook that adds up and does not divide is refused.",
+    ),
     _runs(
         _PYTORCH,
         "clipping or changing p.grad between the last backward and step()",
