@@ -28,6 +28,7 @@ def register() -> None:
     torch.optim.LENA = LENA  # type: ignore[attr-defined]  # DeepSpeed looks up there the names that are not its own
     _when_imported("deepspeed.runtime.engine", _prepare_deepspeed)
     _when_imported("transformers.integrations.deepspeed", _prepare_transformers)
+    _when_imported("megatron.core.parallel_state", _prepare_megatron)
 
 
 def _is_for_this_rank(record: logging.LogRecord) -> bool:
@@ -45,6 +46,12 @@ def _prepare_transformers(module: ModuleType) -> None:
     from .integrations import _transformers_internals
 
     _transformers_internals.install(module)
+
+
+def _prepare_megatron(module: ModuleType) -> None:
+    from .integrations import megatron
+
+    megatron.name_mpu_calls(module)
 
 
 def _when_imported(name: str, action: Action) -> None:

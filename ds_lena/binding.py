@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .grad_stats.placement import Placement, data_parallel
 from .grad_stats.reduce import Group, rank_in, world_size
+from .layers import Member
 from .layouts.layout import Layout
 from .layouts.plain import PlainLayout
 from .schedule.clock import RunPlan
@@ -21,6 +22,8 @@ class Binding:
     `layout`: where memory is. `placements[i]`: where parameter i stands in the parallel grid.
     `order`: parameter numbers in the order of the model.
     `group`: the ranks that hold all replicas and parts of the model, None for this process alone.
+    `members_of_all(members)`: the parameters of all ranks of the group, given this rank's.
+    `check(squares)`: called at the first update, if set, with this rank's squares of the averaged gradient (P,).
     `run()`: what is known of the run at an update.
     `clip(norm)`: what a gradient of this norm () is multiplied by between the measurement and `step()`, None for
     nothing.
@@ -30,6 +33,8 @@ class Binding:
     placements: Sequence[Placement]
     order: Sequence[int]
     group: Group | None
+    members_of_all: Callable[[Sequence[Member]], Sequence[Member]] = lambda members: members
+    check: Callable[[Tensor], None] | None = None
     run: Callable[[], RunPlan] = RunPlan
     clip: Callable[[Tensor], Tensor | None] = lambda norm: None
 

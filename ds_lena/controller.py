@@ -26,7 +26,7 @@ from .grad_stats.norms import squared_norm, squared_norms
 from .grad_stats.placement import Placement
 from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
-from .layers import LayerTable, build_table, matches, nearest_name, unmatched_patterns
+from .layers import LayerTable, Member, build_table, matches, nearest_name, unmatched_patterns
 from .schedule import checkpoint
 from .schedule.clock import RunPlan
 from .schedule.schedule import Proposal, Schedule
@@ -112,7 +112,7 @@ class Controller:
             out or matches(name, self.config.exclude) for name, out in zip(names, self._watched.left_out, strict=True)
         ]
         self._device = self.parameters[0].device if names else torch.device("cpu")
-        table = _layers(placements, binding.order, left_out, self.config.layer)
+        table = self._layers(left_out)
         self._layer_of = torch.tensor(table.of_parameter, dtype=torch.long, device=self._device)
         self.hooks.names = names
         self.hooks.watch([not out for out in left_out], [placement.join for placement in placements])
@@ -131,6 +131,16 @@ class Controller:
         self._patterns_are_checked = False
         if self._has_names:
             self._warn_of_patterns()
+
+    def _layers(self, left_out: Sequence[bool]) -> LayerTable:
+        """The layers of all ranks in the order of the model; `of_parameter` in the order of this optimizer."""
+        placements = self.binding.placements
+        own = [Member(placements[i].name, placements[i].shape.numel(), left_out[i]) for i in self.binding.order]
+        members = self.binding.members_of_all(own)
+        table = build_table(members, self.config.layer)
+        layer_of = {member.name: layer for member, layer in zip(members, table.of_parameter, strict=True)}
+        self._all_names = [member.name for member in members]
+        return replace(table, of_parameter=tuple(layer_of[placement.name] for placement in placements))
 
     def _make_update(self, table: LayerTable, names: Sequence[str]) -> None:
         """Cut the flat tensors. The parameters of one layer share a learning rate, unless each has a trust ratio."""
@@ -171,6 +181,8 @@ class Controller:
             self._warn_of_patterns()
         if self.is_managed and not self.has_read_mean:
             self.read_mean()
+        if self.binding.check is not None and self.schedule.updates == 0:
+            self.binding.check(self._squares_of_mean)
         scale = self.binding.layout.loss_scale()
         measured, square_now = self._statistics.reduce(self._squares_of_mean, self._squares_now(), scale)
         if not self._ranks_agree:
@@ -309,14 +321,14 @@ class Controller:
     def _warn_of_patterns(self) -> None:
         self._patterns_are_checked = True
         for key in ("exclude", "no_decay"):
-            for pattern in unmatched_patterns(self.names, getattr(self.config, key)):
+            for pattern in unmatched_patterns(self._all_names, getattr(self.config, key)):
                 if (key, pattern) not in self._warned_of_patterns:  # a client LENA gets its engine's names, too
                     self._warned_of_patterns.add((key, pattern))
                     logger.warning(
                         'LENA: "%s": the pattern "%s" matches no parameter. The nearest name is "%s".',
                         key,
                         pattern,
-                        nearest_name(self.names, pattern),
+                        nearest_name(self._all_names, pattern),
                     )
 
 
@@ -330,22 +342,6 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
             alive()
 
     return call
-
-
-def _layers(
-    placements: Sequence[Placement], order: Sequence[int], left_out: Sequence[bool], granularity: str
-) -> LayerTable:
-    """The layers in the order of the model; `of_parameter` in the order of the optimizer."""
-    table = build_table(
-        [placements[i].name for i in order],
-        [placements[i].shape.numel() for i in order],
-        [left_out[i] for i in order],
-        granularity,
-    )
-    of_parameter = [0] * len(placements)
-    for i, layer in zip(order, table.of_parameter, strict=True):
-        of_parameter[i] = layer
-    return replace(table, of_parameter=tuple(of_parameter))
 
 
 def _unscaled(clip: Tensor | None, loss_scale: float) -> Tensor | None:

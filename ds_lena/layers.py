@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -73,6 +74,14 @@ def nearest_name(names: Sequence[str], pattern: str) -> str:
     return difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
 
 
+class Member(NamedTuple):
+    """A parameter as a member of a layer. `numel`: of the whole tensor. `left_out`: it takes no part."""
+
+    name: str
+    numel: int
+    left_out: bool
+
+
 @dataclass(frozen=True)
 class LayerTable:
     """The L layers of a model, in the order of their first parameters.
@@ -91,14 +100,11 @@ class LayerTable:
         return len(self.names)
 
 
-def build_table(names: Sequence[str], numels: Sequence[int], excluded: Sequence[bool], granularity: str) -> LayerTable:
-    """Group parameters into layers.
-
-    `names`, `numels`, `excluded`: of each parameter, in the model's order. `numels` are those of whole tensors.
-    """
+def build_table(members: Sequence[Member], granularity: str) -> LayerTable:
+    """Group parameters, given in the model's order, into layers."""
     sizes: dict[str, int] = {}
     owner: list[str | None] = []
-    for name, numel, left_out in zip(names, numels, excluded, strict=True):
+    for name, numel, left_out in members:
         layer = None if left_out else layer_name(name, granularity)
         owner.append(layer)
         if layer is not None:

@@ -38,7 +38,7 @@ def test_a_parameter_s_layer(name):
 
 
 def test_layers_stand_in_the_order_of_their_first_parameters():
-    table = build_table(["b.weight", "a.weight", "b.bias"], [6, 4, 2], [False] * 3, "module")
+    table = table("module", ("b.weight", 6, False), ("a.weight", 4, False), ("b.bias", 2, False))
     assert table == LayerTable(names=("b", "a"), numel=(8, 4), of_parameter=(0, 1, 0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -14,7 +15,6 @@ from ...binding import Binding
 from ...config import unknown_total_steps
 from ...controller import Controller
 from ...errors import ConfigError, StateError, UnsupportedError
-from ...grad_stats.placement import data_parallel
 from ...layers import named_parameters
 from ...optimizer import LENA, controller_of, dormant, watch_anew
 from ...schedule import carrier
@@ -22,8 +22,11 @@ from ...schedule.clock import RunPlan
 from .. import _transformers_internals as hf
 from . import ownership
 from ._internals import SEEN_WITH, seam
-from ._internals.engine import EngineView, logical_shapes
+from ._internals.engine import EngineView
 from ._internals.select import layout_of
+from .axes import placements_of
+from .axes.tensor import copies_check
+from .exchange import members_of_all, together
 from .monitor import write_model
 from .support import in_use, refuse_unsupported
 from .window import Window
@@ -83,10 +86,15 @@ def attach(view: EngineView, lena: LENA) -> None:
     refuse_unsupported(view.facts)  # checked again: a callable that makes a LENA has not been checked before
     logger.info("LENA under DeepSpeed, with what is exact: %s.", "; ".join(in_use(view.facts)))
     _check_micro_batch_size(view, controller)
-    binding = _binding(view, controller)
-    _check_layout(view, binding, controller.parameters)
-    _require_known_norm(view, controller)
-    ownership.require_free(engine, view.module, controller.parameters)
+
+    def bind() -> Binding:
+        binding = _binding(view, controller)
+        _check_layout(view, binding, controller.parameters)
+        _require_known_norm(view, controller)
+        ownership.require_free(engine, view.module, controller.parameters)
+        return binding
+
+    binding = together(view.grid.everything, bind) if view.grid.is_split else bind()
     ownership.take(engine, controller.parameters)
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
@@ -128,21 +136,24 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
             f"LENA does not support the optimizer wrapper {type(view.wrapper).__name__} yet. "
             "Nearest supported choice: ZeRO 0-3 in fp32 or bf16, without offload."
         )
-    ranks = torch.distributed.get_world_size(view.group)
+    grid = view.grid
     names, order = _names(view.module, controller)
+    placements = placements_of(view, names, parameters)
 
     def run() -> RunPlan:
         return RunPlan(
             total_steps=view.scheduler_total_steps() or hf.planned_updates(view.config),
-            planned_n=view.accumulation_steps() * ranks,
+            planned_n=view.accumulation_steps() * grid.data_ranks,
             micro_batch_size=view.micro_batch_size(),
         )
 
     return Binding(
         layout=layout,
-        placements=data_parallel(names, logical_shapes(parameters), ranks),
+        placements=placements,
         order=order,
-        group=view.group,
+        group=grid.everything,
+        members_of_all=functools.partial(members_of_all, grid.everything) if grid.is_split else list,
+        check=copies_check(grid, parameters, placements),
         run=run,
         clip=view.clip_coefficient,
     )

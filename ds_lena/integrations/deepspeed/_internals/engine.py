@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .facts import EngineFacts, read_facts
+from .grid import Grid, read_grid
 
 
 class EngineView:
@@ -52,10 +53,10 @@ class EngineView:
         """The optimizer's type in the JSON."""
         return self._engine.optimizer_name()
 
-    @property
-    def group(self) -> torch.distributed.ProcessGroup:
-        """The ranks over which the engine averages gradients."""
-        return self._engine.seq_data_parallel_group
+    @functools.cached_property
+    def grid(self) -> Grid:
+        """Which ranks share what."""
+        return read_grid(self._engine)
 
     # -- what can change ----------------------------------------------------------------------------------------------
 

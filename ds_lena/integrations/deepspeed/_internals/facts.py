@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .grid import tensor_parallel_ranks
+
 
 @dataclass(frozen=True)
 class EngineFacts:
@@ -16,6 +18,7 @@ class EngineFacts:
     `ranks`: the number of data-parallel ranks. `fp32_accumulation`: gradients are added up in fp32.
     `predivide`: the part of the division that comes before the reduction of the gradient, 1 if none does.
     `prescales`: all of the division comes before the reduction.
+    `other_ranks`: there are ranks that hold neither a replica nor a part of this model.
     """
 
     stage: int
@@ -35,9 +38,10 @@ class EngineFacts:
     zenflow: bool
     pipeline: bool
     experts: bool
-    tensor_parallel: bool
     sequence_parallel: bool
-    model_parallel: bool
+    context_parallel: bool
+    tensor_ranks: int
+    other_ranks: bool
     hpz: bool
     quantized_gradients: bool
     quantized_weights: bool
@@ -61,7 +65,8 @@ def read_facts(engine: Any) -> EngineFacts:
     autocast_fp16 = autocasts and engine.torch_autocast_dtype() == torch.float16
     sampling = engine._config.data_efficiency_config["data_sampling"]
     in_parts = groups._get_sequence_parallel_world_size() > 1 or engine.mesh_device is not None
-    model_parallel_size = getattr(engine.mpu, "get_model_parallel_world_size", lambda: 1)
+    context_ranks = getattr(engine.mpu, "get_context_parallel_world_size", lambda: 1)
+    tensor_ranks = tensor_parallel_ranks(engine)
     return EngineFacts(
         stage=engine.zero_optimization_stage(),
         ranks=engine.dp_world_size,
@@ -80,9 +85,10 @@ def read_facts(engine: Any) -> EngineFacts:
         zenflow=bool(engine.zenflow),
         pipeline=bool(engine.pipeline_parallelism),
         experts=bool(engine.has_moe_layers),
-        tensor_parallel=engine.autotp_size() > 1,
         sequence_parallel=in_parts or engine.seq_dp_world_size != engine.dp_world_size,
-        model_parallel=model_parallel_size() > 1,
+        context_parallel=context_ranks() > 1,
+        tensor_ranks=tensor_ranks,
+        other_ranks=tensor_ranks > 1 and engine.dp_world_size * tensor_ranks != torch.distributed.get_world_size(),
         hpz=zero.zero_hpz_partition_size > 1,
         quantized_gradients=bool(zero.zero_quantized_gradients),
         quantized_weights=bool(zero.zero_quantized_weights),

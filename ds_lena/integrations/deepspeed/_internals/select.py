@@ -37,5 +37,5 @@ def layout_of(view: EngineView, index: Mapping[int, int]) -> Layout | None:
         masters = [(p, p) for group in wrapper.param_groups for p in group["params"] if p.requires_grad]
     else:
         return None
-    group = view.group
+    group = view.grid.data
     return Zero0Layout(masters, index, torch.distributed.get_rank(group), torch.distributed.get_world_size(group))

@@ -7,6 +7,7 @@ from .feature import Feature, Keys, not_a_fact
 _CHECKPOINTING = "tests/unit/test_hooks_checkpointing.py"
 _MISUSE = "tests/integrations/test_misuse.py"
 _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
+_TENSOR = "tests/integrations/test_tensor_parallel.py"
 _UNSUPPORTED = "tests/integrations/test_unsupported.py"
 _WINDOWS = "tests/integrations/test_window.py"
 
@@ -16,7 +17,6 @@ def _refused(what: str, instead: str, test: str, keys: Keys = ()) -> Feature:
 
 
 _NO_OFFLOAD = 'remove the entry, or set its "device" to "none"'
-_DATA_PARALLEL = "use ZeRO 1-3 with data parallelism only"
 
 REFUSED: tuple[Feature, ...] = (
     Feature("fp16", lambda facts: facts.fp16, instead='use "bf16": {"enabled": true}', keys=("fp16*",)),
@@ -58,18 +58,23 @@ REFUSED: tuple[Feature, ...] = (
         keys=("expert_parallel*", "use_data_before_expert_parallelism"),
     ),
     Feature(
-        '"tensor_parallel"',
-        lambda facts: facts.tensor_parallel,
-        instead=_DATA_PARALLEL,
-        keys=("tensor_parallel*",),
-    ),
-    Feature(
         "sequence parallelism",
         lambda facts: facts.sequence_parallel,
         instead="use data parallelism only",
         keys=("sequence_parallel_size", "data_parallel_size", "seq_parallel_communication_data_type"),
     ),
-    Feature("a model-parallel mpu", lambda facts: facts.model_parallel, instead=_DATA_PARALLEL),
+    Feature(
+        "context parallelism (DeepSpeed does not average over it)",
+        lambda facts: facts.context_parallel,
+        instead="leave context_parallel_size at 1",
+        test=f"{_TENSOR}::test_context_parallelism_is_refused",
+    ),
+    Feature(
+        "a model on some of the ranks only, with an mpu",
+        lambda facts: facts.other_ranks,
+        instead="an mpu whose data-parallel and tensor-parallel ranks are all ranks",
+        test=f"{_TENSOR}::test_a_model_on_some_ranks_only_is_refused",
+    ),
     Feature(
         '"zero_hpz_partition_size"',
         lambda facts: facts.hpz,

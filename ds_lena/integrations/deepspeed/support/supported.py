@@ -16,6 +16,7 @@ _WINDOWS = "tests/integrations/test_window.py"
 _TILED = "tests/integrations/test_tiled_loss.py"
 _TWO_ENGINES = "test_the_generators_gradients_in_the_critic_are_dropped"
 
+_AXES = "integrations/deepspeed/axes"
 _INTERNALS = "integrations/deepspeed/_internals"
 _ATTACH = "integrations/deepspeed/attach.py"
 _HOOKS = "grad_stats/hooks.py"
@@ -27,6 +28,7 @@ _ZERO3 = f"{_INTERNALS}/zero3.py"
 _OPTIONS = "DeepSpeed options"
 _LOOP = "Training loops"
 _MODELS = "Models and parameters"
+_PARALLEL = "Parallel layouts"
 _WAYS = "Ways to start LENA"
 _PYTORCH = "Plain PyTorch"
 
@@ -289,6 +291,21 @@ SUPPORTED: tuple[Feature, ...] = (
     ),
     _runs(_WAYS, "deepspeed.initialize with a JSON entry", _ATTACH, _SELECTION, keys=("optimizer", "optimizer.type")),
     _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),
+    _runs(
+        _PARALLEL,
+        "tensor parallelism by an mpu, as Megatron-core's parallel_state (ZeRO 0-3)",
+        f"{_AXES}/tensor.py",
+        "tests/parity/test_tensor_parallel.py",
+        "Norms are those of whole tensors. `sequence_parallel` and `qk_layernorm` need `sum_partial_gradients(model)`.",
+        lambda facts: facts.tensor_ranks > 1,
+    ),
+    _runs(
+        _PARALLEL,
+        "AutoTP: the entry tensor_parallel (ZeRO 0-3)",
+        f"{_AXES}/tensor.py",
+        "tests/parity/test_tensor_parallel.py",
+        keys=("tensor_parallel*",),
+    ),
     _runs(_WAYS, "deepspeed --module ds_lena.run with an unmodified script", "run.py", _SELECTION),
     _runs(
         _WAYS, "HF Trainer, accelerate with a DeepSpeed plugin", "integrations/_transformers_internals.py", _SELECTION

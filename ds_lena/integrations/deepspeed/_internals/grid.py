@@ -1,0 +1,65 @@
+"""The parallel grid of an engine: how many ranks share what. It is read of the engine and its mpu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = torch.distributed.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`data`: the ranks over which this rank's gradients are averaged. `tensor`: the ranks that hold the parts of its
+    tensors. `everything`: all ranks of the model, with all replicas and parts.
+    """
+
+    data: Group
+    data_ranks: int
+    tensor: Group
+    tensor_ranks: int
+    tensor_rank: int
+    everything: Group
+
+    @property
+    def is_split(self) -> bool:
+        """Whether ranks hold different parts of the model."""
+        return self.tensor_ranks > 1
+
+
+def read_grid(engine: Any) -> Grid:
+    """The grid of an engine. Without tensor parallelism `tensor` is of no use, and `everything` is `data`."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_rank
+
+    data, tensor_ranks = engine.seq_data_parallel_group, tensor_parallel_ranks(engine)
+    is_split = tensor_ranks > 1
+    return Grid(
+        data=data,
+        data_ranks=torch.distributed.get_world_size(data),
+        tensor=bwc_tensor_model_parallel_group(engine.mpu) if is_split else data,
+        tensor_ranks=tensor_ranks,
+        tensor_rank=bwc_tensor_model_parallel_rank(engine.mpu) if is_split else 0,
+        everything=torch.distributed.group.WORLD if is_split else data,
+    )
+
+
+def tensor_parallel_ranks(engine: Any) -> int:
+    """The number of ranks over which tensors are split, by AutoTP, or as the mpu says. Ulysses' mpu splits none."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+    is_ulysses = hasattr(engine.mpu, "initialize_sequence_parallel")
+    return 1 if engine.mpu is None or is_ulysses else int(bwc_tensor_model_parallel_world_size(engine.mpu))
+
+
+def is_part(parameter: Tensor) -> bool:
+    """Whether a rank holds a part of the tensor, by the mark of Megatron and AutoTP. Otherwise it has a copy."""
+    return bool(getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False))
+
+
+def partition_dim(parameter: Tensor) -> int | None:
+    """The dimension along which the tensor is cut, if the parameter says so."""
+    dim = getattr(parameter, "partition_dim", None)
+    return dim if isinstance(dim, int) and dim >= 0 else None

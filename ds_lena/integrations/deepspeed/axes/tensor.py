@@ -1,0 +1,75 @@
+"""Tensor parallelism: a rank holds a part of some tensors, and a copy of the others. Only one of the copies counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ....errors import StateError, UnsupportedError
+from ....grad_stats.placement import Placement
+from ....grad_stats.reduce import sum_over
+from ...megatron import ADDS_UP, gradients_are_partial
+from .._internals.grid import Grid, is_part, partition_dim
+from ..exchange import from_all
+
+TOLERANCE = 1e-3
+"""Between the squared norms of a gradient on the ranks that hold copies of one tensor, relative."""
+
+
+def amend(grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placement]) -> list[Placement]:
+    """Give parts the shape of the whole tensor, and have the first tensor-parallel rank count for the copies."""
+    if grid.tensor_ranks == 1:
+        return list(placements)
+    shapes = from_all(grid.tensor, [tuple(placement.shape) for placement in placements])
+    amended = []
+    for i, (parameter, placement) in enumerate(zip(parameters, placements, strict=True)):
+        if is_part(parameter):
+            shape = _whole([rank[i] for rank in shapes], partition_dim(parameter))
+            amended.append(replace(placement, shape=shape))
+        else:
+            if gradients_are_partial(placement.name, parameter):
+                raise UnsupportedError(
+                    f'LENA: each tensor-parallel rank has only a part of the gradient of "{placement.name}" '
+                    f"(sequence_parallel, or qk_layernorm), and DeepSpeed does not add the parts up. {ADDS_UP}"
+                )
+            amended.append(replace(placement, counted=grid.tensor_rank == 0))
+    return amended
+
+
+def _whole(shapes: Sequence[Sequence[int]], dim: int | None) -> torch.Size:
+    """The shape of a tensor whose parts have these shapes. Where nothing says how it is cut, its size is right."""
+    if dim is None:
+        dim = next((d for d, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1), 0)
+    whole = list(shapes[0])
+    whole[dim] = sum(shape[dim] for shape in shapes)
+    return torch.Size(whole)
+
+
+def copies_check(
+    grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placement]
+) -> Callable[[Tensor], None] | None:
+    """What raises `StateError` if copies of one tensor have different averaged gradients, for the first update.
+
+    It gets this rank's squares of the averaged gradient (P,), and makes one all-reduce.
+    """
+    if grid.tensor_ranks == 1:
+        return None
+    copies = [i for i, parameter in enumerate(parameters) if not is_part(parameter)]
+
+    def check(squares: Tensor) -> None:
+        of_ranks = squares.new_zeros(grid.tensor_ranks, len(copies))
+        of_ranks[grid.tensor_rank] = squares[copies]
+        sum_over(of_ranks, grid.everything)
+        low, high = of_ranks.amin(0), of_ranks.amax(0)
+        differ = (high - low > TOLERANCE * high).nonzero().flatten().tolist()
+        if differ:
+            raise StateError(
+                f'LENA: the gradient of "{placements[copies[differ[0]]].name}" is not the same on all tensor-parallel '
+                f"ranks, which hold copies of it: their copies drift apart, with any optimizer. {ADDS_UP} If it is no "
+                "copy but a part of a tensor, set tensor_model_parallel = True on the parameter."
+            )
+
+    return check
