@@ -29,7 +29,7 @@ endef
 # timm has their LAMB and LARS. timm comes without its dependencies: PyPI's torchvision does not fit torch's CPU build.
 define everything
 	$(call base,$(1),$(2))
-	$(1)/bin/pip install --quiet $(2) --no-build-isolation -e ".[hf,examples,compare,test,lint]"
+	$(1)/bin/pip install --quiet $(2) --no-build-isolation -e ".[hf,megatron,examples,compare,test,lint]"
 	$(1)/bin/pip install --quiet $(2) --no-build-isolation --no-deps fairscale timm
 endef
 

@@ -27,6 +27,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8"],
         "hf": ["deepspeed>=0.19.8", "transformers>=5.0", "accelerate>=1.10", "datasets>=4.0"],
+        "megatron": ["deepspeed>=0.19.8", "megatron-core>=0.16"],
         "examples": EXAMPLES,
         "compare": COMPARE,
         "test": TEST,

@@ -23,7 +23,6 @@ from .grad_stats import backward
 from .grad_stats.agreement import require_agreement, require_average, trace_of
 from .grad_stats.hooks import GradientHooks
 from .grad_stats.norms import squared_norms
-from .grad_stats.placement import Placement
 from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
 from .layers import LayerTable, Member, build_table, matches, nearest_name, unmatched_patterns

@@ -1,8 +1,8 @@
 """For models of Megatron-core under DeepSpeed: gradients that Megatron's own loop would add up over tensor parallelism.
 
-    model = GPTModel(config, …)
-    sum_partial_gradients(model)
-    deepspeed.initialize(model=model, mpu=parallel_state, …)
+model = GPTModel(config, …)
+sum_partial_gradients(model)
+deepspeed.initialize(model=model, mpu=parallel_state, …)
 """
 
 from __future__ import annotations

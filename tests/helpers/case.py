@@ -74,6 +74,8 @@ class Case:
     loop: str = "engine"  # how windows are driven, see the runners
     evaluate: str = "never"  # or "between updates", "between micro-batches"
     zero_init: bool = False  # the model is built under deepspeed.zero.Init
+    tensor: int = 1  # ranks over which tensors are split; `world` is that times the data-parallel ranks
+    split: str = ""  # which model they split, see `split_run.py`
     compiled: str = "nothing"  # or "model" (by torch.compile, before the engine), "engine" (by engine.compile)
     repeat: int = 1  # engines made and run one after the other; the last one counts
 
@@ -102,6 +104,7 @@ class Case:
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:
+        """`rank`: among the data-parallel ones."""
         used = USAGE[self.usage](update, rank, micro)
         return make_batch(update, rank, micro, self.plan[update].size, used)
 
@@ -111,7 +114,7 @@ class Case:
             ReferenceWindow(
                 batches=[
                     [self.batch(update, rank, micro) for micro in range(window.micros) if micro not in window.idle]
-                    for rank in range(self.world)
+                    for rank in range(self.world // self.tensor)
                 ],
                 divisor=window.micros,
                 batch_size=window.size,
@@ -146,6 +149,8 @@ class Case:
             config["data_types"] = {"grad_accum_dtype": "bf16" if self.precision == "bf16" else "fp32"}
         if self.optimizer == "json":
             config["optimizer"] = {"type": "LENA", "params": self.keys}
+        if self.split.startswith("autotp"):
+            config["tensor_parallel"] = {"autotp_size": self.tensor}
         if self.optimizer == "stock":
             config["zero_allow_untested_optimizer"] = True
         return config | dict(self.config)

@@ -13,6 +13,7 @@ from tests.helpers.groups import case_groups
 from tests.helpers.launch import Outcome
 from tests.helpers.model import build
 from tests.helpers.reference import Snapshot, train
+from tests.helpers.split_run import whole_model
 
 _references: dict[str, list[Snapshot]] = {}
 
@@ -26,9 +27,10 @@ def check(case: Case, run_case: Callable[[Case], Outcome]) -> None:
 def reference(case: Case) -> list[Snapshot]:
     """The run in float64; layouts that must agree with each other share it."""
     options = replace(case.model, checkpointing="none")
-    key = repr((options, case.groups, case.keys, case.plan, case.usage, case.world, case.settings))
+    data_ranks = case.world // case.tensor
+    key = repr((options, case.split, case.groups, case.keys, case.plan, case.usage, data_ranks, case.settings))
     if key not in _references:
-        model = build(options, torch.float64)
+        model = whole_model(case) if case.split else build(options, torch.float64)
         groups = case_groups(case, model)
         _references[key] = list(train(model, groups, case.keys, case.reference_windows(), case.settings))
     return _references[key]

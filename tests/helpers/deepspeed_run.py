@@ -19,6 +19,7 @@ import ds_lena
 from tests.helpers.case import SCHEDULES, Case, Window
 from tests.helpers.groups import parameter_groups, stock_optimizer
 from tests.helpers.model import TinyTransformer, build, initial_weights
+from tests.helpers.split_run import join_parts, split_model, whole_model
 
 Result = dict[str, Any]
 LINEAR = torch.nn.functional.linear
@@ -37,7 +38,11 @@ def run(case: Case) -> Result:
 
 @contextmanager
 def _engine(case: Case) -> Iterator[Any]:
-    model = _model(case)
+    with split_model(case) if case.split else nullcontext((_model(case), None)) as (model, mpu):
+        yield from _engine_of(case, model, mpu)
+
+
+def _engine_of(case: Case, model: nn.Module, mpu: Any) -> Iterator[Any]:
     groups = parameter_groups(case, model)
     optimizer = None
     if case.optimizer == "client":
@@ -52,6 +57,7 @@ def _engine(case: Case) -> Iterator[Any]:
         model_parameters=groups if optimizer is None else None,
         optimizer=optimizer,
         lr_scheduler=scheduler,
+        mpu=mpu,
         config=case.deepspeed_config(),
     )
     if case.compiled == "engine":
@@ -105,7 +111,7 @@ def _update(case: Case, engine: Any, update: int, window: Window) -> Any:
 
 def _micro_batch(case: Case, engine: Any, update: int, micro: int) -> None:
     window = case.plan[update]
-    loss = engine(*case.batch(update, dist.get_rank(), micro))
+    loss = engine(*case.batch(update, dist.get_rank() // case.tensor, micro))
     if window.poisoned:
         loss = loss * float("inf")
     if micro in window.idle:
@@ -130,12 +136,23 @@ def _resize(case: Case, engine: Any, update: int) -> None:
 def _evaluate(case: Case, engine: Any, update: int) -> None:
     engine.eval()
     with torch.no_grad():
-        engine(*case.batch(update, dist.get_rank(), 50))
+        engine(*case.batch(update, dist.get_rank() // case.tensor, 50))
     engine.train()
 
 
 def _masters(case: Case, engine: Any) -> dict[str, Tensor]:
-    """The fp32 weight of every trained parameter, read where the layout keeps it."""
+    """The whole fp32 weight of every trained parameter."""
+    masters = _own_masters(case, engine)
+    if not case.split:
+        return masters
+    shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
+    group = [dist.new_group(list(range(r, r + case.tensor))) for r in range(0, case.world, case.tensor)]
+    ours = group[dist.get_rank() // case.tensor]
+    return {name: join_parts(part, shapes[name], ours) for name, part in masters.items()}
+
+
+def _own_masters(case: Case, engine: Any) -> dict[str, Tensor]:
+    """Of this rank's parts, read where the layout keeps them."""
     module = getattr(engine.module, "_orig_mod", engine.module)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if case.stage == 0 and case.precision.startswith("bf16"):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import ds_lena
@@ -18,31 +17,6 @@ from ds_lena.integrations.deepspeed._internals.select import layout_of
 from ds_lena.integrations.deepspeed.support import FEATURES
 from tests.integrations._engines import LENA, Net, config, engine, refusal, train, without_optimizer
 from tests.integrations._ranks import WORLD, Ranks
-
-
-class ModelParallel:
-    """Both ranks hold parts of one model, as Megatron's parallel_state would say it."""
-
-    def __init__(self) -> None:
-        self.data_parallel_group = [dist.new_group([rank]) for rank in range(WORLD)][dist.get_rank()]
-
-    def get_model_parallel_world_size(self) -> int:
-        return WORLD
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank()
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return dist.group.WORLD
-
-    def get_data_parallel_world_size(self) -> int:
-        return 1
-
-    def get_data_parallel_rank(self) -> int:
-        return 0
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.data_parallel_group
 
 
 def _ulysses() -> Any:
@@ -70,14 +44,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "experts": _experts,
     "in DDP": lambda: nn.parallel.DistributedDataParallel(Net()),
 }
-MPUS: dict[str, Callable[[], Any]] = {"none": lambda: None, "model parallel": ModelParallel, "Ulysses": _ulysses}
-TENSOR_PARALLEL = {
-    "autotp_size": 2,
-    "partition_config": {
-        "use_default_specs": False,
-        "layer_specs": [{"patterns": [".*left\\.2\\.weight$"], "partition_type": "row"}],
-    },
-}
+MPUS: dict[str, Callable[[], Any]] = {"none": lambda: None, "Ulysses": _ulysses}
 PREDIVIDED = {"prescale_gradients": False, "gradient_predivide_factor": float(WORLD)}
 WRONGLY_SCALED = '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)'
 DYNAMIC_BATCHING = {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 8}}}}
@@ -87,7 +54,6 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     ("fp16", 2, {"torch_autocast": {"enabled": True, "dtype": "fp16"}}, {}),
     ('"offload_optimizer"', 2, {"zero": {"offload_optimizer": {"device": "cpu"}}}, {}),
     ('"offload_param"', 3, {"zero": {"offload_param": {"device": "cpu"}}}, {}),
-    ('"tensor_parallel"', 1, {"tensor_parallel": TENSOR_PARALLEL}, {}),
     ('"zero_hpz_partition_size"', 3, {"zero": {"zero_hpz_partition_size": 2}}, {}),
     ('"zero_quantized_gradients"', 3, {"zero": {"zero_quantized_gradients": True}}, {}),
     ('"zero_quantized_weights"', 3, {"zero": {"zero_quantized_weights": True}}, {}),
@@ -102,7 +68,6 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     ("a PipelineModule", 1, {}, {"model": "pipeline"}),
     ("mixture-of-experts layers", 1, {}, {"model": "experts"}),
     ("a model wrapped by DistributedDataParallel", 1, {}, {"model": "in DDP"}),
-    ("a model-parallel mpu", 1, {}, {"mpu": "model parallel"}),
     ("sequence parallelism", 1, {"sequence_parallel_size": WORLD, "data_parallel_size": 1}, {}),
     ("sequence parallelism", 1, {}, {"mpu": "Ulysses"}),
 ]

@@ -6,6 +6,7 @@ from torch import nn
 
 from ds_lena.layers import (
     LayerTable,
+    Member,
     build_table,
     canonical_names,
     layer_name,
@@ -38,22 +39,26 @@ def test_a_parameter_s_layer(name):
 
 
 def test_layers_stand_in_the_order_of_their_first_parameters():
-    table = table("module", ("b.weight", 6, False), ("a.weight", 4, False), ("b.bias", 2, False))
+    table = build_table(
+        [Member("b.weight", 6, False), Member("a.weight", 4, False), Member("b.bias", 2, False)], "module"
+    )
     assert table == LayerTable(names=("b", "a"), numel=(8, 4), of_parameter=(0, 1, 0))
 
 
 def test_an_excluded_parameter_belongs_to_no_layer():
-    table = build_table(["a.weight", "a.bias", "b.weight"], [6, 2, 4], [False, True, False], "module")
+    table = build_table(
+        [Member("a.weight", 6, False), Member("a.bias", 2, True), Member("b.weight", 4, False)], "module"
+    )
     assert table == LayerTable(names=("a", "b"), numel=(6, 4), of_parameter=(0, 2, 1))
     assert table.count == 2
 
 
 def test_a_layer_of_excluded_parameters_alone_is_not_there():
-    assert build_table(["a.weight", "b.weight"], [6, 4], [True, False], "tensor").names == ("b.weight",)
+    assert build_table([Member("a.weight", 6, True), Member("b.weight", 4, False)], "tensor").names == ("b.weight",)
 
 
 def test_a_model_without_trained_parameters_has_no_layers():
-    assert build_table([], [], [], "model") == LayerTable((), (), ())
+    assert build_table([], "model") == LayerTable((), (), ())
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

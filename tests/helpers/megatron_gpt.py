@@ -1,0 +1,77 @@
+"""Megatron-core's GPT on the CPU, tensor-parallel over gloo ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.helpers.gpt_twin import HEADS, LAYERS, LENGTH, VOCAB, WIDTH
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Megatron-core asks for the current CUDA device, and keeps random states of CUDA. Here there is none."""
+    from megatron.core.tensor_parallel import random
+
+    class NoStates:
+        def fork(self, *_: Any) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+        def add(self, *_: Any) -> None: ...
+
+        def is_initialized(self) -> bool:
+            return True
+
+    before = torch.cuda.current_device, random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED
+    torch.cuda.current_device = lambda: "cpu"
+    random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = NoStates(), True
+    try:
+        yield
+    finally:
+        torch.cuda.current_device, random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = before
+
+
+def megatron_gpt(tensor: int, sequence_parallel: bool, tied: bool, head_norms: bool) -> nn.Module:
+    """`model(tokens, _)` is the mean loss, as the twin's."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    class Norm(nn.LayerNorm):
+        """Megatron's own wrapper of torch's norm does not take sequence_parallel."""
+
+        def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+            super().__init__(hidden_size, eps)
+            for parameter in self.parameters():
+                parameter.sequence_parallel = config.sequence_parallel
+
+    class Gpt(GPTModel):
+        def forward(self, tokens: Tensor, _: bool = False) -> Tensor:
+            places = torch.arange(LENGTH).expand(len(tokens), -1)
+            future = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+            return super().forward(tokens[:, :-1], places, future, labels=tokens[:, 1:]).mean()
+
+    config = TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=sequence_parallel,
+        qk_layernorm=head_norms,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=False,
+    )
+    layer = get_gpt_layer_local_spec(qk_layernorm=head_norms)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    if head_norms:
+        parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = Norm
+    block = TransformerBlockSubmodules(layer_specs=[layer] * LAYERS, layer_norm=Norm)
+    return Gpt(config, block, VOCAB, LENGTH, share_embeddings_and_output_weights=tied)

@@ -1,0 +1,103 @@
+"""One case of a model that is split over ranks, as one rank sees it, and the whole model in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.helpers.case import Case
+from tests.helpers.gpt_twin import GptTwin
+
+
+def whole_model(case: Case) -> nn.Module:
+    """The whole model in float64, with its first weights."""
+    if case.split.startswith("megatron"):
+        model: nn.Module = GptTwin(tied="tied" in case.split, head_norms="head-norms" in case.split)
+    else:
+        model = _llama(case.split)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.double().named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
+    return model
+
+
+@contextmanager
+def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
+    """This rank's part of the model in float32, with the same weights, and the mpu."""
+    whole = whole_model(case)
+    if not case.split.startswith("megatron"):
+        yield whole.float(), None  # AutoTP splits it
+        return
+    from megatron.core import parallel_state
+
+    from tests.helpers.megatron_gpt import megatron_gpt, on_cpu
+
+    with on_cpu():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=case.tensor)
+        try:
+            flags = (f in case.split for f in ("sequence", "tied", "head-norms"))
+            model = megatron_gpt(case.tensor, *flags)
+            _take_parts(model, whole, parallel_state.get_tensor_model_parallel_rank())
+            if "unsummed" not in case.split:
+                from ds_lena.integrations.megatron import sum_partial_gradients
+
+                sum_partial_gradients(model)
+            yield model, parallel_state
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@torch.no_grad()
+def _take_parts(model: nn.Module, whole: nn.Module, rank: int) -> None:
+    weights = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        weight = weights[name]
+        for dim, (part, size) in enumerate(zip(parameter.shape, weight.shape, strict=True)):
+            if part != size:
+                weight = weight.narrow(dim, rank * part, part)
+        parameter.copy_(weight)
+
+
+def join_parts(part: Tensor, whole: torch.Size, group: dist.ProcessGroup) -> Tensor:
+    """The whole tensor. NaN where ranks have copies of a tensor, and they differ."""
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, part, group=group)
+    if part.shape == whole:
+        return _same(parts)
+    (dim,) = [d for d, sizes in enumerate(zip(part.shape, whole, strict=True)) if sizes[0] != sizes[1]]
+    return torch.cat(parts, dim)
+
+
+def _same(copies: list[Tensor]) -> Tensor:
+    first = copies[0]
+    return first if all(torch.equal(first, copy) for copy in copies) else torch.full_like(first, torch.nan)
+
+
+def _llama(split: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3 if "uneven" in split else 2,
+        "head_dim": 4,
+        "tie_word_embeddings": False,
+        "attn_implementation": "eager",
+    }
+    base, config = (Qwen3ForCausalLM, Qwen3Config) if "qwen3" in split else (LlamaForCausalLM, LlamaConfig)
+
+    class Model(base):  # type: ignore[misc, valid-type]
+        def forward(self, tokens: Tensor, _: bool = False) -> Tensor:
+            return super().forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    return Model(config(**sizes))

@@ -1,0 +1,117 @@
+"""What tensor parallelism needs is there, or refused, with one message on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+
+import ds_lena
+from tests.integrations._engines import Net, config, engine, refusal, train
+from tests.integrations._ranks import WORLD, Ranks
+
+
+class TwoParts:
+    """An mpu of the old kind: both ranks hold parts of one model. `averages`: they also average gradients."""
+
+    def __init__(self, averages: bool = False) -> None:
+        alone = [dist.new_group([rank]) for rank in range(WORLD)][dist.get_rank()]
+        self.data_parallel_group = dist.group.WORLD if averages else alone
+
+    def get_model_parallel_world_size(self) -> int:
+        return WORLD
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_group(self) -> Any:
+        return dist.group.WORLD
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.data_parallel_group)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data_parallel_group)
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data_parallel_group
+
+
+class TwoPartsInContext(TwoParts):
+    def get_context_parallel_world_size(self) -> int:
+        return 2
+
+
+def marked(model: nn.Module, **marks: Any) -> nn.Module:
+    """Set the marks on one bias, on rank 1 only: the other rank has to refuse too."""
+    if dist.get_rank() == 1:
+        for name, value in marks.items():
+            setattr(model.left[0].bias, name, value)
+    return model
+
+
+def refused(stage: int, mpu: type[TwoParts], marks: dict[str, Any], **given: Any) -> str:
+    return refusal(config(stage), marked(Net(), **marks), mpu=mpu(**given))
+
+
+def test_context_parallelism_is_refused(ranks: Ranks) -> None:
+    for message in ranks.run(refused, 1, TwoPartsInContext, {}):
+        assert "LENA does not support context parallelism" in message and "context_parallel_size" in message
+
+
+def test_a_model_on_some_ranks_only_is_refused(ranks: Ranks) -> None:
+    for message in ranks.run(refused, 1, TwoParts, {}, averages=True):
+        assert "LENA does not support a model on some of the ranks only" in message
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_partial_gradients_that_nobody_adds_up_are_refused_on_every_rank(ranks: Ranks, stage: int) -> None:
+    first, second = ranks.run(refused, stage, TwoParts, {"sequence_parallel": True})
+    assert first == second
+    assert '"left.0.bias"' in first and "sum_partial_gradients(model) before deepspeed.initialize" in first
+
+
+def trained_apart(stage: int) -> str:
+    """Both ranks say they hold copies of one model, and each trains it on data of its own."""
+    with engine(config(stage), Net(), mpu=TwoParts()) as made:
+        try:
+            train(made, range(1))
+        except ds_lena.StateError as error:
+            return str(error)
+        finally:
+            dist.barrier()
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_copies_with_different_gradients_are_refused_at_the_first_update(ranks: Ranks, stage: int) -> None:
+    first, second = ranks.run(trained_apart, stage)
+    assert first == second
+    assert "is not the same on all tensor-parallel ranks" in first and "tensor_model_parallel = True" in first
+
+
+def other_group_options() -> str:
+    """Rank 1 leaves out what rank 0 trains with LENA."""
+    model = Net()
+    group = {"params": list(model.parameters()), "lena": dist.get_rank() == 0}
+    return refusal(config(1), model, model_parameters=[group], mpu=TwoParts())
+
+
+def test_ranks_that_disagree_on_a_layer_are_told_so(ranks: Ranks) -> None:
+    first, second = ranks.run(other_group_options)
+    assert first == second and "the ranks of one model disagree on" in first
+
+
+def names_of_mpu() -> bool:
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_model_parallel_world_size is parallel_state.get_tensor_model_parallel_world_size
+        and parallel_state.get_model_parallel_rank is parallel_state.get_tensor_model_parallel_rank
+    )
+
+
+def test_megatrons_parallel_state_has_the_names_that_deepspeed_calls(ranks: Ranks) -> None:
+    assert ranks.run(names_of_mpu) == [True, True]
