@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tests.fuzz.model import FEATURES, HOOKS, MEMORY, Batch, Model, build, make_batch
+from tests.fuzz.model import FEATURES, HOOKS, MEMORY, Batch, Model, build, make_tokens
 from tests.helpers.case import LR, SCHEDULES, USAGE, Case, Window
 from tests.helpers.reference import Settings
 from tests.helpers.reference import Window as ReferenceWindow
@@ -42,7 +42,9 @@ class Draw(Case):
     """A case with a model of its own; it prints itself as the call that makes it. Fields not named here are `Case`'s.
 
     `features`, `checkpointing`: of the model. `events`: what happens in each update, or before it. `unnamed`: LENA gets
-    no names. `refused`: what its error must say, if it has to refuse.
+    no names. `has_closure`: step() gets one. `tensor_lr`: of the groups. `zeroed_by`: the owner of the zero_grad() that
+    is called, "engine", "module" or "wrapper"; in plain PyTorch "engine" is the optimizer. `refused`: what LENA's error
+    must say, if it has to refuse.
     """
 
     name: str = ""
@@ -52,6 +54,9 @@ class Draw(Case):
     eval_mode: bool = False
     empty_group: bool = False
     unnamed: bool = False
+    zeroed_by: str = "engine"
+    has_closure: bool = False
+    tensor_lr: bool = False
     refused: str = ""
 
     def __repr__(self) -> str:
@@ -64,15 +69,17 @@ class Draw(Case):
 
     def make_model(self, is_reference: bool = False) -> Model:
         model = build(self.features, "none" if is_reference else self.checkpointing, is_reference)
+        if not is_reference and self.stage is None:
+            model.to({"fp64": torch.float64, "all bf16": torch.bfloat16}.get(self.precision, torch.float32))
         model.autocast = self.precision == "autocast" and (is_reference or self.stage is None)  # else the engine does
         return model
 
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, is_reference: bool = False) -> list[dict[str, Any]]:
         """Param groups of (name, parameter) pairs."""
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if self.groups != "named":
             return [{"params": trained}]
-        lr = LR[self.base]
+        lr: Any = torch.tensor(LR[self.base]) if self.tensor_lr and not is_reference else LR[self.base]
         kinds: dict[str, list[Any]] = {"matrices": [], "vectors": [], "left out": []}
         for name, p in trained:
             dims = len(getattr(p, "ds_shape", p.shape))  # zero.Init leaves p itself empty
@@ -90,13 +97,15 @@ class Draw(Case):
 
     @property
     def keeps_what_is_thrown_away(self) -> bool:
-        """DeepSpeed has reduced it already, see docs/support.md."""
-        return self.stage in (2, 3) or (self.stage == 1 and self.precision == "bf16-fp32")
+        """DeepSpeed has reduced it already, see docs/support.md. ZeRO 2 is not drawn with "wrapper"."""
+        has_own = self.stage == 3 or (self.stage == 1 and self.precision == "bf16-fp32")
+        return self.stage == 2 or (has_own and self.zeroed_by != "wrapper")
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:
         used = USAGE[self.usage](update, rank, micro)
         which = (update + micro + rank * self.has_leaf_experts) % 3
-        return make_batch(update, rank, micro, self.plan[update].size, used, which)
+        window = self.plan[update]
+        return make_tokens(update, rank, micro, window.size), used, which, window.micros
 
     def reference_windows(self) -> list[ReferenceWindow]:
         return [
@@ -125,7 +134,7 @@ class Draw(Case):
             clipping=self.clipping,
             schedule=SCHEDULES[self.schedule],
             idle="zeros" if self.stage is not None else "skipped",
-            narrow={"fp32": None, "autocast": torch.float32}.get(self.precision, torch.bfloat16),
+            narrow={"fp32": None, "fp64": None, "autocast": torch.float32}.get(self.precision, torch.bfloat16),
         )
 
     def deepspeed_config(self) -> dict[str, Any]:
@@ -155,14 +164,14 @@ def draw(seed: int, worlds: Sequence[int] = (1, 2)) -> Draw:
         "groups": rng.choice(("named", "flat")),
         "empty_group": rng.random() < 0.1,
         "eval_mode": rng.random() < 0.05,
-        "checkpointing": rng.choice(("none", "none", "none", "non-reentrant", "reentrant")),
+        "checkpointing": rng.choice(("none", "none", "none", "non-reentrant", "reentrant", "deepspeed")),
         "lena": _keys(rng, base),
         "features": tuple(name for name in FEATURES if rng.random() < (0.1 if name in (*MEMORY, *HOOKS) else 0.25)),
     }
     if rng.random() < 0.97:
         found["features"] = _without(found["features"], "expanded")
     if rng.random() < 0.1:
-        found["layer"], found["lena"] = "tensor", found["lena"] | {"exclude": [rng.choice(("*.bias", "h.0.*"))]}
+        found["layer"], found["lena"] = "tensor", found["lena"] | {"exclude": [rng.choice(("*.bias", "h.0.*", "*"))]}
     if stage is None:
         _plain(rng, found)
     else:
@@ -183,7 +192,7 @@ def _keys(rng: random.Random, base: str) -> dict[str, Any]:
     choices: dict[str, Sequence[Any]] = {
         "scaling": ("gain", "gain", "gain", "linear", "sqrt", "none"),
         "warmup": ("layer", "layer", "fixed", "none"),
-        "total_steps": (4, 10, 40),
+        "total_steps": (1, 4, 10, 40),
         "gain_power": (None, 0.5, 1.0),
         "smoothing": (None, 0.0, 0.5),
         "max_factor": (None, 1.5),
@@ -197,16 +206,24 @@ def _keys(rng: random.Random, base: str) -> dict[str, Any]:
 
 
 def _plain(rng: random.Random, found: dict[str, Any]) -> None:
-    found["precision"] = rng.choice(("fp32", "fp32", "fp32", "autocast"))
+    found["precision"] = rng.choice(("fp32", "fp32", "fp32", "fp64", "all bf16", "autocast"))
+    found["has_closure"] = rng.random() < 0.2
+    found["zeroed_by"] = rng.choice(("engine", "module"))
+    found["tensor_lr"] = rng.random() < 0.1
+    if found["checkpointing"] == "deepspeed":
+        found["checkpointing"] = "none"
     if found["empty_group"] or rng.random() < 0.3:  # torch refuses an empty group beside groups with names
         found |= {"unnamed": True, "layer": "tensor"}
         found["lena"] = {key: value for key, value in found["lena"].items() if key not in ("no_decay", "exclude")}
     if "base_batch_size" in found["lena"]:
         found["lena"] = found["lena"] | {"micro_batch_size": 2}
     found["usage"] = rng.choice(list(USAGE)) if "sometimes" in found["features"] else "always"
+    if rng.random() < 0.03:
+        _compile(found)
     if found["world"] == 1:
         return
-    found["features"] = _without(found["features"], "expanded", "strided", "tiled")  # DDP itself refuses them
+    # DDP itself refuses the first two, and the others' backward passes within a pass.
+    found["features"] = _without(found["features"], "expanded", "strided", "tiled", "fused loss")
     if found["checkpointing"] == "reentrant":
         found["checkpointing"] = "none"
     if found["accumulation"] > 1 and rng.random() < 0.4:
@@ -251,9 +268,12 @@ def _engine(rng: random.Random, found: dict[str, Any]) -> None:
         config["communication_data_type"] = "fp32" if "bf16" in precision else "bf16"
     if precision == "bf16-fp32" and stage == 1 and on[10]:
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-    if rng.random() < 0.95:  # DeepSpeed cannot broadcast these, but for casts to bf16
+    if rng.random() < 0.98:  # DeepSpeed cannot broadcast these, but for casts to bf16
         gaps = () if "bf16" in precision else ("strided",)
         found["features"] = _without(found["features"], "scalar", "channels last", "transposed", *gaps)
+    found["zeroed_by"] = rng.choice(("engine", "module", *(("wrapper",) if stage in (1, 3) else ())))
+    if loop == "unmanaged" and stage != 2:  # DeepSpeed refuses both together
+        zero.pop("overlap_comm", None)
     if stage == 1 and "overlap_comm" in zero:  # DeepSpeed loses gradients there, see docs/support.md
         found |= {"usage": "always", "features": _without(found["features"], "experts")}
     if rng.random() < 0.05:
@@ -263,36 +283,44 @@ def _engine(rng: random.Random, found: dict[str, Any]) -> None:
     if on[4] and stage == 3 and world == 2:
         found["refused"] = "gradient_predivide_factor"
     if rng.random() < 0.03:
-        found["compiled"] = "engine" if stage == 3 else "model"
-        kept = ("tied", "reused", "frozen", "scalar", "single", "odd")
-        found["features"] = tuple(name for name in found["features"] if name in kept)
-        found["checkpointing"] = "none"
+        _compile(found)
     found |= {"config": config, "zero": zero}
+
+
+def _compile(found: dict[str, Any]) -> None:
+    found["compiled"] = "engine" if found["stage"] == 3 else "model"
+    kept = ("tied", "reused", "frozen", "single", "odd")
+    found["features"] = tuple(name for name in found["features"] if name in kept)
+    found |= {"checkpointing": "none", "usage": "always"}
 
 
 def _events(rng: random.Random, found: dict[str, Any]) -> None:
     """Windows and events, those which the way of training has."""
     updates, micros = rng.choice((2, 3, 4)), found["accumulation"]
     stage, loop, precision = found["stage"], found.get("loop", "engine"), found.get("precision", "fp32")
-    possible = ["none", "none", "evaluated"]
+    possible = ["none", "none", "evaluated", "evaluated with gradients", *(("looked at",) if stage is None else ())]
     if (
-        found["checkpointing"] == "none"
+        found["checkpointing"] in ("none", "non-reentrant")
         and (stage is not None or found["world"] == 1)
         and loop in ("engine", "boundary")
     ):
-        possible += ["broken"] if micros > 1 else []
+        # On a CPU, ZeRO 3's own zero_grad() fails there.
+        is_wrapper_at_3 = stage == 3 and found["zeroed_by"] == "wrapper"
+        possible += ["broken", "broken"] if micros > 1 and not is_wrapper_at_3 else []
     if micros > 1 and loop in ("engine", "boundary"):
-        possible += ["thrown away", "thrown away later"]
+        possible += ["thrown away", "thrown away later", *(("loaded",) if stage is not None else ())]
     if micros > 1 and (stage is None or loop not in ("engine", "torch backward")):
         possible += ["short"]
-    if micros > 2 and loop == "engine":
-        possible += ["idle"]
+    if micros > 1 and loop == "engine":
+        possible += ["idle", "idle"]
     if stage or (stage == 0 and precision == "bf16"):  # in fp32 without ZeRO, DeepSpeed applies such an update
         possible += ["skipped"]
     if stage is not None and loop not in ("torch backward", "coalesce") and rng.random() < 0.1:
         possible += ["second backward"]
     if "compiled" in found:
         possible = ["none"]
+    if "fused loss" in found["features"]:  # its forward alone makes gradients
+        possible = [event for event in possible if event in ("none", "short", "skipped", "thrown away")]
     events = [rng.choice(possible) for _ in range(updates)]
     if "compiled" not in found and rng.random() < 0.2:
         at = rng.randrange(1, updates)
@@ -301,19 +329,24 @@ def _events(rng: random.Random, found: dict[str, Any]) -> None:
     windows = [
         Window(
             micros - (event == "short"),
-            idle=(1,) if event == "idle" else (),
+            idle=(micros - 2,) if event == "idle" else (),
             poisoned=event == "skipped",
         )
         for event in events
     ]
-    if stage is not None and loop == "engine" and not {"saved", "idle"} & {*events} and rng.random() < 0.2:
+    needs_two = {"saved", "loaded", "idle", "thrown away", "thrown away later", "broken"}
+    if stage is not None and loop == "engine" and not needs_two & {*events} and rng.random() < 0.2:
         windows = _resized(rng, windows)
     found |= {"events": tuple(events), "windows": tuple(windows)}
 
 
 def _resized(rng: random.Random, windows: list[Window]) -> list[Window]:
-    """Twice the samples in a micro-batch from some update on."""
+    """Twice the samples in a micro-batch, or another number of micro-batches, from some update on."""
     at = rng.randrange(1, len(windows))
+    micros = rng.choice((1, 2, 4))
+    # DeepSpeed counts all micro-batches modulo the new number.
+    if rng.random() < 0.5 and sum(w.micros for w in windows[:at]) % micros == 0:
+        return [replace(w, micros=micros) if number >= at else w for number, w in enumerate(windows)]
     return [Window(w.micros, size=4 if number >= at else 2, poisoned=w.poisoned) for number, w in enumerate(windows)]
 
 
@@ -346,5 +379,5 @@ def _expect(found: dict[str, Any]) -> Draw:
 
 def _comes_in_parts(found: dict[str, Any]) -> bool:
     """A weight shared by reentrant segments; tiles without an engine, which would say which one is the last."""
-    shared = found["checkpointing"] == "reentrant" and "reused" in found["features"]
+    shared = found["checkpointing"] in ("reentrant", "deepspeed") and "reused" in found["features"]
     return shared or (found["stage"] is None and "tiled" in found["features"])

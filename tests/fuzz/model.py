@@ -28,12 +28,14 @@ FEATURES = (
     "late hook",  # the same, placed after LENA's
     "experts",  # the batch says which one is used
     "tiled",  # DeepSpeed's TiledMLP
+    "fused loss",  # DeepSpeed's TiledFusedLogitsLoss, which calls backward in its forward
+    "empty",  # of no element
     "expanded",  # its elements share one place in memory; refused
 )
 MEMORY = ("channels last", "transposed", "strided", "expanded")
 HOOKS = ("hook", "late hook")
-Batch = tuple[Tensor, bool, int]
-"""Tokens (size, LENGTH + 1), whether `sometimes` is used, the number of the expert."""
+Batch = tuple[Tensor, bool, int, int]
+"""Tokens (size, LENGTH + 1), whether `sometimes` is used, the number of the expert, what the loss is divided by."""
 
 
 class Experts(nn.Module):
@@ -76,9 +78,19 @@ class Model(nn.Module):
             self.experts = Experts()
         if "tiled" in features:
             self.tiled = nn.Linear(WIDTH, WIDTH)
+        if "fused loss" in features:
+            self.fused = nn.Linear(WIDTH, 5, bias=False)
         if "channels last" in features:
             self.conv = nn.Conv2d(2, 2, 3, padding=1).to(memory_format=torch.channels_last)
-        shapes = {"frozen": (WIDTH,), "scalar": (), "single": (1,), "odd": (7,), "spare": (3, 5), "sometimes": (8, 5)}
+        shapes = {
+            "frozen": (WIDTH,),
+            "scalar": (),
+            "single": (1,),
+            "odd": (7,),
+            "spare": (3, 5),
+            "sometimes": (8, 5),
+            "empty": (0, 5),
+        }
         own = {name: torch.empty(shape) for name, shape in shapes.items()}
         own |= {"hooked": torch.empty(WIDTH, WIDTH), "transposed": torch.empty(5, WIDTH).t()}
         own |= {"strided": torch.empty(WIDTH, 10)[:, ::2], "expanded": torch.ones(WIDTH, 1).expand(WIDTH, 5)}
@@ -98,14 +110,14 @@ class Model(nn.Module):
             losses = self._losses(*batch)
         return sum(losses) if self.has_one_loss else losses
 
-    def _losses(self, tokens: Tensor, sometimes: bool, which: int) -> tuple[Tensor, Tensor]:
+    def _losses(self, tokens: Tensor, sometimes: bool, which: int, divisor: int) -> tuple[Tensor, Tensor]:
         x, has = self.embed(tokens[:, :-1]), self.features
         if "frozen" in has:
             x = x + self.frozen
         if "channels last" in has:
             x = x + self.conv(x.reshape(-1, 2, 4, LENGTH)).reshape(x.shape)
         for block in self.h:
-            x = block(x) if self.checkpointing == "none" else checkpoint(block, x, use_reentrant=self.is_reentrant)
+            x = self._checkpointed(block, x)
         if self.mix is not None:
             x = x + self.mix(x)
         if "tiled" in has:
@@ -117,17 +129,25 @@ class Model(nn.Module):
                 x = x + F.pad(torch.tanh(x @ getattr(self, name)), (0, 3))
         if self.has_hook:
             x = x + torch.tanh(x @ self._hooked_weight())
+        x = x + self.empty.sum() if "empty" in has else x
+        x = self.norm(x)
         x = x * self.scalar if "scalar" in has else x
         x = x * self.single if "single" in has else x
         x = torch.cat([x[..., :7] * self.odd, x[..., 7:]], dim=-1) if "odd" in has else x
-        logits = self.out(self.norm(x))
+        logits = self.out(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         loss = F.cross_entropy(logits.to(wide).flatten(0, 1), tokens[:, 1:].flatten())
-        return loss, 0.1 * x.to(wide).square().mean()
+        second = 0.1 * x.to(wide).square().mean()
+        return loss, second + self._fused_loss(x, divisor) if "fused loss" in has else second
 
-    @property
-    def is_reentrant(self) -> bool:
-        return self.checkpointing == "reentrant"
+    def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpointing == "none":
+            return block(x)
+        if self.checkpointing == "deepspeed":
+            import deepspeed
+
+            return deepspeed.checkpointing.checkpoint(block, x)
+        return checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
 
     def _in_tiles(self, x: Tensor) -> Tensor:
         if self.is_reference:
@@ -137,11 +157,26 @@ class Model(nn.Module):
         weights = list(self.tiled.parameters())
         return TiledMLP.apply(lambda model, part: torch.tanh(model.tiled(part)), self, x, 3, weights)
 
+    def _fused_loss(self, x: Tensor, divisor: int) -> Tensor:
+        """What the shards add to the head's gradient in the forward is not divided."""
+        if self.is_reference:
+            weight = self.fused.weight
+            return _square(F.linear(x, weight.detach())) + divisor * _square(F.linear(x.detach(), weight))
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
+
+        labels = torch.zeros(x.shape[:2], dtype=torch.long)
+        args = (x, labels, None, 3, [self.fused.weight], "mean")
+        return TiledFusedLogitsLoss.apply(lambda model, part, _: _square(model.fused(part)), self, *args)
+
     def _hooked_weight(self) -> Tensor:
         if not self.is_reference:
             return self.hooked
         mask = _mask(self.hooked)
         return self.hooked * mask + self.hooked.detach() * (1 - mask)
+
+
+def _square(x: Tensor) -> Tensor:
+    return (x.float() if x.dtype == torch.bfloat16 else x).sub(1).square().mean()
 
 
 def _mask(like: Tensor) -> Tensor:
@@ -162,7 +197,7 @@ def initial_weights(features: Collection[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def build(features: Collection[str], checkpointing: str = "none", is_reference: bool = False) -> Model:
-    """The model with its initial weights: in float64 for the reference, else in float32."""
+    """The model with its initial weights, in float64 for the reference, else in float32."""
     model = Model(features, checkpointing, is_reference)
     for name, weight in initial_weights(features).items():
         if name != "expanded":
@@ -170,8 +205,7 @@ def build(features: Collection[str], checkpointing: str = "none", is_reference: 
     return model.double() if is_reference else model
 
 
-def make_batch(update: int, rank: int, micro: int, size: int, sometimes: bool, which: int) -> Batch:
-    """A batch that only its place in the run decides. Low tokens are common, so the gradient has a signal."""
+def make_tokens(update: int, rank: int, micro: int, size: int) -> Tensor:
+    """(size, LENGTH + 1) tokens that only their place decides. Low ones are common, so the gradient has a signal."""
     generator = torch.Generator().manual_seed(7 + 10_000 * update + 100 * rank + micro)
-    uniform = torch.rand(size, LENGTH + 1, generator=generator)
-    return (VOCAB * uniform**3).long(), sometimes, which
+    return (VOCAB * torch.rand(size, LENGTH + 1, generator=generator) ** 3).long()

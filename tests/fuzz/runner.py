@@ -64,19 +64,31 @@ class Loop:
         return {"reports": reports, "params": self.weights()}
 
     def update(self, update: int) -> None:
-        event, window = self.draw.events[update], self.draw.plan[update]
+        event = self.draw.events[update]
         if event == "broken":
             self.broken_pass(update)
+        if event == "loaded":
+            self.load_in_mid_window(update)
+        if event == "looked at":
+            first, _ = self.losses(self.model, update, BAD)
+            torch.autograd.grad(first, self.bare.out.weight)
         if event == "thrown away":
             self.micro_batch(update, BAD, last=False)
             self.zero_grad()
+        self.accumulate_and_step(update)
+
+    def accumulate_and_step(self, update: int) -> None:
+        self.accumulate(update)
+        self.step()
+
+    def accumulate(self, update: int) -> None:
+        event, window = self.draw.events[update], self.draw.plan[update]
         for micro in range(window.micros):
-            if event == "evaluated":
-                self.evaluate(update)
+            if event.startswith("evaluated"):
+                self.evaluate(update, with_gradients=event != "evaluated")
             if event == "thrown away later" and micro == 1:
                 self.zero_grad()
             self.micro_batch(update, micro, last=micro == window.micros - 1)
-        self.step()
 
     def broken_pass(self, update: int) -> None:
         """A backward pass that ends in the middle, as when memory runs out."""
@@ -95,9 +107,9 @@ class Loop:
         factor = float("inf") if self.draw.plan[update].poisoned else 1.0
         return first * factor, second
 
-    def evaluate(self, update: int) -> None:
+    def evaluate(self, update: int, with_gradients: bool) -> None:
         self.model.eval()
-        with torch.no_grad():
+        with nullcontext() if with_gradients else torch.no_grad():
             self.model(*self.draw.batch(update, self.rank, BAD))
         self.model.train()
 
@@ -115,8 +127,10 @@ class PlainLoop(Loop):
         draw = self.draw
         self.model: Any = self.prepare(draw.make_model())
         self.bare = self.model
+        if draw.compiled == "model":
+            self.model = torch.compile(self.model, backend="aot_eager")
         if draw.world > 1:
-            self.model = DistributedDataParallel(self.bare, **draw.config)
+            self.model = DistributedDataParallel(self.model, **draw.config)
         groups = draw.param_groups(self.bare)
         if draw.optimizer == "stock":
             self.optimizer: Any = _stock(draw, _without_names(groups))
@@ -135,15 +149,22 @@ class PlainLoop(Loop):
             if micro not in window.idle:
                 ((first + second) / window.micros).backward()
 
-    def step(self) -> None:
-        if self.draw.clipping:
-            nn.utils.clip_grad_norm_(self.bare.parameters(), self.draw.clipping)
-        self.optimizer.step()
+    def accumulate_and_step(self, update: int) -> None:
+        def closure() -> None:
+            self.accumulate(update)
+            if self.draw.clipping:
+                nn.utils.clip_grad_norm_(self.bare.parameters(), self.draw.clipping)
+
+        if self.draw.has_closure:
+            self.optimizer.step(closure)
+        else:
+            closure()
+            self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad()
+        self.zero_grad()
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
+        (self.model if self.draw.zeroed_by == "module" else self.optimizer).zero_grad()
 
     def save_and_load(self) -> None:
         saved = [part.state_dict() for part in (self.bare, self.optimizer, self.scheduler)]
@@ -256,7 +277,8 @@ class EngineLoop(Loop):
             self.model.step()
 
     def zero_grad(self) -> None:
-        self.model.zero_grad()
+        engine = self.model
+        {"engine": engine, "module": engine.module, "wrapper": engine.optimizer}[self.draw.zeroed_by].zero_grad()
 
     def save_and_load(self) -> None:
         folder = Path(self.folder) / "checkpoint"
@@ -265,38 +287,44 @@ class EngineLoop(Loop):
         self.make()
         self.model.load_checkpoint(str(folder))
 
+    def load_in_mid_window(self, update: int) -> None:
+        folder = str(Path(self.folder) / "checkpoint")
+        self.model.save_checkpoint(folder)
+        self.micro_batch(update, BAD, last=False)
+        self.model.load_checkpoint(folder)
+
     def report(self) -> dict[str, Any]:
         return ds_lena.report(self.model)
 
     def weights(self) -> dict[str, Tensor]:
-        """The master of every trained parameter, read where the layout keeps it."""
+        """The master of every trained parameter, as a copy in float32."""
+        trained = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
+        empty = {name: torch.zeros(0, 5) for name in trained if name == "empty"}  # DeepSpeed leaves it out
+        masters = self._masters({name: p for name, p in trained.items() if name not in empty}) | empty
+        return {name: weight.detach().float().clone() for name, weight in masters.items()}
+
+    def _masters(self, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Read where the layout keeps them."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        draw, wrapper = self.draw, self.model.optimizer
-        trained = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
-        if draw.stage == 0 and draw.precision == "bf16":
-            pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-            copies = {id(p): master for low, high in pairs for p, master in zip(low, high, strict=True)}
-            return {name: copies[id(p)].detach().float().clone() for name, p in trained.items()}
-        if draw.zero.get("round_robin_gradients") and draw.precision in ("bf16", "bf16-fp32"):
-            return self._round_robin(trained)
-        if draw.stage == 0 or draw.zero.get("round_robin_gradients"):
-            return {name: p.detach().float().clone() for name, p in trained.items()}
-        return {name: safe_get_full_fp32_param(p).detach().float().clone() for name, p in trained.items()}
-
-    def _round_robin(self, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """DeepSpeed's map of fragments is wrong there: read the masters from their partitions."""
         wrapper, masters = self.model.optimizer, {}
-        for mine, parameters, starts in zip(
-            wrapper.single_partition_of_fp32_groups,
-            wrapper.round_robin_bit16_groups,
-            wrapper.round_robin_bit16_offsets,
-            strict=True,
-        ):
-            parts = [torch.empty_like(mine) for _ in range(self.draw.world)]
-            dist.all_gather(parts, mine.detach())
-            for p, start in zip(parameters, starts, strict=True):
-                masters[id(p)] = torch.cat(parts)[start : start + p.numel()].view(p.shape)
+        if self.draw.stage == 0 and self.draw.precision != "bf16":
+            return dict(trained)
+        if self.draw.stage == 0:
+            for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+                masters |= {id(p): master for p, master in zip(low, high, strict=True)}
+        elif self.draw.zero.get("round_robin_gradients") and hasattr(wrapper, "round_robin_bit16_groups"):
+            # DeepSpeed's map of fragments is wrong there.
+            flats = wrapper.single_partition_of_fp32_groups
+            groups = zip(flats, wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, strict=True)
+            for mine, parameters, starts in groups:
+                parts = [torch.empty_like(mine) for _ in range(self.draw.world)]
+                dist.all_gather(parts, mine.detach())
+                whole = torch.cat(parts)
+                for p, start in zip(parameters, starts, strict=True):
+                    masters[id(p)] = whole[start : start + p.numel()].view(p.shape)
+        else:
+            masters = {id(p): safe_get_full_fp32_param(p) for p in trained.values()}
         return {name: masters[id(p)] for name, p in trained.items()}
 
     def close(self) -> None:
