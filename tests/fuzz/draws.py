@@ -20,6 +20,7 @@ BAD = 90
 
 NO_LENA = ("odd", "single", "h.1.norm.weight")
 IN_PARTS = "came in several parts within one backward pass"
+IN_FORWARD = "a loss has called backward in its own forward"
 BROKEN = "an exception has ended an earlier backward pass"
 SECOND = "a second backward pass for one micro-batch"
 ALL_BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
@@ -351,33 +352,23 @@ def _resized(rng: random.Random, windows: list[Window]) -> list[Window]:
 
 
 def _expect(found: dict[str, Any]) -> Draw:
-    """The draw, with the refusal that must come."""
-    features, stage, events = found["features"], found["stage"], found["events"]
-    refused = found.get("refused", "")
-    if not refused and "expanded" in features:
-        refused = "is expanded"
-    if not refused and _comes_in_parts(found):
-        refused = IN_PARTS
-    if not refused:
-        is_fatal = stage in (2, 3) or (
-            stage == 1
-            and (
-                found["config"].get("bf16", {}).get("immediate_grad_update", False)
-                if found["precision"] == "bf16-fp32"
-                else found["zero"].get("overlap_comm", False)
-            )
-        )
-        for event in events:
-            if event == "second backward":
-                refused = SECOND
-            elif event == "broken" and is_fatal:
-                refused = BROKEN
-            if refused:
-                break
-    return Draw(**found | {"refused": refused})
-
-
-def _comes_in_parts(found: dict[str, Any]) -> bool:
-    """A weight shared by reentrant segments; tiles without an engine, which would say which one is the last."""
-    shared = found["checkpointing"] in ("reentrant", "deepspeed") and "reused" in found["features"]
-    return shared or (found["stage"] is None and "tiled" in found["features"])
+    """The draw, with the refusal that must come: the first of them."""
+    stage, features = found["stage"], found["features"]
+    is_bf16_optimizer = stage == 1 and found["precision"] == "bf16-fp32"
+    is_immediate = "bf16" in found.get("config", {})
+    is_cast = "bf16" in found["precision"] or found["precision"] == "fp64"  # a cast makes a tensor of its own
+    measures = found["lena"].get("exclude") != ["*"]
+    shares = found["checkpointing"] in ("reentrant", "deepspeed") and "reused" in features
+    is_stuck = stage in (2, 3) or (stage == 1 and "overlap_comm" in found["zero"] and not is_bf16_optimizer)
+    reasons = {
+        found.get("refused", ""): True,
+        "is expanded": "expanded" in features and not is_cast,
+        IN_FORWARD: "fused loss" in features and is_bf16_optimizer and not is_immediate,
+        # Tiles without an engine: nobody says which one is the last.
+        IN_PARTS: measures and (shares or (stage is None and "tiled" in features)),
+    }
+    is_stuck = is_stuck or (is_bf16_optimizer and is_immediate)
+    at_event = {"second backward": SECOND, **({"broken": BROKEN} if is_stuck else {})}
+    in_order = [reason for reason, holds in reasons.items() if reason and holds]
+    in_order += [at_event[event] for event in found["events"] if event in at_event]
+    return Draw(**found | {"refused": in_order[0] if in_order else ""})

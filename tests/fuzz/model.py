@@ -81,7 +81,7 @@ class Model(nn.Module):
         if "fused loss" in features:
             self.fused = nn.Linear(WIDTH, 5, bias=False)
         if "channels last" in features:
-            self.conv = nn.Conv2d(2, 2, 3, padding=1).to(memory_format=torch.channels_last)
+            self.conv = nn.Conv2d(2, 2, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
         shapes = {
             "frozen": (WIDTH,),
             "scalar": (),
