@@ -281,7 +281,7 @@ def _engine(rng: random.Random, found: dict[str, Any]) -> None:
         refused, entries, zero_entries, stages = rng.choice(REFUSED)
         if stage in stages and not ("torch_autocast" in entries and precision != "fp32"):
             config, zero, found["refused"] = config | entries, zero | zero_entries, refused
-    if on[4] and stage == 3 and world == 2:
+    if config.get("gradient_predivide_factor") == world and stage == 3:
         found["refused"] = "gradient_predivide_factor"
     if rng.random() < 0.03:
         _compile(found)

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.draws import Draw, draw
+from tests.fuzz.draws import IN_FORWARD, Draw, draw
 from tests.fuzz.judge import Verdict, judge
+from tests.helpers.case import Window
 from tests.integrations._ranks import Ranks
 
 SEEDS = range(20)
-FOUND: list[Draw] = []
+TWO = {"windows": (Window(2), Window(2)), "events": ("none", "none")}
+FOUND = [
+    # DeepSpeed lost the gradient, and LENA counted it.
+    Draw(stage=1, precision="bf16-fp32", features=("fused loss",), **TWO, refused=IN_FORWARD),  # type: ignore[arg-type]
+    # The reference forgot that the base batch is a number of samples.
+    Draw(stage=0, windows=(Window(2), Window(2, size=4)), events=("none", "none")),
+]
 """Draws that were findings before what they showed was mended."""
 
 DRAWS = sorted([*map(draw, SEEDS), *FOUND], key=lambda drawn: drawn.world)
@@ -34,14 +41,12 @@ def verdict_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[D
         each.stop()
 
 
-@pytest.mark.parametrize("drawn", DRAWS, ids=repr)
+@pytest.mark.parametrize("drawn", DRAWS, ids=[f"{number}" for number in range(len(DRAWS))])
 def test_a_draw_is_exact_or_refused(drawn: Draw, verdict_of: Callable[[Draw], Verdict]) -> None:
     verdict = verdict_of(drawn)
-    assert verdict.kind in ("exact", "refused", "not run by DeepSpeed"), verdict.text
+    assert verdict.kind in ("exact", "refused"), f"{drawn}\n{verdict.text}"
 
 
 def test_a_draw_prints_itself_as_the_call_that_makes_it() -> None:
-    from tests.helpers.case import Window
-
     for drawn in DRAWS:
         assert eval(repr(drawn), {"Draw": Draw, "Window": Window}) == drawn
