@@ -17,6 +17,8 @@ TWO = {"windows": (Window(2), Window(2)), "events": ("none", "none")}
 FOUND = [
     # DeepSpeed lost the gradient, and LENA counted it.
     Draw(stage=1, precision="bf16-fp32", features=("fused loss",), **TWO, refused=IN_FORWARD),  # type: ignore[arg-type]
+    # DeepSpeed leaves out a parameter without elements, which was never seen to be thrown away: n was too large.
+    Draw(stage=0, precision="bf16", features=("empty",), windows=(Window(2),), events=("thrown away",)),
     # The reference forgot that the base batch is a number of samples.
     Draw(stage=0, windows=(Window(2), Window(2, size=4)), events=("none", "none")),
 ]
