@@ -32,11 +32,14 @@ def verdict_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[D
     """Judge a draw; all that have the same number of ranks run in the same ranks."""
     folder: Path = tmp_path_factory.mktemp("fuzz")
     ranks: dict[int, Ranks] = {}
+    verdicts: dict[str, Verdict] = {}
 
     def verdict(drawn: Draw) -> Verdict:
         if drawn.world not in ranks:
             ranks[drawn.world] = Ranks(folder, drawn.world)
-        return judge(drawn, ranks[drawn.world], folder)
+        if repr(drawn) not in verdicts:
+            verdicts[repr(drawn)] = judge(drawn, ranks[drawn.world], folder)
+        return verdicts[repr(drawn)]
 
     yield verdict
     for each in ranks.values():
@@ -46,7 +49,13 @@ def verdict_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[D
 @pytest.mark.parametrize("drawn", DRAWS, ids=[f"{number}" for number in range(len(DRAWS))])
 def test_a_draw_is_exact_or_refused(drawn: Draw, verdict_of: Callable[[Draw], Verdict]) -> None:
     verdict = verdict_of(drawn)
-    assert verdict.kind in ("exact", "refused"), f"{drawn}\n{verdict.text}"
+    assert verdict.kind in ("exact", "refused", "not run by DeepSpeed"), f"{drawn}\n{verdict.text}"
+
+
+def test_most_draws_are_exact(verdict_of: Callable[[Draw], Verdict]) -> None:
+    kinds = [verdict_of(drawn).kind for drawn in DRAWS]
+    assert kinds.count("exact") > len(DRAWS) / 2
+    assert kinds.count("not run by DeepSpeed") < len(DRAWS) / 10
 
 
 def test_a_draw_prints_itself_as_the_call_that_makes_it() -> None:
