@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from tests.helpers.model import Batch, ModelOptions, make_batch
 from tests.helpers.reference import Settings
 from tests.helpers.reference import Window as ReferenceWindow
@@ -100,7 +102,7 @@ class Case:
             clipping=self.clipping,
             schedule=SCHEDULES[self.schedule],
             idle="zeros" if self.stage is not None else "skipped",
-            bf16=self.precision.startswith("bf16"),
+            narrow=torch.bfloat16 if self.precision.startswith("bf16") else None,
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:
