@@ -73,6 +73,7 @@ ZERO_CONFIG = (
     "reduce_scatter",
     "round_robin_gradients",
     "zero_hpz_partition_size",
+    "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients",
     "zero_quantized_weights",
 )
@@ -126,7 +127,9 @@ LAYOUTS = {
 }
 ELSEWHERE = {
     "DeepSpeedEngine",  # deepspeed.runtime.engine
+    "data_efficiency_config",  # engine._config
     "device",  # of an offload configuration
+    "weight_quantization_config",  # engine._config
     "zero_config",  # engine._config
     "get_model_parallel_world_size",  # the user's mpu
     "total_num_steps",  # DeepSpeed's schedulers that decay
