@@ -131,7 +131,11 @@ ELSEWHERE = {
     "device",  # of an offload configuration
     "weight_quantization_config",  # engine._config
     "zero_config",  # engine._config
-    "get_model_parallel_world_size",  # the user's mpu
+    "get_context_parallel_world_size",  # the user's mpu
+    "initialize_sequence_parallel",  # DeepSpeed's mpu for Ulysses
+    "model_parallel",  # a mark of a parameter, by users of older versions
+    "partition_dim",  # a mark of a parameter, by Megatron
+    "tensor_model_parallel",  # a mark of a parameter, by Megatron and AutoTP
     "total_num_steps",  # DeepSpeed's schedulers that decay
     "param_groups",  # torch
     "register_forward_pre_hook",  # torch
