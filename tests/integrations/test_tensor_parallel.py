@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
 import ds_lena
-from tests.integrations._engines import Net, config, engine, refusal, train
+from tests.integrations._engines import Net, config, engine, moved, refusal, train
 from tests.integrations._ranks import WORLD, Ranks
+from tests.integrations._truth import numbers
 
 
 class TwoParts:
@@ -90,6 +93,33 @@ def test_copies_with_different_gradients_are_refused_at_the_first_update(ranks: 
     first, second = ranks.run(trained_apart, stage)
     assert first == second
     assert "is not the same on all tensor-parallel ranks" in first and "tensor_model_parallel = True" in first
+
+
+def train_alike(made: Any, updates: range) -> None:
+    """Both ranks see the same data, as the ranks do that hold parts of one model."""
+    for update in updates:
+        for micro in range(2):
+            made.backward(made(numbers(update, micro, shape=(2, 4)), numbers(update, micro, 7, shape=(2, 4))))
+            made.step()
+
+
+def resumed(folder: str, stage: int) -> tuple[bool, bool]:
+    """Whether a run that goes on from its checkpoint ends with the same report, and the same weights."""
+    with engine(config(stage), Net(), mpu=TwoParts()) as made:
+        train_alike(made, range(2))
+        made.save_checkpoint(folder)
+        train_alike(made, range(2, 4))
+        report, weights = ds_lena.report(made), moved(made)
+    with engine(config(stage), Net(seed=1), mpu=TwoParts()) as made:
+        made.load_checkpoint(folder)
+        train_alike(made, range(2, 4))
+        same = all(torch.equal(a, b) for a, b in zip(weights, moved(made), strict=True))
+        return ds_lena.report(made) == report, same
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_resumed_run_is_the_unbroken_run(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    assert ranks.run(resumed, str(tmp_path), stage) == [(True, True)] * 2
 
 
 def other_group_options() -> str:
