@@ -121,7 +121,7 @@ class Controller:
         self._squares_of_mean = self._mean_norms.read()
         self.has_read_mean = False
         self._statistics = GradientStatistics(
-            self.hooks, placements, table.of_parameter, table.count, binding.group, self._device
+            self.hooks, placements, table.of_parameter, table.count, self._cells, binding.group, self._device
         )
         self.schedule = Schedule(self.config, table, self._device)
         self._make_update(table, names)
@@ -134,11 +134,16 @@ class Controller:
     def _layers(self, left_out: Sequence[bool]) -> LayerTable:
         """The layers of all ranks in the order of the model; `of_parameter` in the order of this optimizer."""
         placements = self.binding.placements
-        own = [Member(placements[i].name, placements[i].shape.numel(), left_out[i]) for i in self.binding.order]
+        own = [
+            Member(placements[i].name, placements[i].shape.numel(), left_out[i], placements[i].spread)
+            for i in self.binding.order
+        ]
         members = self.binding.members_of_all(own)
         table = build_table(members, self.config.layer)
         layer_of = {member.name: layer for member, layer in zip(members, table.of_parameter, strict=True)}
         self._all_names = [member.name for member in members]
+        spreads = zip(table.of_parameter, (member.spread for member in members), strict=True)
+        self._cells = {(layer, spread) for layer, spread in spreads if layer < table.count}
         return replace(table, of_parameter=tuple(layer_of[placement.name] for placement in placements))
 
     def _make_update(self, table: LayerTable, names: Sequence[str]) -> None:
@@ -153,12 +158,15 @@ class Controller:
         self._applier = Applier(rule, cuts)
         self._trust: TrustRatios | None = None
         if rule.trust is not None:
+            number = {name: i for i, name in enumerate(self._all_names)}
             self._trust = TrustRatios(
                 rule,
                 rule.trust,
                 self.config,
                 binding.layout,
                 binding.placements,
+                [number[name] for name in names],
+                len(self._all_names),
                 self._watched.groups_of,
                 decays,
                 binding.group,

@@ -75,11 +75,15 @@ def nearest_name(names: Sequence[str], pattern: str) -> str:
 
 
 class Member(NamedTuple):
-    """A parameter as a member of a layer. `numel`: of the whole tensor. `left_out`: it takes no part."""
+    """A parameter as a member of a layer. `numel`: of the whole tensor. `left_out`: it takes no part.
+
+    `spread`: the number of micro-batches in one of its micro-gradients, see `Placement`.
+    """
 
     name: str
     numel: int
     left_out: bool
+    spread: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def build_table(members: Sequence[Member], granularity: str) -> LayerTable:
     """Group parameters, given in the model's order, into layers."""
     sizes: dict[str, int] = {}
     owner: list[str | None] = []
-    for name, numel, left_out in members:
+    for name, numel, left_out, _ in members:
         layer = None if left_out else layer_name(name, granularity)
         owner.append(layer)
         if layer is not None:

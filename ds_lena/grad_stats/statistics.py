@@ -5,7 +5,7 @@ This file knows tensors and placements. It knows no optimizer wrapper and no eng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class GradientStatistics:
 
     The parameters of one layer may differ in `spread`, the number of micro-batches in a micro-gradient. They are summed
     in separate cells (layer, spread), which are folded into the layer after the reduction. Without experts a cell is a
-    layer.
+    layer. `cells`: those of all ranks, the same on each of them; each layer has one at least.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class GradientStatistics:
         placements: Sequence[Placement],
         layer_of: Sequence[int],
         layers: int,
+        cells: Collection[tuple[int, int]],
         group: Group | None,
         device: torch.device,
     ) -> None:
@@ -40,7 +41,7 @@ class GradientStatistics:
         if len(at_once) > 1:
             raise ValueError(f"placements of one model disagree on the micro-batches of a pass: {sorted(at_once)}")
         self._ranks_of_micro_batch = world_size(group) / at_once.pop()
-        cells = sorted({(layer, p.spread) for layer, p in zip(layer_of, placements, strict=True) if layer < layers})
+        cells = sorted(cells)
         index = {cell: i for i, cell in enumerate(cells)}
         cell_of = [index.get((layer, p.spread), len(cells)) for layer, p in zip(layer_of, placements, strict=True)]
 
@@ -54,7 +55,7 @@ class GradientStatistics:
         self._layer_of_cell = torch.tensor([layer for layer, _ in cells], dtype=torch.long, device=device)
         self._spread_of_cell = vector([float(spread) for _, spread in cells])
         self._most_spread = vector([float(max(e for at, e in cells if at == layer)) for layer in range(layers)])
-        self._is_spread = any(p.spread > 1 for p in placements)
+        self._is_spread = any(spread > 1 for _, spread in cells)
 
     def reduce(
         self, squares_of_mean: Tensor, squares_now: Tensor, loss_scale: float = 1.0

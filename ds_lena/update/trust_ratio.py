@@ -28,6 +28,7 @@ Groups = Sequence[Mapping[str, Any]]
 class TrustRatios:
     """The trust ratios of one base rule, from norms of whole tensors over the ranks of `group`.
 
+    `places[i]`: the number of parameter i among the `count` parameters of all ranks.
     `groups_of[i]`: the parameter group of parameter i. `decays[i]`: whether parameter i has weight decay.
     """
 
@@ -38,6 +39,8 @@ class TrustRatios:
         config: LenaConfig,
         layout: Layout,
         placements: Sequence[Placement],
+        places: Sequence[int],
+        count: int,
         groups_of: Sequence[int],
         decays: Sequence[bool],
         group: Group | None,
@@ -48,6 +51,8 @@ class TrustRatios:
         self._clip = config.trust_clip
         self._layout, self._group, self._device = layout, group, device
         self._groups_of, self._decays = groups_of, decays
+        self._places, self._count = places, count
+        self._own = torch.tensor(places, dtype=torch.long, device=device)
         self._where = {cut.parameter: (flat, cut) for flat, segments in layout.segments() for cut in segments}
         has_ratio = [len(placement.shape) > 1 for placement in placements]
         self._measured_here = [has and p.counted for has, p in zip(has_ratio, placements, strict=True)]
@@ -61,13 +66,13 @@ class TrustRatios:
         `clip` (): what the gradient will be multiplied by before `step()`, None for nothing.
         `state`: gets zeros for what a tensor does not have yet. Nothing else changes.
         """
-        squares = torch.zeros(2, len(self._measured_here), dtype=torch.float64, device=self._device)
+        squares = torch.zeros(2, self._count, dtype=torch.float64, device=self._device)
         of_weights, of_others = squares[0].unbind(), squares[1].unbind()
         for index, gradient in self._layout.gradients():
             if self._measured_here[index]:
-                totals = of_weights[index], of_others[index]
+                totals = of_weights[self._places[index]], of_others[self._places[index]]
                 self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals)
-        norms = sum_over(squares, self._group).sqrt()
+        norms = sum_over(squares, self._group)[:, self._own].sqrt()
         return self._ratios(norms[0], norms[1], self._weight_decays(groups))
 
     def _measure_piece(

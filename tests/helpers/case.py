@@ -76,7 +76,8 @@ class Case:
     loop: str = "engine"  # how windows are driven, see the runners
     evaluate: str = "never"  # or "between updates", "between micro-batches"
     zero_init: bool = False  # the model is built under deepspeed.zero.Init
-    tensor: int = 1  # ranks over which tensors are split; `world` is that times the data-parallel ranks
+    tensor: int = 1  # ranks over which tensors are split; `world` is that times stages times data-parallel ranks
+    pipe: int = 1  # stages of a pipeline
     split: str = ""  # which model they split, see `split_run.py`
     compiled: str = "nothing"  # or "model" (by torch.compile, before the engine), "engine" (by engine.compile)
     repeat: int = 1  # engines made and run one after the other; the last one counts
@@ -94,6 +95,14 @@ class Case:
     @property
     def plan(self) -> tuple[Window, ...]:
         return self.windows or (Window(self.accumulation),) * UPDATES
+
+    @property
+    def data_ranks(self) -> int:
+        return self.world // (self.tensor * self.pipe)
+
+    def data_rank(self, rank: int) -> int:
+        """Of a rank, among those that have data of their own."""
+        return rank % self.data_ranks if self.pipe > 1 else rank // self.tensor
 
     @property
     def settings(self) -> Settings:
@@ -116,7 +125,7 @@ class Case:
             ReferenceWindow(
                 batches=[
                     [self.batch(update, rank, micro) for micro in range(window.micros) if micro not in window.idle]
-                    for rank in range(self.world // self.tensor)
+                    for rank in range(self.data_ranks)
                 ],
                 divisor=window.micros,
                 batch_size=window.size,

@@ -27,8 +27,7 @@ def check(case: Case, run_case: Callable[[Case], Outcome]) -> None:
 def reference(case: Case) -> list[Snapshot]:
     """The run in float64; layouts that must agree with each other share it."""
     options = replace(case.model, checkpointing="none")
-    data_ranks = case.world // case.tensor
-    key = repr((options, case.split, case.groups, case.keys, case.plan, case.usage, data_ranks, case.settings))
+    key = repr((options, case.split, case.groups, case.keys, case.plan, case.usage, case.data_ranks, case.settings))
     if key not in _references:
         model = whole_model(case) if case.split else build(options, torch.float64)
         groups = case_groups(case, model)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import ds_lena
 from tests.helpers.case import SCHEDULES, Case, Window
+from tests.helpers.grids import one_grid
 from tests.helpers.groups import parameter_groups, stock_optimizer
 from tests.helpers.model import TinyTransformer, build, initial_weights
-from tests.helpers.split_run import join_parts, split_model, whole_model
+from tests.helpers.split_run import join_parts, of_all_stages, split_model, whole_model
 
 Result = dict[str, Any]
 LINEAR = torch.nn.functional.linear
@@ -38,7 +39,10 @@ def run(case: Case) -> Result:
 
 @contextmanager
 def _engine(case: Case) -> Iterator[Any]:
-    with split_model(case) if case.split else nullcontext((_model(case), None)) as (model, mpu):
+    if not case.split:
+        yield from _engine_of(case, _model(case), None)
+        return
+    with one_grid(), split_model(case) as (model, mpu):
         yield from _engine_of(case, model, mpu)
 
 
@@ -87,6 +91,10 @@ def _model(case: Case) -> nn.Module:
 
 def _update(case: Case, engine: Any, update: int, window: Window) -> Any:
     """One window, driven as `case.loop` says; the report after it."""
+    if case.pipe > 1:
+        batches = (case.batch(update, case.data_rank(dist.get_rank()), micro) for micro in range(window.micros))
+        engine.train_batch(iter([(tokens[:, :-1], tokens[:, 1:]) for tokens, _ in batches]))
+        return None if case.optimizer == "stock" else ds_lena.report(engine)
     _resize(case, engine, update)
     if case.loop == "offload states":
         engine.offload_states()
@@ -111,7 +119,7 @@ def _update(case: Case, engine: Any, update: int, window: Window) -> Any:
 
 def _micro_batch(case: Case, engine: Any, update: int, micro: int) -> None:
     window = case.plan[update]
-    loss = engine(*case.batch(update, dist.get_rank() // case.tensor, micro))
+    loss = engine(*case.batch(update, case.data_rank(dist.get_rank()), micro))
     if window.poisoned:
         loss = loss * float("inf")
     if micro in window.idle:
@@ -136,13 +144,15 @@ def _resize(case: Case, engine: Any, update: int) -> None:
 def _evaluate(case: Case, engine: Any, update: int) -> None:
     engine.eval()
     with torch.no_grad():
-        engine(*case.batch(update, dist.get_rank() // case.tensor, 50))
+        engine(*case.batch(update, case.data_rank(dist.get_rank()), 50))
     engine.train()
 
 
 def _masters(case: Case, engine: Any) -> dict[str, Tensor]:
     """The whole fp32 weight of every trained parameter."""
     masters = _own_masters(case, engine)
+    if case.pipe > 1:
+        return of_all_stages(masters)
     if not case.split:
         return masters
     shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}

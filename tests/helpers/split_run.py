@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from tests.helpers.case import Case
 from tests.helpers.gpt_twin import GptTwin
+from tests.helpers.pipeline_model import PipelineTwin, stages_of
 
 
 def whole_model(case: Case) -> nn.Module:
     """The whole model in float64, with its first weights."""
-    if case.split.startswith("megatron"):
-        model: nn.Module = GptTwin(tied="tied" in case.split, head_norms="head-norms" in case.split)
+    if case.split.startswith("pipeline"):
+        model: nn.Module = PipelineTwin(is_tied="tied" in case.split)
+    elif case.split.startswith("megatron"):
+        model = GptTwin(tied="tied" in case.split, head_norms="head-norms" in case.split)
     else:
         model = _llama(case.split)
     generator = torch.Generator().manual_seed(1)
@@ -32,6 +35,9 @@ def whole_model(case: Case) -> nn.Module:
 def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
     """This rank's part of the model in float32, with the same weights, and the mpu."""
     whole = whole_model(case)
+    if case.split.startswith("pipeline"):
+        yield stages_of(whole, case.pipe), None
+        return
     if not case.split.startswith("megatron"):
         yield whole.float(), None  # AutoTP splits it
         return
@@ -78,6 +84,14 @@ def join_parts(part: Tensor, whole: torch.Size, group: dist.ProcessGroup) -> Ten
 def _same(copies: list[Tensor]) -> Tensor:
     first = copies[0]
     return first if all(torch.equal(first, copy) for copy in copies) else torch.full_like(first, torch.nan)
+
+
+def of_all_stages(masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of all stages. NaN where ranks have copies of a tensor, and they differ."""
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, masters)
+    names = dict.fromkeys(name for of_rank in everybody for name in of_rank)
+    return {name: _same([of_rank[name] for of_rank in everybody if name in of_rank]) for name in names}
 
 
 def _llama(split: str) -> nn.Module:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ds_lena
+from tests.helpers.grids import one_grid
 
 LENA = {"lr": 1e-2, "total_steps": 20, "smoothing": 0.5, "warmup_fraction": 0.1}
 """Keys of the optimizer entry unless a test says otherwise; quick averages, so that gains move at once."""
@@ -71,11 +72,13 @@ def engine(entries: dict[str, Any], model: nn.Module | None = None, **initialize
     """An engine that is destroyed at the end."""
     import deepspeed
 
-    made, *_ = deepspeed.initialize(model=Net() if model is None else model, config=entries, **initialize)
-    try:
-        yield made
-    finally:
-        made.destroy()
+    is_split = "mpu" in initialize or isinstance(model, deepspeed.PipelineModule)
+    with one_grid() if is_split else nullcontext():
+        made, *_ = deepspeed.initialize(model=Net() if model is None else model, config=entries, **initialize)
+        try:
+            yield made
+        finally:
+            made.destroy()
 
 
 @contextmanager

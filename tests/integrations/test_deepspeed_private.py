@@ -135,6 +135,7 @@ ELSEWHERE = {
     "initialize_sequence_parallel",  # DeepSpeed's mpu for Ulysses
     "model_parallel",  # a mark of a parameter, by users of older versions
     "partition_dim",  # a mark of a parameter, by Megatron
+    "tied_comms",  # of a PipelineModule
     "tensor_model_parallel",  # a mark of a parameter, by Megatron and AutoTP
     "total_num_steps",  # DeepSpeed's schedulers that decay
     "param_groups",  # torch

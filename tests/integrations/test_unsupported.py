@@ -15,6 +15,7 @@ from ds_lena.integrations.deepspeed import attach
 from ds_lena.integrations.deepspeed._internals.facts import read_facts
 from ds_lena.integrations.deepspeed._internals.select import layout_of
 from ds_lena.integrations.deepspeed.support import FEATURES
+from tests.helpers.grids import one_grid
 from tests.integrations._engines import LENA, Net, config, engine, refusal, train, without_optimizer
 from tests.integrations._ranks import WORLD, Ranks
 
@@ -26,12 +27,6 @@ def _ulysses() -> Any:
     return parallel_state_sp
 
 
-def _pipeline() -> nn.Module:
-    from deepspeed.pipe import PipelineModule
-
-    return PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=WORLD, loss_fn=nn.MSELoss())
-
-
 def _experts() -> nn.Module:
     from deepspeed.moe.layer import MoE
 
@@ -40,7 +35,6 @@ def _experts() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
-    "pipeline": _pipeline,
     "experts": _experts,
     "in DDP": lambda: nn.parallel.DistributedDataParallel(Net()),
 }
@@ -65,7 +59,6 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     ('"deepcompile"', 2, {"compile": {"deepcompile": True}}, {}),
     ('"gradient_allreduce_op": "sum"', 2, {"gradient_allreduce_op": "sum"}, {}),
     (WRONGLY_SCALED, 3, PREDIVIDED, {}),
-    ("a PipelineModule", 1, {}, {"model": "pipeline"}),
     ("mixture-of-experts layers", 1, {}, {"model": "experts"}),
     ("a model wrapped by DistributedDataParallel", 1, {}, {"model": "in DDP"}),
     ("sequence parallelism", 1, {"sequence_parallel_size": WORLD, "data_parallel_size": 1}, {}),
@@ -75,23 +68,15 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
 
 @contextmanager
 def _one_layout() -> Iterator[None]:
-    """DeepSpeed keeps its groups of ranks, and autocast, in modules: put back what one layout has set there."""
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.module_inject.layers import set_autotp_mode
-    from deepspeed.runtime import torch_autocast
-    from deepspeed.utils import groups
 
-    modules = (groups, torch_autocast)
-    before = [dict(vars(module)) for module in modules]
     accelerator = get_accelerator()
     accelerator.is_fp16_supported = lambda: True  # this CPU's is not, and DeepSpeed would say so before us
     try:
-        yield
+        with one_grid():
+            yield
     finally:
         del accelerator.is_fp16_supported
-        set_autotp_mode(training=False)
-        for module, names in zip(modules, before, strict=True):
-            vars(module).update(names)
 
 
 def refusal_of_layout(stage: int, entries: dict[str, Any], model: str = "plain", mpu: str = "none") -> str:

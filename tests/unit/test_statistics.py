@@ -38,7 +38,10 @@ def reduced(monkeypatch, ranks, loss_scale=1.0):
     given = []
 
     def run(rank):
-        made = GradientStatistics(rank.hooks, rank.placements, rank.layer_of, len(set(rank.layer_of)), "all ranks", CPU)
+        spreads = [placement.spread for placement in rank.placements]
+        cells = set(zip(rank.layer_of, spreads, strict=True))
+        layers = len(set(rank.layer_of))
+        made = GradientStatistics(rank.hooks, rank.placements, rank.layer_of, layers, cells, "all ranks", CPU)
         squares = torch.stack([piece.double().square().sum() for piece in rank.mean_pieces])
         return made.reduce(squares, squares, loss_scale)
 
@@ -193,4 +196,4 @@ def test_placements_that_contradict_each_other_are_an_error():
     placements = [Placement("a", torch.Size([1])), Placement("b", torch.Size([1]), replicas=2)]
     hooks = GradientHooks([nn.Parameter(torch.zeros(1)) for _ in range(2)], ["a", "b"])
     with pytest.raises(ValueError, match="disagree"):
-        GradientStatistics(hooks, placements, [0, 1], 2, None, CPU)
+        GradientStatistics(hooks, placements, [0, 1], 2, {(0, 1), (1, 1)}, None, CPU)

@@ -24,8 +24,7 @@ from . import ownership
 from ._internals import SEEN_WITH, seam
 from ._internals.engine import EngineView
 from ._internals.select import layout_of
-from .axes import placements_of
-from .axes.tensor import copies_check
+from .axes import first_update_check, placements_of
 from .exchange import members_of_all, together
 from .monitor import write_model
 from .support import in_use, refuse_unsupported
@@ -153,7 +152,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         order=order,
         group=grid.everything,
         members_of_all=functools.partial(members_of_all, grid.everything) if grid.is_split else list,
-        check=copies_check(grid, parameters, placements),
+        check=first_update_check(view, controller.hooks, parameters, placements),
         run=run,
         clip=view.clip_coefficient,
     )
@@ -212,6 +211,12 @@ def _require_known_norm(view: EngineView, controller: Controller) -> None:
     is_wrapped = view.wrapper is not view.optimizer  # a wrapper clips by the norm of what the optimizer holds
     if not controller.has_trust_ratios or is_wrapped or not view.facts.clips:
         return
+    if view.grid.pipe_ranks > 1:
+        raise UnsupportedError(
+            f'LENA: "base": "{controller.config.base}" with "gradient_clipping" in a pipeline at ZeRO 0 needs the norm '
+            "that DeepSpeed clips by, and DeepSpeed leaves out all stages but the first there. Use ZeRO 1, or set "
+            '"gradient_clipping" to 0.0.'
+        )
     known = {id(parameter) for parameter in controller.parameters}
     foreign = [name for name, p in named_parameters(view.module) if p.requires_grad and id(p) not in known]
     if foreign:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .grid import tensor_parallel_ranks
+from .grid import stages, tensor_parallel_ranks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class EngineFacts:
     offload_optimizer: bool
     offload_param: bool
     zenflow: bool
-    pipeline: bool
+    stages: int
+    dual_pipe: bool
     experts: bool
     sequence_parallel: bool
     context_parallel: bool
@@ -66,7 +67,8 @@ def read_facts(engine: Any) -> EngineFacts:
     sampling = engine._config.data_efficiency_config["data_sampling"]
     in_parts = groups._get_sequence_parallel_world_size() > 1 or engine.mesh_device is not None
     context_ranks = getattr(engine.mpu, "get_context_parallel_world_size", lambda: 1)
-    tensor_ranks = tensor_parallel_ranks(engine)
+    tensor_ranks, pipe_ranks = tensor_parallel_ranks(engine), stages(engine)
+    parts = tensor_ranks * pipe_ranks
     return EngineFacts(
         stage=engine.zero_optimization_stage(),
         ranks=engine.dp_world_size,
@@ -83,12 +85,13 @@ def read_facts(engine: Any) -> EngineFacts:
         offload_optimizer=_offloads(zero.offload_optimizer),
         offload_param=_offloads(zero.offload_param),
         zenflow=bool(engine.zenflow),
-        pipeline=bool(engine.pipeline_parallelism),
+        stages=pipe_ranks,
+        dual_pipe=type(engine.module).__name__ == "DualPipeVModule",
         experts=bool(engine.has_moe_layers),
         sequence_parallel=in_parts or engine.seq_dp_world_size != engine.dp_world_size,
         context_parallel=context_ranks() > 1,
         tensor_ranks=tensor_ranks,
-        other_ranks=tensor_ranks > 1 and engine.dp_world_size * tensor_ranks != torch.distributed.get_world_size(),
+        other_ranks=parts > 1 and engine.dp_world_size * parts != torch.distributed.get_world_size(),
         hpz=zero.zero_hpz_partition_size > 1,
         quantized_gradients=bool(zero.zero_quantized_gradients),
         quantized_weights=bool(zero.zero_quantized_weights),

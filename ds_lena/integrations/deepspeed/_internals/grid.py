@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ Group = torch.distributed.ProcessGroup
 @dataclass(frozen=True)
 class Grid:
     """`data`: the ranks over which this rank's gradients are averaged. `tensor`: the ranks that hold the parts of its
-    tensors. `everything`: all ranks of the model, with all replicas and parts.
+    tensors. `pipe_ranks`: the number of stages. `everything`: all ranks of the model, with all replicas and parts.
     """
 
     data: Group
@@ -22,19 +23,20 @@ class Grid:
     tensor: Group
     tensor_ranks: int
     tensor_rank: int
+    pipe_ranks: int
     everything: Group
 
     @property
     def is_split(self) -> bool:
         """Whether ranks hold different parts of the model."""
-        return self.tensor_ranks > 1
+        return self.tensor_ranks * self.pipe_ranks > 1
 
 
 def read_grid(engine: Any) -> Grid:
     """The grid of an engine. Without tensor parallelism `tensor` is of no use, and `everything` is `data`."""
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_rank
 
-    data, tensor_ranks = engine.seq_data_parallel_group, tensor_parallel_ranks(engine)
+    data, tensor_ranks, pipe_ranks = engine.seq_data_parallel_group, tensor_parallel_ranks(engine), stages(engine)
     is_split = tensor_ranks > 1
     return Grid(
         data=data,
@@ -42,7 +44,8 @@ def read_grid(engine: Any) -> Grid:
         tensor=bwc_tensor_model_parallel_group(engine.mpu) if is_split else data,
         tensor_ranks=tensor_ranks,
         tensor_rank=bwc_tensor_model_parallel_rank(engine.mpu) if is_split else 0,
-        everything=torch.distributed.group.WORLD if is_split else data,
+        pipe_ranks=pipe_ranks,
+        everything=torch.distributed.group.WORLD if tensor_ranks * pipe_ranks > 1 else data,
     )
 
 
@@ -52,6 +55,23 @@ def tensor_parallel_ranks(engine: Any) -> int:
 
     is_ulysses = hasattr(engine.mpu, "initialize_sequence_parallel")
     return 1 if engine.mpu is None or is_ulysses else int(bwc_tensor_model_parallel_world_size(engine.mpu))
+
+
+def stages(engine: Any) -> int:
+    """The number of stages of the pipeline."""
+    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
+    return int(bwc_pipeline_parallel_world_size(engine.mpu))
+
+
+def tied_weights(model: Any) -> list[tuple[Tensor, list[int], Group]]:
+    """The tied weights of a PipelineModule that lie on several stages: weight, ranks that hold a copy, their group."""
+    found = []
+    for key, comm in getattr(model, "tied_comms", {}).items():
+        for name in [comm["weight_attr"]] if isinstance(comm["weight_attr"], str) else comm["weight_attr"]:
+            weight = functools.reduce(getattr, name.split("."), model.tied_modules[key])
+            found.append((weight, list(comm["ranks"]), comm["group"]))
+    return found
 
 
 def is_part(parameter: Tensor) -> bool:

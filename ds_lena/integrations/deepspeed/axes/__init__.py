@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from ....grad_stats.hooks import GradientHooks
 from ....grad_stats.placement import Placement, data_parallel
 from .._internals.engine import EngineView, logical_shapes
-from . import tensor
+from . import pipeline, tensor
 
 
 def placements_of(view: EngineView, names: Sequence[str], parameters: Sequence[Tensor]) -> list[Placement]:
@@ -18,4 +19,25 @@ def placements_of(view: EngineView, names: Sequence[str], parameters: Sequence[T
         UnsupportedError: for a parameter whose gradient a hook would see wrongly.
     """
     placements = data_parallel(names, logical_shapes(parameters), view.grid.data_ranks)
-    return tensor.amend(view.grid, parameters, placements)
+    placements = tensor.amend(view.grid, parameters, placements)
+    return pipeline.amend(view.grid, view.module, parameters, placements)
+
+
+def first_update_check(
+    view: EngineView, hooks: GradientHooks, parameters: Sequence[Tensor], placements: Sequence[Placement]
+) -> Callable[[Tensor], None] | None:
+    """What the ranks of a split model make sure of at their first update, given the squares of the averaged gradient.
+
+    Any error is the same on every rank.
+    """
+    checks = [
+        tensor.copies_check(view.grid, parameters, placements),
+        pipeline.passes_check(view.grid, hooks, view.accumulation_steps),
+    ]
+    asked = [check for check in checks if check is not None]
+
+    def check(squares: Tensor) -> None:
+        for each in asked:
+            each(squares)
+
+    return check if asked else None

@@ -8,6 +8,7 @@ _CHECKPOINTING = "tests/unit/test_hooks_checkpointing.py"
 _MISUSE = "tests/integrations/test_misuse.py"
 _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
 _TENSOR = "tests/integrations/test_tensor_parallel.py"
+_PIPELINE = "tests/integrations/test_pipeline.py"
 _UNSUPPORTED = "tests/integrations/test_unsupported.py"
 _WINDOWS = "tests/integrations/test_window.py"
 
@@ -46,10 +47,20 @@ REFUSED: tuple[Feature, ...] = (
         keys=("zero_optimization.zenflow*",),
     ),
     Feature(
-        "a PipelineModule",
-        lambda facts: facts.pipeline,
-        instead="use ZeRO 1-3 without pipeline parallelism",
-        keys=("pipeline*",),
+        "a DualPipeVModule",
+        lambda facts: facts.dual_pipe,
+        instead="use a PipelineModule",
+        test=f"{_PIPELINE}::test_a_dual_pipe_is_refused",
+    ),
+    _refused(
+        "a stage of a pipeline that hands on several tensors, or trains nothing",
+        "another partition_method",
+        f"{_PIPELINE}::test_a_stage_that_hands_on_two_tensors_is_refused_on_every_rank",
+    ),
+    _refused(
+        "lamb or lars with gradient_clipping in a pipeline at ZeRO 0 (DeepSpeed clips by the norm of the first stage)",
+        "use ZeRO 1, or switch clipping off",
+        f"{_PIPELINE}::test_trust_ratios_with_clipping_at_zero_0_are_refused",
     ),
     Feature(
         "mixture-of-experts layers",

@@ -301,6 +301,15 @@ SUPPORTED: tuple[Feature, ...] = (
     ),
     _runs(
         _PARALLEL,
+        "pipeline parallelism by a PipelineModule, tied layers too (ZeRO 0, 1)",
+        f"{_AXES}/pipeline.py",
+        "tests/parity/test_pipeline.py",
+        "At ZeRO 0 in fp32 DeepSpeed 0.19.8 clips by the norm of the first stage alone, with any optimizer.",
+        lambda facts: facts.stages > 1,
+        ("pipeline*",),
+    ),
+    _runs(
+        _PARALLEL,
         "AutoTP: the entry tensor_parallel (ZeRO 0-3)",
         f"{_AXES}/tensor.py",
         "tests/parity/test_tensor_parallel.py",
