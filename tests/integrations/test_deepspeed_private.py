@@ -31,6 +31,7 @@ ENGINE = (
     "config",
     "destroy",
     "dp_world_size",
+    "enable_backward_allreduce",
     "fp16_enabled",
     "get_data_types",
     "global_rank",
