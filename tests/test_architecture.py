@@ -29,12 +29,13 @@ FLOORS = (
     {"reporting", "integrations", "integrations._transformers_internals"},
     {"integrations.transformers",
      *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.facts", "_internals.flat",
-                                                     "_internals.seam", "ownership"))},
+                                                     "_internals.loss_scale", "_internals.seam", "ownership"))},
     {f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                    "_internals.zero12", "_internals.zero3", "support.feature")},
-    {f"integrations.deepspeed.{name}" for name in ("_internals.select", "monitor", "window", "support.refused",
-                                                   "support.supported", "support.without_effect")},
-    {"integrations.deepspeed.support"},
+    {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "monitor",
+                                                   "window", "support.refused", "support.supported",
+                                                   "support.without_effect")},
+    {"integrations.deepspeed.support", "integrations.deepspeed._internals.select"},
     {"integrations.deepspeed", "integrations.deepspeed.attach"},
     {"_registration"},
     {"__init__"},
@@ -76,6 +77,8 @@ MAY_IMPORT = {
     "layouts.plain": {"layouts.layout"},
     **{f"{INTERNALS}.{name}": {"errors", "layouts.layout", INTERNALS, f"{INTERNALS}.flat"}
        for name in ("zero0", "zero12", "zero3", "bf16", "flat")},
+    **{f"{INTERNALS}.{name}_offload": {"layouts.layout", f"{INTERNALS}.{name}"} for name in ("zero12", "zero3")},
+    f"{INTERNALS}.loss_scale": set(),
     f"{INTERNALS}.facts": set(),
     f"{INTERNALS}.engine": {f"{INTERNALS}.facts"},
     # move: pieces and rates
@@ -102,6 +105,9 @@ PRIVATE_NAMES = (
     "ds_grad_is_ready",
     "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
     "ds_numel", "ds_shape",
+    "accumulated_grads_in_cpu", "norm_for_param_grads", "reset_cpu_buffers", "_wait_for_offload_copies",
+    "_offload_accumulated_param_ids", "_finalize_cpu_offload_gradient_accumulation",
+    "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation", "_update_scale",
 )  # fmt: skip
 
 PRIVATE_TO_AUTOGRAD = (
@@ -135,6 +141,8 @@ UPDATE_PATH = {
     "update.segments": set(),
     "update.trust_ratio": {"__init__"},
     **{f"{INTERNALS}.{name}": {"__init__"} for name in ("zero0", "zero12", "zero3", "bf16")},
+    **{f"{INTERNALS}.{name}_offload": set() for name in ("zero12", "zero3")},
+    f"{INTERNALS}.loss_scale": set(),
 }
 """Modules that every update passes through, and their functions that it does not."""
 
@@ -144,6 +152,8 @@ HARMLESS = {
     "grad_stats.statistics: float(self._hooks.passes)": "a Python number",
     "schedule.clock: float(plan.planned_n)": "a Python number",
     "update.apply: rates.tolist()": "where the pieces are on the CPU already",
+    **{f"{INTERNALS}.{name}: float(self._zero.loss_scale)": "a Python number" for name in ("zero12", "zero3")},
+    f"{INTERNALS}.zero12_offload: bool(is_new)": "a Python bool",
     "schedule.schedule: int((self.state.warmup >= 1).sum())": "once a run",
     "schedule.schedule: int(self.state.capped.sum())": "once a run",
 }

@@ -31,7 +31,9 @@ ENGINE = (
     "config",
     "destroy",
     "dp_world_size",
+    "bf16_master_weights_and_gradients",
     "fp16_enabled",
+    "fp16_master_weights_and_gradients",
     "get_data_types",
     "global_rank",
     "global_samples",
@@ -61,6 +63,7 @@ ENGINE = (
     "torch_autocast_enabled",
     "train_micro_batch_size_per_gpu",
     "was_step_applied",
+    "zero_force_ds_cpu_optimizer",
     "zero_grad",
     "zenflow",
     "zero_optimization_stage",
@@ -73,6 +76,7 @@ ZERO_CONFIG = (
     "reduce_scatter",
     "round_robin_gradients",
     "zero_hpz_partition_size",
+    "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients",
     "zero_quantized_weights",
 )
@@ -91,6 +95,26 @@ ZERO_1_2 = (
     "round_robin_bit16_offsets",
     "single_partition_of_fp32_groups",
 )
+OFFLOAD_1_2 = (
+    "_epilogue_ran_this_backward",
+    "_finalize_cpu_offload_gradient_accumulation",
+    "_offload_accumulated_param_ids",
+    "_wait_for_offload_copies",
+    "accumulated_grads_in_cpu",
+    "cpu_offload",
+    "is_gradient_accumulation_boundary",
+    "norm_for_param_grads",
+    "reset_cpu_buffers",
+)
+OFFLOAD_3 = (
+    "_finalize_offload_gradient_accumulation",
+    "_offload_boundary_param_ids",
+    "get_param_id",
+    "norm_for_param_grads",
+    "offload_optimizer",
+    "reset_cpu_buffers",
+)
+LOSS_SCALE = ("_update_scale", "loss_scale", "step")
 BF16 = (
     "bf16_groups",
     "clip_grad",
@@ -123,11 +147,19 @@ LAYOUTS = {
     (2, "bf16-fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
     (3, "fp32"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
     (3, "bf16"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
+    (1, "offload"): ("DeepSpeedZeroOptimizer", (*ZERO_1_2, *OFFLOAD_1_2, *LOSS_SCALE), ()),
+    (3, "offload"): ("DeepSpeedZeroOptimizer_Stage3", (*ZERO_3, *OFFLOAD_3, *LOSS_SCALE), ("ds_id",)),
 }
+OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 ELSEWHERE = {
     "DeepSpeedEngine",  # deepspeed.runtime.engine
     "device",  # of an offload configuration
-    "zero_config",  # engine._config
+    "ratio",
+    "super_offload",
+    "ds_id",
+    "zero_config",  # engine._config, as the next two
+    "data_efficiency_config",
+    "weight_quantization_config",
     "get_model_parallel_world_size",  # the user's mpu
     "total_num_steps",  # DeepSpeed's schedulers that decay
     "param_groups",  # torch
@@ -141,6 +173,9 @@ PINNED = {
     *ZERO_3,
     *ZERO_3_PARAMETER,
     *UNFUSED,
+    *OFFLOAD_1_2,
+    *OFFLOAD_3,
+    *LOSS_SCALE,
     *ELSEWHERE,
     "grad_accum",
     "ds_grad_is_ready",
@@ -158,7 +193,8 @@ def where() -> str:
 
 def names_of(stage: int, precision: str) -> tuple[str, list[str]]:
     """The class of the wrapper, and which names are missing in this layout."""
-    with engine(config(stage, precision)) as made:
+    entries = config(stage, **OFFLOAD) if precision == "offload" else config(stage, precision)
+    with engine(entries) as made:
         _, of_wrapper, of_parameter = LAYOUTS[stage, precision]
         expected = [
             ("engine", made, ENGINE),

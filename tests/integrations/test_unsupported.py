@@ -64,6 +64,10 @@ def _experts() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), MoE(hidden_size=4, expert=nn.Linear(4, 4), num_experts=2))
 
 
+def _offload(device: str = "cpu", **entries: Any) -> dict[str, Any]:
+    return {"offload_optimizer": {"device": device, **entries}}
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
     "pipeline": _pipeline,
@@ -78,17 +82,26 @@ TENSOR_PARALLEL = {
         "layer_specs": [{"patterns": [".*left\\.2\\.weight$"], "partition_type": "row"}],
     },
 }
+FP16_AT_0 = "fp16 at ZeRO 0 (DeepSpeed divides the gradients there by a loss scale that it has not multiplied by)"
 PREDIVIDED = {"prescale_gradients": False, "gradient_predivide_factor": float(WORLD)}
 WRONGLY_SCALED = '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)'
 DYNAMIC_BATCHING = {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 8}}}}
 UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     # what the error calls it, stage, DeepSpeed's entries, what else is given
-    ("fp16", 2, {"fp16": {"enabled": True}}, {}),
-    ("fp16", 2, {"torch_autocast": {"enabled": True, "dtype": "fp16"}}, {}),
-    ('"offload_optimizer"', 2, {"zero": {"offload_optimizer": {"device": "cpu"}}}, {}),
-    ('"offload_param"', 3, {"zero": {"offload_param": {"device": "cpu"}}}, {}),
+    (FP16_AT_0, 0, {"fp16": {"enabled": True}}, {}),
+    ('"torch_autocast" with fp16', 2, {"torch_autocast": {"enabled": True, "dtype": "fp16"}}, {}),
+    ('"fp16_master_weights_and_grads"', 2, {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, {}),
+    (
+        '"bf16_master_weights_and_grads" with "offload_optimizer"',
+        2,
+        {"zero": _offload(), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        {},
+    ),
+    ('"offload_optimizer" to NVMe', 3, {"zero": _offload(device="nvme", nvme_path="/nonexistent")}, {}),
+    ('"offload_param" to NVMe', 3, {"zero": {"offload_param": {"device": "nvme", "nvme_path": "/nonexistent"}}}, {}),
+    ('"offload_optimizer" with a "ratio" below 1', 3, {"zero": _offload(ratio=0.5)}, {}),
+    ('"super_offload"', 3, {"zero": _offload(super_offload=True)}, {}),
     ('"tensor_parallel"', 1, {"tensor_parallel": TENSOR_PARALLEL}, {}),
-    ('"zero_hpz_partition_size"', 3, {"zero": {"zero_hpz_partition_size": 2}}, {}),
     ('"zero_quantized_gradients"', 3, {"zero": {"zero_quantized_gradients": True}}, {}),
     ('"zero_quantized_weights"', 3, {"zero": {"zero_quantized_weights": True}}, {}),
     ('"zero_quantized_nontrainable_weights"', 3, {"zero": {"zero_quantized_nontrainable_weights": True}}, {}),

@@ -21,7 +21,7 @@ from ...schedule import carrier
 from ...schedule.clock import RunPlan
 from .. import _transformers_internals as hf
 from . import ownership
-from ._internals import SEEN_WITH, seam
+from ._internals import SEEN_WITH, loss_scale, seam
 from ._internals.engine import EngineView, logical_shapes
 from ._internals.select import layout_of
 from .monitor import write_model
@@ -48,6 +48,7 @@ def _configure(
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(view.facts)
         if not named_in_json:
+            _require_welcome(view)
             watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, view.module, given)
@@ -114,6 +115,8 @@ def attach(view: EngineView, lena: LENA) -> None:
             raise unknown_total_steps()
         controller.look_at_scheduler(lena.param_groups)
 
+    if view.facts.fp16:
+        loss_scale.change_after_step(view.wrapper)
     view.around_model_step(before, after)
     view.before_destroy(release)
     view.after_scheduler(check_schedule)
@@ -126,7 +129,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
     if layout is None:
         raise UnsupportedError(
             f"LENA does not support the optimizer wrapper {type(view.wrapper).__name__} yet. "
-            "Nearest supported choice: ZeRO 0-3 in fp32 or bf16, without offload."
+            "Nearest supported choice: ZeRO 0-3 in fp32 or bf16."
         )
     ranks = torch.distributed.get_world_size(view.group)
     names, order = _names(view.module, controller)
@@ -162,6 +165,15 @@ def _names(model: torch.nn.Module, controller: Controller) -> tuple[list[str], l
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _require_welcome(view: EngineView) -> None:
+    """With offload DeepSpeed wants its own optimizer, unless it is told otherwise. In the JSON it takes any."""
+    if view.facts.offload_optimizer != "none" and view.facts.forces_cpu_optimizer:
+        raise ConfigError(
+            'LENA: a client optimizer with "offload_optimizer" needs "zero_force_ds_cpu_optimizer": false at the top '
+            "of DeepSpeed's configuration. Or name LENA in its optimizer entry, which needs nothing more."
+        )
 
 
 def _require_open(controller: Controller) -> None:
