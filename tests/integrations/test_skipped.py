@@ -15,6 +15,7 @@ from tests.integrations._ranks import Ranks
 
 BEFORE, BAD, AFTER = range(2), 2, range(3, 6)
 SKIPPING = [(1, "fp32"), (1, "bf16"), (1, "bf16-fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (0, "bf16")]
+SKIPPING += [(1, "fp16"), (2, "fp16"), (3, "fp16"), (1, "fp16 + offload"), (2, "fp16 + offload"), (3, "fp16 + offload")]
 
 
 def state_of(engine: Any) -> dict[str, Any]:

@@ -124,19 +124,15 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
 @contextmanager
 def _one_layout() -> Iterator[None]:
     """DeepSpeed keeps its groups of ranks, and autocast, in modules: put back what one layout has set there."""
-    from deepspeed.accelerator import get_accelerator
     from deepspeed.module_inject.layers import set_autotp_mode
     from deepspeed.runtime import torch_autocast
     from deepspeed.utils import groups
 
     modules = (groups, torch_autocast)
     before = [dict(vars(module)) for module in modules]
-    accelerator = get_accelerator()
-    accelerator.is_fp16_supported = lambda: True  # this CPU's is not, and DeepSpeed would say so before us
     try:
         yield
     finally:
-        del accelerator.is_fp16_supported
         set_autotp_mode(training=False)
         for module, names in zip(modules, before, strict=True):
             vars(module).update(names)
@@ -202,6 +198,18 @@ def refusal_of_callable() -> str:
 def test_a_callable_that_makes_it_is_refused_too(ranks: Ranks) -> None:
     for message in ranks.run(refusal_of_callable):
         assert 'LENA does not support "elastic_checkpoint" yet' in message
+
+
+def refusal_of_client(forced: bool) -> str:
+    model = Net()
+    entries = without_optimizer(config(2, "fp32 + offload"), zero_force_ds_cpu_optimizer=forced)
+    return refusal(entries, model, optimizer=ds_lena.LENA(model.parameters(), **LENA))
+
+
+def test_a_client_with_offload_is_told_of_the_key_that_deepspeed_wants(ranks: Ranks) -> None:
+    for message in ranks.run(refusal_of_client, True):
+        assert message.startswith("ConfigError") and '"zero_force_ds_cpu_optimizer": false' in message
+    assert ranks.run(refusal_of_client, False) == ["", ""]
 
 
 def refusal_of_a_part(stage: int, base: str, clipping: float, freeze: bool = False, precision: str = "fp32") -> str:

@@ -19,8 +19,9 @@ from tests.integrations._truth import KEYS, differences, every_rank, numbers
 
 UPDATES = range(3)
 SHAPE = (2, 4)
-DROPS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16")]
+DROPS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp32 + offload")]
 KEEPS = [(1, "bf16-fp32"), (2, "fp32"), (2, "bf16-fp32"), (3, "fp32")]
+KEEPS += [(2, "fp32 + offload"), (3, "fp32 + offload")]
 Loop = Callable[[Any, int], None]
 
 

@@ -34,7 +34,7 @@ CASES = [
     *offload((1, 3), "once", accumulation=1),
     *offload((2,), "four-times", accumulation=4, clipping=0.5),
     *offload((1, 2, 3), "unused-window", usage=UNUSED, model=BIAS, clipping=0.5),
-    *offload((1, 3), "first-used-late", usage="later micro-batches", model=BIAS, accumulation=4),
+    *offload((2, 3), "first-used-late", usage="later micro-batches", model=BIAS, accumulation=4),
     *offload((2,), "sgd", base="sgd", layer="block"),
     *offload((2, 3), "lamb", base="lamb", clipping=0.5),
     *offload((1,), "lars", base="lars", clipping=0.5),
