@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class Binding:
     `run()`: what is known of the run at an update.
     `clip(norm)`: what a gradient of this norm () is multiplied by between the measurement and `step()`, None for
     nothing.
+    `moves`: for a base rule, what moves its pieces in place of the rule's own `move`.
     """
 
     layout: Layout
@@ -32,6 +33,7 @@ class Binding:
     group: Group | None
     run: Callable[[], RunPlan] = RunPlan
     clip: Callable[[Tensor], Tensor | None] = lambda norm: None
+    moves: Mapping[str, Callable[..., None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ FLOORS = (
     {"optimizer"},
     {"reporting", "integrations", "integrations._transformers_internals"},
     {"integrations.transformers",
-     *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.facts", "_internals.flat",
+     *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.cpu_adam", "_internals.facts",
+                                                     "_internals.flat",
                                                      "_internals.loss_scale", "_internals.seam", "ownership"))},
     {f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                    "_internals.zero12", "_internals.zero3", "support.feature")},
@@ -77,8 +78,10 @@ MAY_IMPORT = {
     "layouts.plain": {"layouts.layout"},
     **{f"{INTERNALS}.{name}": {"errors", "layouts.layout", INTERNALS, f"{INTERNALS}.flat"}
        for name in ("zero0", "zero12", "zero3", "bf16", "flat")},
-    **{f"{INTERNALS}.{name}_offload": {"layouts.layout", f"{INTERNALS}.{name}"} for name in ("zero12", "zero3")},
+    **{f"{INTERNALS}.{name}_offload": {"layouts.layout", f"{INTERNALS}.flat", f"{INTERNALS}.{name}"}
+       for name in ("zero12", "zero3")},
     f"{INTERNALS}.loss_scale": set(),
+    f"{INTERNALS}.cpu_adam": {"update.rules", "update.rules.adamw", "update.rules.common"},
     f"{INTERNALS}.facts": set(),
     f"{INTERNALS}.engine": {f"{INTERNALS}.facts"},
     # move: pieces and rates
@@ -143,6 +146,7 @@ UPDATE_PATH = {
     **{f"{INTERNALS}.{name}": {"__init__"} for name in ("zero0", "zero12", "zero3", "bf16")},
     **{f"{INTERNALS}.{name}_offload": set() for name in ("zero12", "zero3")},
     f"{INTERNALS}.loss_scale": set(),
+    f"{INTERNALS}.cpu_adam": set(),
 }
 """Modules that every update passes through, and their functions that it does not."""
 
@@ -150,10 +154,12 @@ HARMLESS = {
     "grad_stats.agreement: bool(square_of_mean > ROUNDING * mean_square)": "once a run",
     "grad_stats.reduce: both.tolist()": "once a run",
     "grad_stats.statistics: float(self._hooks.passes)": "a Python number",
+    f"{INTERNALS}.cpu_adam: float(step)": "where the pieces are on the CPU already",
+    f"{INTERNALS}.cpu_adam: float(lr)": "a Python number",
+    f"{INTERNALS}.cpu_adam: torch.tensor(group['betas'], dtype=torch.float32).tolist()": "Python numbers",
     "schedule.clock: float(plan.planned_n)": "a Python number",
     "update.apply: rates.tolist()": "where the pieces are on the CPU already",
     **{f"{INTERNALS}.{name}: float(self._zero.loss_scale)": "a Python number" for name in ("zero12", "zero3")},
-    f"{INTERNALS}.zero12_offload: bool(is_new)": "a Python bool",
     "schedule.schedule: int((self.state.warmup >= 1).sum())": "once a run",
     "schedule.schedule: int(self.state.capped.sum())": "once a run",
 }

@@ -22,6 +22,7 @@ from ...schedule.clock import RunPlan
 from .. import _transformers_internals as hf
 from . import ownership
 from ._internals import SEEN_WITH, loss_scale, seam
+from ._internals.cpu_adam import adamw_on_cpu
 from ._internals.engine import EngineView, logical_shapes
 from ._internals.select import layout_of
 from .monitor import write_model
@@ -133,6 +134,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         )
     ranks = torch.distributed.get_world_size(view.group)
     names, order = _names(view.module, controller)
+    on_cpu = view.facts.offload_optimizer == "cpu"
 
     def run() -> RunPlan:
         return RunPlan(
@@ -148,6 +150,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         group=view.group,
         run=run,
         clip=view.clip_coefficient,
+        moves={"adamw": adamw_on_cpu()} if on_cpu and controller.config.base == "adamw" else {},
     )
 
 

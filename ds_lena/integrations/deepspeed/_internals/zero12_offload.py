@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ....layouts.layout import GradientPieces
+from .flat import pieces_of_grad
 from .zero12 import Zero12Layout
 
 
 class Zero12OffloadLayout(Zero12Layout):
     """`DeepSpeedZeroOptimizer` with `offload_optimizer`. The averaged gradient is the partition's `.grad`."""
 
-    _has_averaged = False
+    _is_complete = False
 
     def gradients(self) -> GradientPieces:
-        self._complete()
-        for flat, segments in self.segments():
-            gradient: Tensor = flat.grad  # type: ignore[assignment]
-            for segment in segments:
-                yield segment.parameter, gradient.narrow(0, segment.start, segment.length)
+        if not self._is_complete:
+            self._complete()
+        return pieces_of_grad(self.segments())
 
     def _complete(self) -> None:
-        """Write the gradients that DeepSpeed 0.19.8 leaves out: of parameters that the last micro-batch does not use.
+        """Write what DeepSpeed 0.19.8 leaves out.
 
-        DeepSpeed has a function for it, which it calls where the user says when an update ends. It would write all
-        gradients once more.
+        It leaves out the gradient of a parameter that the last micro-batch does not use. DeepSpeed has a function for
+        it, for updates whose end the user alone knows. A parameter that the whole update does not use has zeros
+        instead of the gradient of an earlier update.
         """
         zero = self._zero
         missed = zero._offload_accumulated_param_ids - zero.norm_for_param_grads.keys()
@@ -33,7 +31,12 @@ class Zero12OffloadLayout(Zero12Layout):
             zero._finalize_cpu_offload_gradient_accumulation()
             zero._offload_accumulated_param_ids = accumulated
         zero._wait_for_offload_copies()
-        self._has_averaged = True
+        parameters = [parameter for group in zero.bit16_groups for parameter in group]
+        written = {self._index[id(p)] for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads}
+        for i, piece in pieces_of_grad(self.segments()):
+            if i not in written:
+                piece.zero_()
+        self._is_complete = True
 
     def discard(self) -> None:
         super().discard()
@@ -42,19 +45,16 @@ class Zero12OffloadLayout(Zero12Layout):
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
-        """Zero all gradients on the CPU, which DeepSpeed never does.
+        """Zero the sums of micro-batches, which DeepSpeed never does.
 
-        Otherwise a parameter that a window does not use would move by the gradient of the window before, and one that
-        is first used in a later micro-batch would add to it. After an overflow, the sums in fp32 would stay infinite.
+        Otherwise a parameter that is first used in a later micro-batch would add to the gradient of the window before.
+        After an overflow, the sums in fp32 would stay infinite.
         """
-        for flat in self._zero.single_partition_of_fp32_groups:
-            flat.grad.zero_()
         for accumulated in self._zero.accumulated_grads_in_cpu.values():
             accumulated.zero_()
         self._forget_averaged()
-        self._has_averaged = False
+        self._is_complete = False
 
     def _is_reduced(self) -> bool:
         zero = self._zero
-        is_new = zero._epilogue_ran_this_backward and zero.is_gradient_accumulation_boundary()
-        return self._has_averaged or bool(is_new)
+        return self._is_complete or (zero._epilogue_ran_this_backward and zero.is_gradient_accumulation_boundary())

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from deepspeed.accelerator import get_accelerator
 
 from ....layouts.layout import GradientPieces
+from .flat import pieces_of_grad
 from .zero3 import Zero3Layout
 
 
 class Zero3OffloadLayout(Zero3Layout):
     """`DeepSpeedZeroOptimizer_Stage3` with `offload_optimizer`. The averaged gradient is the flat tensor's `.grad`."""
 
+    _is_complete = False
+
     def gradients(self) -> GradientPieces:
-        self._complete()
-        for flat, segments in self.segments():
-            gradient: Tensor = flat.grad  # type: ignore[assignment]
-            for segment in segments:
-                yield segment.parameter, gradient.narrow(0, segment.start, segment.length)
+        if not self._is_complete:
+            self._complete()
+        return pieces_of_grad(self.segments())
 
     def _complete(self) -> None:
-        """Write the gradients that DeepSpeed 0.19.8 leaves out: of parameters that the last micro-batch does not use.
-
-        DeepSpeed has a function for it, which it calls where the user says when an update ends. It would write all
-        gradients once more.
-        """
+        """Write what DeepSpeed 0.19.8 leaves out, as `Zero12OffloadLayout` does."""
         zero = self._zero
-        written = zero.norm_for_param_grads.keys()
         reached = zero._offload_boundary_param_ids
-        parameters = [p for group in zero.fp16_groups for p in group if p.ds_id in reached]
-        missed = {p.ds_id for p in parameters if zero.get_param_id(p) not in written}
+        parameters = [parameter for group in zero.fp16_groups for parameter in group]
+        written = [p for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads]
+        missed = [p for p in parameters if p.ds_id in reached and zero.get_param_id(p) not in zero.norm_for_param_grads]
         if missed:
-            zero._offload_boundary_param_ids = missed
+            zero._offload_boundary_param_ids = {p.ds_id for p in missed}
             zero._finalize_offload_gradient_accumulation()
             zero._offload_boundary_param_ids = reached
+            get_accelerator().synchronize()  # it starts copies to the CPU, and waits for none
+        known = {self._index[id(p)] for p in (*written, *missed)}
+        for i, piece in pieces_of_grad(self.segments()):
+            if i not in known:
+                piece.zero_()
+        self._is_complete = True
 
     def discard(self) -> None:
         super().discard()
@@ -41,5 +44,4 @@ class Zero3OffloadLayout(Zero3Layout):
 
     def clear_gradients(self) -> None:
         super().clear_gradients()
-        for flat in self._zero.fp32_partitioned_groups_flat:
-            flat.grad.zero_()
+        self._is_complete = False

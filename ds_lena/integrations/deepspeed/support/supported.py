@@ -44,8 +44,10 @@ def _zero(*names: str) -> Keys:
 
 
 _PRECISION = (*_zero("stage"), "zero_optimization", "bf16", "bf16.enabled", "data_types", "data_types.grad_accum_dtype")
-_FP16 = ("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis")
-_FP16 += ("min_loss_scale", "auto_cast")
+_FP16 = (
+    *("fp16", "fp16.enabled", "fp16.auto_cast", "fp16.loss_scale", "fp16.min_loss_scale"),
+    *("fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.hysteresis", "fp16.consecutive_hysteresis"),
+)
 
 
 def _stage(stage: int, bf16: bool, accumulates_in_fp32: bool, file: str) -> Feature:
@@ -58,13 +60,12 @@ def _stage(stage: int, bf16: bool, accumulates_in_fp32: bool, file: str) -> Feat
 
 
 def _fp16(stage: int, file: str) -> Feature:
-    keys = ("fp16", *(f"fp16.{name}" for name in _FP16))
     return Feature(
         f"ZeRO {stage}, fp16",
         lambda facts: facts.fp16 and facts.stage == stage,
         by=f"{_INTERNALS}/{file}.py",
         test=_IN_FP16,
-        keys=keys,
+        keys=_FP16,
     )
 
 
