@@ -111,6 +111,7 @@ PRIVATE_NAMES = (
     "accumulated_grads_in_cpu", "norm_for_param_grads", "reset_cpu_buffers", "_wait_for_offload_copies",
     "_offload_accumulated_param_ids", "_finalize_cpu_offload_gradient_accumulation",
     "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation", "_update_scale",
+    "create_adam", "adam_update",
 )  # fmt: skip
 
 PRIVATE_TO_AUTOGRAD = (
@@ -156,7 +157,6 @@ HARMLESS = {
     "grad_stats.statistics: float(self._hooks.passes)": "a Python number",
     f"{INTERNALS}.cpu_adam: float(step)": "where the pieces are on the CPU already",
     f"{INTERNALS}.cpu_adam: float(lr)": "a Python number",
-    f"{INTERNALS}.cpu_adam: torch.tensor(group['betas'], dtype=torch.float32).tolist()": "Python numbers",
     "schedule.clock: float(plan.planned_n)": "a Python number",
     "update.apply: rates.tolist()": "where the pieces are on the CPU already",
     **{f"{INTERNALS}.{name}: float(self._zero.loss_scale)": "a Python number" for name in ("zero12", "zero3")},

@@ -82,13 +82,12 @@ TENSOR_PARALLEL = {
         "layer_specs": [{"patterns": [".*left\\.2\\.weight$"], "partition_type": "row"}],
     },
 }
-FP16_AT_0 = "fp16 at ZeRO 0 (DeepSpeed divides the gradients there by a loss scale that it has not multiplied by)"
 PREDIVIDED = {"prescale_gradients": False, "gradient_predivide_factor": float(WORLD)}
 WRONGLY_SCALED = '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)'
 DYNAMIC_BATCHING = {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 8}}}}
 UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     # what the error calls it, stage, DeepSpeed's entries, what else is given
-    (FP16_AT_0, 0, {"fp16": {"enabled": True}}, {}),
+    ("ZeRO 0, fp16", 0, {"fp16": {"enabled": True}}, {}),
     ('"torch_autocast" with fp16', 2, {"torch_autocast": {"enabled": True, "dtype": "fp16"}}, {}),
     ('"fp16_master_weights_and_grads"', 2, {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, {}),
     (

@@ -25,12 +25,12 @@ FALLING = fp16(initial_scale_power=12, hysteresis=1, loss_scale_window=3)
 
 CASES = [
     *stages((1, 2, 3), "fp16", full_at=(), precision="fp16", clipping=0.5),
-    *stages((2,), "fp16-once", full_at=(1, 3), precision="fp16", accumulation=1, base="sgd"),
-    *stages((1,), "fp16-four-times", full_at=(2, 3), precision="fp16", accumulation=4),
-    *stages((1, 3), "fp16-growing-scale", full_at=(2,), precision="fp16", config=GROWING, base="sgd"),
+    *stages((), "fp16-once", full_at=(1, 2, 3), precision="fp16", accumulation=1, base="sgd"),
+    *stages((), "fp16-four-times", full_at=(1, 2, 3), precision="fp16", accumulation=4),
+    *stages((3,), "fp16-growing-scale", full_at=(1, 2), precision="fp16", config=GROWING, base="sgd"),
     *stages((2,), "fp16-growing-scale-lamb", full_at=(1, 3), precision="fp16", config=GROWING, base="lamb",
             clipping=0.5),
-    *stages((3,), "fp16-lars", full_at=(1, 2), precision="fp16", base="lars", clipping=0.5),
+    *stages((), "fp16-lars", full_at=(1, 2, 3), precision="fp16", base="lars", clipping=0.5),
     *stages((3,), "fp16-skipped", full_at=(1, 2), precision="fp16", config=FALLING, windows=POISONED),
     *stages((), "fp16-four-ranks", full_at=(1, 2, 3), precision="fp16", world=4, usage="every other window"),
     *stages((), "fp16-client", full_at=(1, 2, 3), precision="fp16", optimizer="client", layer="block"),

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from ctypes import c_float
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def adamw_on_cpu() -> Callable[..., None]:
         kernel = get_accelerator().create_op_builder("CPUAdamBuilder").load()
     except Exception as error:  # of the compiler, of ninja, of another version of CUDA
         logger.warning(
-            "LENA: DeepSpeed's AdamW for the CPU cannot be compiled. LENA uses torch's, which takes about a tenth "
-            "longer. `ds_report` says what is missing. The error was: %s",
+            "LENA: DeepSpeed's AdamW for the CPU cannot be compiled. LENA uses torch's, which is a little "
+            "slower. `ds_report` says what is missing. The error was: %s",
             error,
         )
         return adamw.move
@@ -64,7 +65,7 @@ class CpuAdam:
         if not all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in (*parameters, *gradients)):
             return adamw.move(parameters, gradients, buffers, step, lr, weight_decay, group)
         count, rate = float(step), float(lr)
-        beta1, beta2 = torch.tensor(group["betas"], dtype=torch.float32).tolist()
+        beta1, beta2 = (c_float(beta).value for beta in group["betas"])
         root = (1 - beta2**count) ** 0.5
         to_step = root / (1 - beta1**count)
         for piece in zip(parameters, gradients, *buffers, strict=True):

@@ -22,9 +22,10 @@ _DATA_PARALLEL = "use ZeRO 1-3 with data parallelism only"
 
 REFUSED: tuple[Feature, ...] = (
     Feature(
-        "fp16 at ZeRO 0 (DeepSpeed divides the gradients there by a loss scale that it has not multiplied by)",
+        "ZeRO 0, fp16",  # SGD with a loss scale of 128 goes 1/128 of the way
         lambda facts: facts.fp16 and facts.stage == 0,
-        instead='use ZeRO 1-3, or "bf16": {"enabled": true}',
+        instead='use ZeRO 1-3, or "bf16": {"enabled": true} (at ZeRO 0 DeepSpeed divides the gradients by a loss scale '
+        "that it has not multiplied by)",
     ),
     Feature(
         '"torch_autocast" with fp16',
