@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "layouts.plain": {"layouts.layout"},
     **{f"{INTERNALS}.{name}": {"errors", "layouts.layout", INTERNALS, f"{INTERNALS}.flat"}
        for name in ("zero0", "zero12", "zero3", "bf16", "flat")},
-    **{f"{INTERNALS}.{name}_offload": {"layouts.layout", f"{INTERNALS}.flat", f"{INTERNALS}.{name}"}
+    **{f"{INTERNALS}.{name}_offload": {"errors", "layouts.layout", f"{INTERNALS}.flat", f"{INTERNALS}.{name}"}
        for name in ("zero12", "zero3")},
     f"{INTERNALS}.loss_scale": set(),
     f"{INTERNALS}.cpu_adam": {"update.rules", "update.rules.adamw", "update.rules.common"},

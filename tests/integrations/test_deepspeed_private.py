@@ -103,6 +103,7 @@ OFFLOAD_1_2 = (
     "_wait_for_offload_copies",
     "accumulated_grads_in_cpu",
     "cpu_offload",
+    "get_gradient_for_reduction",
     "get_param_id",
     "is_gradient_accumulation_boundary",
     "norm_for_param_grads",

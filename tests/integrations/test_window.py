@@ -323,3 +323,20 @@ def test_several_backward_passes_for_one_micro_batch_are_refused(ranks: Ranks, s
     for message in ranks.run(two_losses, stage, how):
         assert "a second backward pass for one micro-batch" in message
         assert "engine.backward(loss_1 + loss_2)" in message
+
+
+def without_last_backward() -> str:
+    with engine(config(1, "fp32 + offload")) as made:
+        made.set_gradient_accumulation_boundary(False)
+        made.backward(made(*batch(0, 0)))
+        made.set_gradient_accumulation_boundary(True)
+        try:
+            made.step()
+        except ds_lena.StateError as error:
+            return str(error)
+    return ""
+
+
+def test_offload_at_zero_1_needs_a_backward_pass_of_the_last_micro_batch(ranks: Ranks) -> None:
+    for message in ranks.run(without_last_backward):
+        assert "the last micro-batch of this update had no backward pass" in message

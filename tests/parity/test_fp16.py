@@ -36,6 +36,11 @@ CASES = [
     *stages((), "fp16-client", full_at=(1, 2, 3), precision="fp16", optimizer="client", layer="block"),
     *stages((), "fp16-fp32-accumulation", full_at=(1, 2, 3), precision="fp16", clipping=0.5,
             config={"data_types": {"grad_accum_dtype": "fp32"}}),
+    *stages((), "fp16-coalesce", full_at=(1, 2, 3), precision="fp16", loop="coalesce"),
+    *stages((), "fp16-no-sync", full_at=(1,), precision="fp16", loop="no_sync"),
+    *stages((), "fp16-offload-states", full_at=(1, 2), precision="fp16", loop="offload states"),
+    *stages((), "fp16-unmanaged", full_at=(2, 3), precision="fp16", loop="unmanaged",
+            config={"managed_gradient_accumulation": False}),
     *full([Case("fp16-hpz", stage=3, precision="fp16", zero={"zero_hpz_partition_size": 2})]),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.case import UPDATES, Case, Window
 from tests.helpers.check import check
-from tests.helpers.make import Cases, stages
+from tests.helpers.make import Cases, stages, windows
 from tests.helpers.marks import full
 from tests.helpers.model import ModelOptions
 
@@ -17,6 +17,8 @@ PARAM = {"offload_param": {"device": "cpu"}}
 BOTH = OPTIMIZER | PARAM
 SUB_GROUPS = {"sub_group_size": 100, "stage3_param_persistence_threshold": 0}
 ANY_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False}
+SHORT = windows(3, 3, 1, 3, 3, 2, 3, 3, 1, 3)
+IDLE = tuple(Window(3, idle=(1,) if update % 4 == 1 else ()) for update in range(UPDATES))
 POISONED = tuple(Window(2, poisoned=update in (0, 4, 5)) for update in range(UPDATES))
 UNUSED = "every other window"
 BIAS = ModelOptions(bias=True)
@@ -49,6 +51,12 @@ CASES = [
     *offload((), "skipped-fp16", precision="fp16", windows=POISONED),
     *offload((), "overlap-comm", zero={"overlap_comm": True}, usage="always"),
     *offload((), "coalesce", loop="coalesce"),
+    *offload((), "unmanaged", loop="unmanaged", config={"managed_gradient_accumulation": False}),
+    *offload((), "torch-backward", loop="torch backward"),
+    *offload((), "boundary", loop="boundary", windows=SHORT, clipping=0.5),
+    *offload((), "idle", windows=IDLE),
+    *offload((), "shared", model=ModelOptions(shared=True), precision="bf16"),
+    *stages((), "offload-no-sync", full_at=(1,), zero=OPTIMIZER, loop="no_sync", accumulation=4),
     *stages((), "offload-round-robin", full_at=(1, 2), zero=OPTIMIZER | {"round_robin_gradients": True}, world=4),
     Case("offload-both", stage=3, zero=BOTH, clipping=0.5, usage=UNUSED),
     Case("offload-param", stage=3, zero=PARAM, clipping=0.5),

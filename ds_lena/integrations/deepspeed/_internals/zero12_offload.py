@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ....errors import StateError
 from ....layouts.layout import GradientPieces
 from .flat import pieces_of_grad
 from .zero12 import Zero12Layout
@@ -25,13 +26,21 @@ class Zero12OffloadLayout(Zero12Layout):
         instead of the gradient of an earlier update.
         """
         zero = self._zero
+        parameters = [parameter for group in zero.bit16_groups for parameter in group]
+        here = {segment.parameter for segments in self._segments for segment in segments}
+        held = [p for p in parameters if zero.get_gradient_for_reduction(p) is not None and self._index[id(p)] in here]
+        if held and not zero.partition_gradients:
+            raise StateError(
+                "LENA: the last micro-batch of this update had no backward pass. At ZeRO 1 DeepSpeed reduces the "
+                "gradients of the update in that pass, so they are not reduced. Call engine.backward() for each "
+                "micro-batch, or use ZeRO 2."
+            )
         missed = zero._offload_accumulated_param_ids - zero.norm_for_param_grads.keys()
         if missed:
             accumulated, zero._offload_accumulated_param_ids = zero._offload_accumulated_param_ids, missed
             zero._finalize_cpu_offload_gradient_accumulation()
             zero._offload_accumulated_param_ids = accumulated
         zero._wait_for_offload_copies()
-        parameters = [parameter for group in zero.bit16_groups for parameter in group]
         written = {self._index[id(p)] for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads}
         for i, piece in pieces_of_grad(self.segments()):
             if i not in written:
