@@ -11,7 +11,7 @@ BARE = $(VENV)-bare
 IN = .ci/in-env
 RUN = $(IN) $(VENV)
 
-.PHONY: demo demo-quick test test-all lint format bench bench-quick bench-scaling compare compare-report docs clean
+.PHONY: demo demo-quick test test-all fuzz lint format bench bench-quick bench-scaling compare compare-report docs clean
 .PHONY: lock lock-check newest test-newest wheel-check
 .DEFAULT_GOAL := test
 
@@ -86,6 +86,10 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(RUN) python -m pytest -m "full or not full"
+
+# Random configurations and loops: exact, or refused by name. It can be interrupted, and goes on where it was.
+fuzz: $(VENV)/installed
+	$(RUN) python -m tests.fuzz
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -20,9 +20,9 @@ from .binding import Binding, Watched, plain_binding
 from .config import LenaConfig, unknown_total_steps
 from .errors import ConfigError
 from .grad_stats import backward
-from .grad_stats.agreement import require_agreement, require_average
+from .grad_stats.agreement import require_agreement, require_average, trace_of
 from .grad_stats.hooks import GradientHooks
-from .grad_stats.norms import squared_norm, squared_norms
+from .grad_stats.norms import squared_norms
 from .grad_stats.placement import Placement
 from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
@@ -127,7 +127,7 @@ class Controller:
         self.schedule = Schedule(self.config, table, self._device)
         self._make_update(table, names)
         self._ranks_agree = self.is_managed or world_size(binding.group) == 1
-        self._square_here = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._trace = trace_of((), self._device)
         self._patterns_are_checked = False
         if self._has_names:
             self._warn_of_patterns()
@@ -279,8 +279,7 @@ class Controller:
         with torch.no_grad():
             self.read_mean()
             if not self._ranks_agree:
-                squares = [squared_norm(p.grad) for p in self.parameters if p.grad is not None]
-                self._square_here = sum(squares, torch.zeros_like(self._square_here))
+                self._trace = trace_of((p.grad for p in self.parameters if p.grad is not None), self._device)
 
     def require_agreement(self) -> None:
         """Raise `StateError` if the ranks hold other parameters or gradients. Before the first update, in plain PyTorch
@@ -288,7 +287,7 @@ class Controller:
         """
         if not self._ranks_agree:
             shapes = [placement.shape for placement in self.binding.placements]
-            require_agreement(self.names, shapes, self._square_here, self.binding.group)
+            require_agreement(self.names, shapes, self._trace, self.binding.group)
 
     # -- warnings -----------------------------------------------------------------------------------------------------
 

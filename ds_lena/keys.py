@@ -186,7 +186,7 @@ KEYS: dict[str, Key] = {
         None,
         "null or a number of samples > 0",
         _null_or(_positive),
-        "The batch, in samples, that `lr` was tuned for. null is one micro-batch.",
+        "The batch, in samples, that `lr` was tuned for. null is one micro-batch of the first update.",
     ),
     "micro_batch_size": Key(
         None,

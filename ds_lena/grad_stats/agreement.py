@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..errors import StateError
 from .reduce import Group, extremes_over
 
 TOLERANCE = 1e-3
-"""Between the ranks' squared norms of one gradient, relative. A gradient that is averaged is the same on all ranks."""
+"""Between the ranks' traces of one gradient, relative to its norm. An averaged gradient is the same on all ranks."""
 
 ROUNDING = 1.1
 """B is at most A. In bfloat16, sums of many micro-gradients are rounded; this leaves room for it."""
@@ -42,21 +42,34 @@ _LATE = (
 ) + _WHAT_TO_DO
 
 
-def require_agreement(names: Sequence[str], shapes: Sequence[torch.Size], square: Tensor, group: Group | None) -> None:
+def trace_of(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """(2,) float64: the norm of all gradients, and a sum of their elements that weighs each place differently.
+
+    Micro-gradients may differ and have the same norm. Their weighted sums differ then.
+    """
+    square, total = torch.zeros((2,), dtype=torch.float64, device=device)
+    for gradient in gradients:
+        places = torch.linspace(1, 2, gradient.numel(), dtype=gradient.dtype, device=device)
+        square = square + torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        total = total + (gradient.reshape(-1) * places).sum(dtype=torch.float64)
+    return torch.stack((square.sqrt(), total))
+
+
+def require_agreement(names: Sequence[str], shapes: Sequence[torch.Size], trace: Tensor, group: Group | None) -> None:
     """Raise `StateError` if the ranks of `group` hold other parameters, or gradients that are not averaged.
 
-    The error is the same on every rank. `square` () float64: the squared norm of all gradients at the end of backward.
-    It makes one all-reduce of four numbers and waits for them.
+    The error is the same on every rank. `trace` (2,) float64: that of all gradients at the end of backward.
+    It makes one all-reduce of six numbers and waits for them.
     """
-    fingerprint = torch.full_like(square, _fingerprint(names, shapes))
-    values = torch.stack((fingerprint, torch.where(square.isfinite(), square, -1.0)))
+    fingerprint = torch.full_like(trace[:1], _fingerprint(names, shapes))
+    values = torch.cat((fingerprint, torch.where(trace.isfinite().all(), trace, -1.0)))
     try:
         lowest, highest = extremes_over(values, group, _LATE)
     except RuntimeError as error:  # the backend's: a rank is gone, or did not come in time
         raise StateError(_MISSING) from error
     if lowest[0] != highest[0]:
         raise StateError(_OTHER_PARAMETERS)
-    if highest[1] - lowest[1] > TOLERANCE * abs(highest[1]):
+    if max(highest[1] - lowest[1], highest[2] - lowest[2]) > TOLERANCE * abs(highest[1]):
         raise StateError(_NOT_AVERAGED)
 
 

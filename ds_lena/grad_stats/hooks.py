@@ -29,7 +29,8 @@ class GradientHooks:
     `sums` (P,) float64: for each parameter, the sum of the squared norms over the backward passes of this window.
     It is 0 for a parameter whose norms are not wanted.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
-    `before_pass()`, `after_pass()`: called around every pass, if set.
+    `before_pass()`, `after_pass()`: called around every pass, if set. `before_part()`: the same for a backward that a
+    loss calls in its own forward.
     `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
     `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
     """
@@ -41,6 +42,7 @@ class GradientHooks:
         self.last_pass = [0] * len(self.parameters)
         self.before_pass: Callable[[], None] | None = None
         self.after_pass: Callable[[], None] | None = None
+        self.before_part: Callable[[], None] | None = None
         self.has_more_parts: Callable[[Tensor], bool] | None = None
         self.is_broken_off = False
         self._end: weakref.ref[Callable[[], None]] | None = None
@@ -182,6 +184,8 @@ class GradientHooks:
         if not self._has_begun:
             self._begin()
         if place == "forward":
+            if self.before_part is not None:
+                self.before_part()
             self._part_task, self._has_begun = task, True
             return index not in self._come_last()
         self._pass_task, self._has_begun = task, False

@@ -71,6 +71,10 @@ class Layout(Protocol):
         """
         return "kept"
 
+    def loses_parts(self) -> bool:
+        """Whether the wrapper throws away a gradient that a loss has made by a backward pass in its own forward."""
+        return False
+
     def discard(self) -> None:
         """Throw away the gradients of this window. Engines only."""
         return None

@@ -13,7 +13,7 @@ from tests.helpers.reference import Settings
 from tests.helpers.reference import Window as ReferenceWindow
 
 UPDATES = 10
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = 2.0**10  # in fp16, unless a case says otherwise
 ONE_STEP = ("no_sync", "coalesce")  # loops where every engine.step() is an update, as DeepSpeed's counter sees it
 LR = {"adamw": 2e-3, "sgd": 2e-2, "lamb": 5e-3, "lars": 2e-2}
@@ -102,7 +102,7 @@ class Case:
             clipping=self.clipping,
             schedule=SCHEDULES[self.schedule],
             idle="zeros" if self.stage is not None else "skipped",
-            low=LOW_PRECISION.get(self.precision.partition("-")[0]),
+            narrow=NARROW.get(self.precision.partition("-")[0]),
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:

@@ -31,7 +31,7 @@ def assert_same_run(case: Case, results: Sequence[Mapping[str, Any]], reference:
 def weight_differences(params: Mapping[str, Tensor], reference: Sequence[Snapshot], bounds: Tolerance) -> list[str]:
     """Tensors that ended too far from the reference.
 
-    Beside the share of the path, one rounding of an fp32 weight per update is allowed: a parameter that only decays
+    Beside the share of the path, one rounding of a weight per update is allowed: a parameter that only decays
     moves by little more than that.
     """
     expected = reference[-1].params
@@ -41,7 +41,7 @@ def weight_differences(params: Mapping[str, Tensor], reference: Sequence[Snapsho
     for name, weight in expected.items():
         path = sum(snapshot.moved[name] for snapshot in reference)
         distance = float((params[name].double() - weight).norm())
-        rounding = len(reference) * 2**-24 * float(weight.norm())
+        rounding = len(reference) * bounds.rounding * float(weight.norm())
         if not distance <= bounds.path * path + rounding:
             found.append(f"{name} is {distance / path if path else math.inf:.1e} of its path away")
     return found

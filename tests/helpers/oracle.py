@@ -110,11 +110,13 @@ class Oracle:
     progress: float = 0.0
     planned: float | None = None
     batch_size: int | None = None
+    base: float | None = None  # in samples: one micro-batch of the first update, unless it is given
     skipped: int = 0
     nonfinite: int = 0
 
     def __post_init__(self) -> None:
         self.layers = {name: Layer(size) for name, size in self.sizes.items()}
+        self.base = self.keys["base_batch_size"]
 
     def skip(self) -> None:
         """An update that was not applied."""
@@ -147,8 +149,9 @@ class Oracle:
             for layer in self.layers.values():
                 layer.noise_sum *= self.batch_size / batch_size
         self.batch_size = batch_size
-        base = self.keys["base_batch_size"]
-        self.k = 1.0 if base is None else base / batch_size
+        if self.base is None:
+            self.base = batch_size
+        self.k = self.base / batch_size
 
     def _largest_gain(self) -> float:
         return max(self.n / self.k, 1.0)

@@ -40,7 +40,7 @@ class Settings:
     clipping: float = 0.0  # largest norm of the averaged gradient, 0 is off
     schedule: Callable[[int], float] = lambda applied: 1.0  # multiplies every group's lr; updates applied so far
     idle: str = "zeros"  # a parameter without gradient in a window is stepped with "zeros", or has its step "skipped"
-    low: torch.dtype | None = None  # gradients come from a copy of the float64 masters in this type
+    narrow: torch.dtype | None = None  # gradients come from a copy of the float64 masters in this type
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def train(
 ) -> Iterator[Snapshot]:
     """Train the float64 `model` (modified in place); `groups` are param groups of (name, parameter) pairs."""
     keys = complete(keys)
-    twin = model if settings.low is None else _low_copy(model, settings.low)
+    twin = model if settings.narrow is None else _narrow_copy(model, settings.narrow)
     params = {name: p for group in groups for name, p in group["params"]}
     layers = {
         name: layer_of(name, keys["layer"])
@@ -81,7 +81,7 @@ def train(
             by_name = {name: factors[layer] for name, layer in layers.items()}
             _step(optimizer, params, mean, settings, applied, by_name)
             applied += 1
-            if settings.low is not None:
+            if twin is not model:
                 _copy_weights(model, twin)
         else:
             oracle.skip()
@@ -163,8 +163,8 @@ def _base_rule(groups: Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> 
     return torch.optim.SGD(single, lr=0.0, momentum=keys["momentum"], nesterov=keys["nesterov"])
 
 
-def _low_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in `dtype`; the model's own weights are rounded once, as masters are made from rounded weights."""
+def _narrow_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A narrower copy; the weights of the model itself are rounded once, as masters are made from such weights."""
     twin = copy.deepcopy(model).to(dtype)
     _copy_weights(twin, model)
     return twin

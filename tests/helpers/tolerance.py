@@ -9,11 +9,15 @@ from tests.helpers.case import Case
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative bounds. `path` is a share of the way a tensor has moved, summed over updates."""
+    """Relative bounds. `path` is a share of the way a tensor has moved, summed over updates.
+
+    `rounding`: of a weight in its type of number, allowed once per update.
+    """
 
     gain: float
     report: float
     path: float
+    rounding: float = 2**-24
 
 
 FP32 = Tolerance(gain=1e-5, report=2e-5, path=1e-4)

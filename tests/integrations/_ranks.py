@@ -1,4 +1,4 @@
-"""Two gloo ranks that live as long as the test session, since starting a DeepSpeed process costs seconds.
+"""Gloo ranks that live as long as the test session, since starting a DeepSpeed process costs seconds.
 
 `ranks.run(function, …)` calls a function of a module on every rank and returns what each of them returned.
 """
@@ -27,14 +27,14 @@ WORLD = 2
 START_PATIENCE = 600.0  # seconds; on its first start DeepSpeed compiles an extension
 PATIENCE = 90.0  # for one function
 GRACE = 15.0  # for the other ranks, once one of them has failed
-STACKS_AFTER = PATIENCE - 5.0  # when a rank that still runs writes where it is into its log
+STACKS = 5.0  # before the patience ends, a rank that still runs writes where it is into its log
 
 
 class Ranks:
     """A failure on any rank fails the test, and costs a restart: what it left behind must not reach the next test."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, world: int = WORLD, patience: float = PATIENCE) -> None:
+        self._folder, self._world, self._patience = folder, world, patience
         self._processes: list[BaseProcess] = []
         self._port = 0
         self._channels: list[Connection] = []
@@ -65,9 +65,10 @@ class Ranks:
     def _start(self) -> None:
         self._port = port = free_port()
         context = multiprocessing.get_context("spawn")
-        for rank in range(WORLD):
+        for rank in range(self._world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, port, self._log(rank)), daemon=True)
+            arguments = (theirs, rank, self._world, port, self._log(rank), self._patience)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -88,8 +89,8 @@ class Ranks:
     def _answers(self) -> list[tuple[bool, Any]]:
         """(failed, result or what went wrong) in the order of ranks."""
         received: dict[int, tuple[bool, Any]] = {}
-        deadline = time.monotonic() + PATIENCE
-        while len(received) < WORLD and time.monotonic() < deadline:
+        deadline = time.monotonic() + self._patience
+        while len(received) < self._world and time.monotonic() < deadline:
             for rank, channel in enumerate(self._channels):
                 if rank in received or not channel.poll(0.01):
                     continue
@@ -97,7 +98,7 @@ class Ranks:
                 failed, _ = received[rank]
                 if failed:
                     deadline = min(deadline, time.monotonic() + GRACE)
-        return [received.get(rank) or (True, f"hung; {self._end_of_log(rank)}") for rank in range(WORLD)]
+        return [received.get(rank) or (True, f"hung; {self._end_of_log(rank)}") for rank in range(self._world)]
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
@@ -112,32 +113,32 @@ class Ranks:
         return "the end of its log:\n" + Path(self._log(rank)).read_text(errors="replace")[-4000:]
 
 
-def _serve(channel: Connection, rank: int, port: int, log: str) -> None:
+def _serve(channel: Connection, rank: int, world: int, port: int, log: str, patience: float) -> None:
     """The program of one rank."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(rank_environment(rank, WORLD, port))
+    os.environ.update(rank_environment(rank, world, port))
     import deepspeed
     import torch
 
     gc.freeze()  # what was imported is not to be looked through by every garbage collection
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=PATIENCE))
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=patience))
     channel.send_bytes(pickle.dumps((False, "ready")))
     while True:
         try:
             function, arguments, keywords = pickle.loads(channel.recv_bytes())
         except EOFError:
             os._exit(0)  # no destructors: an engine of a failed test may wait for its peers for ever
-        channel.send_bytes(pickle.dumps(_attempt(function, arguments, keywords)))
+        channel.send_bytes(pickle.dumps(_attempt(function, arguments, keywords, patience - STACKS)))
 
 
-def _attempt(function: Callable[..., Any], arguments: Any, keywords: Any) -> tuple[bool, Any]:
+def _attempt(function: Callable[..., Any], arguments: Any, keywords: Any, stacks: float) -> tuple[bool, Any]:
     import torch
 
     torch.manual_seed(0)
-    faulthandler.dump_traceback_later(STACKS_AFTER, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(stacks, file=sys.__stderr__)
     try:
         return False, function(*arguments, **keywords)
     except Exception:

@@ -155,13 +155,13 @@ LAYOUTS = {
 }
 ELSEWHERE = {
     "DeepSpeedEngine",  # deepspeed.runtime.engine
+    "data_efficiency_config",  # engine._config
     "device",  # of an offload configuration
     "ratio",
     "super_offload",
     "ds_id",
-    "zero_config",  # engine._config, as the next two
-    "data_efficiency_config",
-    "weight_quantization_config",
+    "weight_quantization_config",  # engine._config
+    "zero_config",  # engine._config
     "get_model_parallel_world_size",  # the user's mpu
     "total_num_steps",  # DeepSpeed's schedulers that decay
     "param_groups",  # torch

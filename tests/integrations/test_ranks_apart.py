@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -35,6 +36,15 @@ def by_hand() -> None:
     model = Net()
     optimizer = ds_lena.LENA(model.named_parameters(), **KEYS)
     backward(model, 0)
+    average(model.parameters())
+    optimizer.step()
+
+
+def by_hand_with_equal_norms(inputs: list[list[float]]) -> None:
+    """The micro-gradients are the inputs themselves."""
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = ds_lena.LENA(model.named_parameters(), **KEYS)
+    model(torch.tensor(inputs[dist.get_rank()])).sum().backward()
     average(model.parameters())
     optimizer.step()
 
@@ -104,6 +114,8 @@ NOT_AVERAGED, OTHER_PARAMETERS = "the gradients are not the same on every rank",
 CASES = {
     "added up": ("larger than any average", summed_by_ddp),
     "averaged by hand": (NOT_AVERAGED, by_hand),
+    "averaged by hand, equal norms": (NOT_AVERAGED, by_hand_with_equal_norms, [[1.0, 0.0, 2.0], [2.0, 0.0, 1.0]]),
+    "averaged by hand, opposite": (NOT_AVERAGED, by_hand_with_equal_norms, [[1.0, -1.0, 2.0], [-1.0, 1.0, -2.0]]),
     "not averaged": (NOT_AVERAGED, not_at_all),
     "LocalSGD": (NOT_AVERAGED, local_sgd),
     "another model on each rank": (OTHER_PARAMETERS, two_models),

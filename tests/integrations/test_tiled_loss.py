@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ds_lena
 from tests.integrations._engines import config, engine
 from tests.integrations._ranks import Ranks
 from tests.integrations._truth import KEYS, differences, every_rank, numbers
@@ -86,3 +87,21 @@ def tiled_run(stage: int, what: str) -> list[str]:
 @pytest.mark.parametrize("what", MODELS)
 def test_tiles_are_measured_and_trained_as_the_reference_without_them(ranks: Ranks, what: str, stage: int) -> None:
     assert ranks.run(tiled_run, stage, what) == [[], []]
+
+
+def lost(immediate: bool) -> str:
+    entries = config(1, "bf16-fp32", lena=KEYS, bf16={"enabled": True, "immediate_grad_update": immediate})
+    with engine(entries, Head(tiled=True)) as made:
+        before = made.module.head.weight.detach().clone()
+        try:
+            for micro in range(2):
+                made.backward(made(numbers(micro, shape=(2, 4, 8)).bfloat16()))
+                made.step()
+        except ds_lena.UnsupportedError as error:
+            return str(error)
+        return "moved" if not torch.equal(before, made.module.head.weight) else "not moved"
+
+
+def test_a_gradient_that_deepspeed_loses_is_refused(ranks: Ranks) -> None:
+    assert all("a loss has called backward in its own forward" in text for text in ranks.run(lost, False))
+    assert ranks.run(lost, True) == ["moved"] * 2

@@ -26,6 +26,7 @@ class Window:
         self._has_told = self._is_stuck = False
         self.end()
         self._hooks.before_pass = self._before_pass
+        self._hooks.before_part = self._before_part
         self._hooks.has_more_parts = has_more_parts
         view.before_forward(self._before_forward)
         view.after_backward(self._after_backward)
@@ -70,6 +71,14 @@ class Window:
         if not hooks.passes:
             self._is_zeroed = False
         self._is_reduced = self._view.reduces_now()
+
+    def _before_part(self) -> None:
+        if self._layout.loses_parts():
+            raise UnsupportedError(
+                "LENA: a loss has called backward in its own forward, as TiledFusedLogitsLoss does. At ZeRO 1 in bf16 "
+                "with fp32 accumulation, DeepSpeed throws that gradient away, whatever the optimizer, and its weights "
+                'would not be trained. Use ZeRO 2 or 3, or "bf16": {"enabled": true, "immediate_grad_update": true}.'
+            )
 
     def _look_at_broken_pass(self) -> None:
         fate = self._layout.broken_pass() if self._hooks.is_broken_off else "kept"

@@ -43,5 +43,9 @@ class Bf16Layout(Layout):
         """The next pass starts by clearing what has not been added in fp32, which happens at the end of a pass."""
         return "fatal" if self._wrapper.immediate_grad_update else "dropped"
 
+    def loses_parts(self) -> bool:
+        """A pass starts by clearing what has not been added in fp32."""
+        return not self._wrapper.immediate_grad_update
+
     def discard(self) -> None:
         self._wrapper.zero_grad()

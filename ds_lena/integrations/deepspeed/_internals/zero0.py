@@ -28,8 +28,8 @@ class Zero0Layout(Layout):
                 yield i, parameter.grad
 
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
-        without = {i for i, parameter, _ in self._masters if parameter.grad is None}
-        return [i for i in reached if i in without]
+        held = {i for i, parameter, _ in self._masters if parameter.grad is not None}
+        return [i for i in reached if i not in held]  # DeepSpeed leaves out a parameter without elements
 
     def discard(self) -> None:
         for _, parameter, _ in self._masters:

@@ -51,8 +51,8 @@ class Zero3Layout(Layout):
         """
         zero = self._zero
         if zero._coalesce_grad_reduction:
-            without = {self._index.get(id(p)) for group in zero.fp16_groups for p in group if p.grad is None}
-            return [i for i in reached if i in without]
+            held = {self._index.get(id(p)) for group in zero.fp16_groups for p in group if p.grad is not None}
+            return [i for i in reached if i not in held]
         return list(reached) if zero.micro_step_id == 0 and not zero._epilogue_ran_this_backward else []
 
     def next_pass(self) -> Literal["adds", "replaces all", "replaces some"]:

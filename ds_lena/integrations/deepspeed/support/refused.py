@@ -181,6 +181,12 @@ REFUSED: tuple[Feature, ...] = (
         f"{_WINDOWS}::test_several_backward_passes_for_one_micro_batch_are_refused",
     ),
     _refused(
+        "a loss that calls backward in its forward, at ZeRO 1 in bf16 with fp32 accumulation (DeepSpeed loses its "
+        "gradient)",
+        'use ZeRO 2 or 3, or "immediate_grad_update": true in the entry "bf16"',
+        "tests/integrations/test_tiled_loss.py::test_a_gradient_that_deepspeed_loses_is_refused",
+    ),
+    _refused(
         "going on after an exception in a backward pass, at ZeRO 2 and 3, and with overlap_comm",
         "make a new engine and load a checkpoint",
         f"{_WINDOWS}::test_where_deepspeed_cannot_go_on_the_error_says_so",

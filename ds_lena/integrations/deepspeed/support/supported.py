@@ -126,6 +126,13 @@ SUPPORTED: tuple[Feature, ...] = (
     ),
     _runs(
         _OPTIONS,
+        "DeepSpeed's AdamW kernel for the CPU, with offload_optimizer and base adamw",
+        f"{_INTERNALS}/cpu_adam.py",
+        "tests/integrations/test_cpu_adam.py",
+        "Its bias correction is done in float64. torch's kernel is used where DeepSpeed's cannot be compiled.",
+    ),
+    _runs(
+        _OPTIONS,
         "offload_param to the CPU (ZeRO 3)",
         _ZERO3,
         _OFFLOAD,
