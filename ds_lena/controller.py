@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .binding import Binding, Watched, plain_binding
 from .config import LenaConfig, unknown_total_steps
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .grad_stats import backward
 from .grad_stats.agreement import require_agreement, require_average, trace_of
 from .grad_stats.hooks import GradientHooks
@@ -27,6 +27,7 @@ from .grad_stats.placement import Placement
 from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
 from .layers import LayerTable, build_table, matches, nearest_name, unmatched_patterns
+from .parameters import require_supported
 from .schedule import checkpoint
 from .schedule.clock import RunPlan
 from .schedule.schedule import Proposal, Schedule
@@ -46,7 +47,7 @@ class Controller:
 
     `group`: for plain PyTorch, the ranks that average the gradients. None is all ranks.
     `parameter_ids`: the `id` of each parameter. `binding`: describes what runs the updates. `is_managed`: an engine
-    runs them. `has_read_mean`: the averaged gradient of this window is measured. `schedule`: what is remembered.
+    runs them. `schedule`: what is remembered.
     """
 
     def __init__(self, config: LenaConfig, watched: Watched, group: Group | None) -> None:
@@ -61,6 +62,7 @@ class Controller:
         self._proposal: Proposal | None = None
         self.is_managed = False
         self._amend: Callable[[Binding], Binding] = lambda binding: binding
+        self._dtype = watched.parameters[0].dtype if watched.parameters else torch.float32
         self._bind_plain()
 
     # -- what runs it -------------------------------------------------------------------------------------------------
@@ -120,7 +122,8 @@ class Controller:
         self.hooks.after_pass = None if self.is_managed else _weakly(self._after_plain_pass)
         self._mean_norms = self.hooks.new_norms()
         self._squares_of_mean = self._mean_norms.read()
-        self.has_read_mean = False
+        self._has_read_mean = False
+        self._versions: dict[int, tuple[int, int]] = {}
         self._statistics = GradientStatistics(
             self.hooks, placements, table.of_parameter, table.count, binding.group, self._device
         )
@@ -171,7 +174,7 @@ class Controller:
         self.require_agreement()
         if not self._patterns_are_checked:
             self._warn_of_patterns()
-        if self.is_managed and not self.has_read_mean:
+        if self.is_managed and not self._has_read_mean:
             self.read_mean()
         scale = self.binding.layout.loss_scale()
         measured, square_now = self._statistics.reduce(self._squares_of_mean, self._squares_now(), scale)
@@ -206,7 +209,7 @@ class Controller:
     def end_update(self, applied: bool) -> None:
         """End the update. If it was not applied, nothing of it stays but the count of skipped updates."""
         proposal, self._proposal = self._proposal, None
-        self.has_read_mean = False
+        self.forget_mean()
         self.hooks.clear()
         self.binding.layout.clear_gradients()
         if proposal is None:
@@ -231,13 +234,18 @@ class Controller:
         size = self.config.micro_batch_size if known.micro_batch_size is None else known.micro_batch_size
         return replace(known, total_steps=total_steps, micro_batch_size=size)
 
+    @torch.no_grad()
     def read_mean(self) -> None:
         """Measure the averaged gradient, at the end of a backward pass that has reduced it. The last time counts.
 
         What a user makes of it later moves the weights, and is not in the statistics.
         """
         self._squares_of_mean = self._squares()
-        self.has_read_mean = True
+        self._has_read_mean = True
+
+    def forget_mean(self) -> None:
+        """The averaged gradient has changed: another pass adds to it, or it was thrown away."""
+        self._has_read_mean = False
 
     def _squares_now(self) -> Tensor:
         """Of the averaged gradient that an engine will clip. Only trust ratios ask whether it has been changed."""
@@ -250,21 +258,44 @@ class Controller:
 
     def _before_plain_pass(self) -> None:
         # Gradients may have been set to None without this optimizer's zero_grad(), for example by model.zero_grad().
-        reached = zip(self.parameters, self.hooks.last_pass, strict=True)
-        if any(last and parameter.grad is None for parameter, last in reached):
-            self.hooks.clear()
+        self.hooks.forget([i for i in self.hooks.reached() if self.parameters[i].grad is None])
+        if self.schedule.updates == 0:
+            self._refuse_changed_gradients()
+        elif self.schedule.updates == 1 and self.hooks.passes == 0:
+            self._warn_of_old_gradients()
         if self.hooks.passes == 0:
             self._follow()
 
     def _follow(self) -> None:
         """Bind anew if the model was moved since construction, as accelerate does, or torch.distributed was started."""
-        group = self._plain_group()
-        if self.parameters[0].device == self._device and group is self.binding.group:
+        group, first = self._plain_group(), self.parameters[0]
+        if first.dtype != self._dtype:
+            require_supported(self.parameters)
+            self._dtype = first.dtype
+        if first.device == self._device and group is self.binding.group:
             return
         saved, is_resumed = checkpoint.to_dict(self.schedule), self.schedule.clock.is_resumed
         self._bind_plain()
         checkpoint.load(self.schedule, saved)
         self.schedule.clock = replace(self.schedule.clock, is_resumed=is_resumed)
+
+    def _refuse_changed_gradients(self) -> None:
+        """In the first update: a change between two of its passes is in the average, and not in what is measured."""
+        for i, version in self._versions.items():
+            gradient = self.parameters[i].grad
+            if self.hooks.last_pass[i] and gradient is not None and (id(gradient), gradient._version) != version:
+                raise UnsupportedError(
+                    f'LENA: the gradient of "{self.names[i]}" was changed between two backward passes of one update, '
+                    "as by clip_grad_norm_() after each of them. LENA measures what each pass adds. Change gradients "
+                    "after the last pass, or by register_hook(). To throw them away call optimizer.zero_grad()."
+                )
+
+    def _warn_of_old_gradients(self) -> None:
+        if any(p.grad is not None and bool(p.grad.any()) for p in self.parameters):
+            logger.warning(
+                "LENA: the gradients of the update before are still there, and this one's are added to them. Call "
+                "optimizer.zero_grad() after step(); otherwise LENA takes the sum for the gradient of this update."
+            )
 
     def _plain_group(self) -> Group | None:
         return default_group() if self._group is None else self._group
@@ -278,6 +309,9 @@ class Controller:
             return
         with torch.no_grad():
             self.read_mean()
+            if self.schedule.updates == 0:
+                grads = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+                self._versions = {i: (id(grad), grad._version) for i, grad in grads.items()}
             if not self._ranks_agree:
                 self._trace = trace_of((p.grad for p in self.parameters if p.grad is not None), self._device)
 
@@ -286,8 +320,9 @@ class Controller:
         on many ranks.
         """
         if not self._ranks_agree:
-            shapes = [placement.shape for placement in self.binding.placements]
-            require_agreement(self.names, shapes, self._trace, self.binding.group)
+            told = [(placement.name, tuple(placement.shape)) for placement in self.binding.placements]
+            keys = [getattr(self.config, field.name) for field in fields(self.config) if field.compare]
+            require_agreement((keys, self._watched.left_out, told), self._trace, self.binding.group)
 
     # -- warnings -----------------------------------------------------------------------------------------------------
 

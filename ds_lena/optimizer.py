@@ -211,6 +211,7 @@ class LENA(torch.optim.Optimizer):
             controller.end_update(applied=True)
         else:
             self._warn_of_no_gradient()
+            controller.require_agreement()  # as above
         return loss
 
     def _is_asked_for_state_alone(self) -> bool:

@@ -123,7 +123,7 @@ WAITING_METHODS = {"item", "tolist", "cpu", "numpy", "nonzero"}
 WAITING_CONVERSIONS = {"float", "bool", "int"}
 
 UPDATE_PATH = {
-    "controller": set(),
+    "controller": {"_warn_of_old_gradients"},
     "grad_stats.agreement": set(),
     "grad_stats.backward": set(),
     "grad_stats.hooks": set(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ _WHAT_TO_DO = (
     "torch.distributed.new_group([rank]), which every rank has to call)."
 )
 _OTHER_PARAMETERS = (
-    "LENA: the parameters that LENA got are not the same on every rank: their number, names, order or shapes differ. "
+    "LENA: the parameters or keys that LENA got are not the same on every rank: the number, names, order or shapes of "
+    "the parameters differ, or the keys, or which parameters are left out. "
     "Under ZeroRedundancyOptimizer they do: use DeepSpeed ZeRO 1 instead. "
 ) + _WHAT_TO_DO
 _NOT_AVERAGED = (
@@ -55,13 +56,14 @@ def trace_of(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     return torch.stack((square.sqrt(), total))
 
 
-def require_agreement(names: Sequence[str], shapes: Sequence[torch.Size], trace: Tensor, group: Group | None) -> None:
+def require_agreement(told: object, trace: Tensor, group: Group | None) -> None:
     """Raise `StateError` if the ranks of `group` hold other parameters, or gradients that are not averaged.
 
-    The error is the same on every rank. `trace` (2,) float64: that of all gradients at the end of backward.
+    The error is the same on every rank. `told`: names, shapes and keys, whose `repr` is compared.
+    `trace` (2,) float64: that of all gradients at the end of backward.
     It makes one all-reduce of six numbers and waits for them.
     """
-    fingerprint = torch.full_like(trace[:1], _fingerprint(names, shapes))
+    fingerprint = torch.full_like(trace[:1], _fingerprint(told))
     values = torch.cat((fingerprint, torch.where(trace.isfinite().all(), trace, -1.0)))
     try:
         lowest, highest = extremes_over(values, group, _LATE)
@@ -82,7 +84,6 @@ def require_average(mean_square: Tensor, square_of_mean: Tensor) -> None:
         raise StateError(_LARGER_THAN_AN_AVERAGE)
 
 
-def _fingerprint(names: Sequence[str], shapes: Sequence[torch.Size]) -> int:
+def _fingerprint(told: object) -> int:
     """48 bits, so that a float64 holds them."""
-    told = repr([(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)])
-    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(repr(told).encode()).digest()[:6], "big")

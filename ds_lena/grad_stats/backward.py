@@ -53,6 +53,16 @@ def is_followed(parameter: Tensor, handle: RemovableHandle) -> bool:
     return False
 
 
+def changer(parameter: Tensor) -> Callable[..., object] | None:
+    """A hook that runs after the gradient was added, and may change the sum. DeepSpeed's and torch's own do not."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return next((hook for hook in hooks.values() if _package_of(hook) not in ("deepspeed", "torch")), None)
+
+
+def _package_of(hook: Callable[..., object]) -> str:
+    return (getattr(hook, "__module__", None) or "").partition(".")[0]
+
+
 def mark(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """Say of a tensor hook that it never changes the gradient. Returns it."""
     setattr(hook, _MARK, True)

@@ -203,6 +203,18 @@ class GradientHooks:
             self.sums.add_(self._norms.read())
         if self.before_pass is not None:
             self.before_pass()
+        if self.passes == 0:
+            self._refuse_changers()
+
+    def _refuse_changers(self) -> None:
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            hook = backward.changer(parameter)
+            if hook is not None:
+                raise UnsupportedError(
+                    f'LENA: "{name}" has a hook by register_post_accumulate_grad_hook(): '
+                    f"{getattr(hook, '__qualname__', hook)}. It may change the gradient after LENA has measured it. "
+                    "Use register_hook(): LENA sees what it changes."
+                )
 
     def _come_last(self) -> list[int]:
         """Move our hooks behind those that may change a gradient. Returns the parameters where one was behind ours."""

@@ -94,8 +94,8 @@ class Applier:
         cut = self._cuts.get(parameter)
         if cut is None:
             raise StateError(
-                "LENA: step() was given a tensor that did not exist when the layout was read. The optimizer's "
-                "parameters were replaced after construction; construct LENA after that."
+                "LENA: step() was given a tensor that LENA does not know. A parameter was replaced or unfrozen after "
+                "LENA was constructed, or after deepspeed.initialize. Do that before."
             )
         split = [cut.split(tensor) for tensor in tensors]
         found = []

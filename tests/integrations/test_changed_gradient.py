@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ds_lena
-from tests.integrations._engines import Net, config, engine, train
+from tests.integrations._engines import Net, batch, config, engine, train
 from tests.integrations._ranks import Ranks
 
 HALF = 0.5
@@ -49,6 +49,63 @@ def after_one_update(
         with deepspeed.zero.GatheredParameters(list(made.module.parameters())):
             gone = [p.detach().float() - b for p, b in zip(made.module.parameters(), before, strict=True)]
         return ds_lena.report(made), gone
+
+
+def reduced_by_hand(stage: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The reports of a loop that reduces by itself, and of one that leaves it to backward."""
+    reports = []
+    for by_hand in (True, False):
+        with engine(config(stage, gradient_accumulation_steps=1), Net()) as made:
+            made.enable_backward_allreduce = not by_hand
+            for update in range(2):
+                made.backward(made(*batch(update, 0)))
+                if by_hand:
+                    made.allreduce_gradients()
+                made.step()
+            reports.append(ds_lena.report(made))
+    return reports[0], reports[1]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_gradient_that_is_reduced_after_backward_is_the_reduced_one(ranks: Ranks, stage: int) -> None:
+    for by_hand, usual in ranks.run(reduced_by_hand, stage):
+        assert by_hand == usual
+
+
+def without_a_tower(how: str) -> dict[str, Any]:
+    """The report of an update whose left tower has lost its gradient, thrown away before the step or never made."""
+    with engine(config(0, lena=SGD | {"layer": "model"}), Net()) as made:
+        made.module.left.requires_grad_(how == "thrown away")
+        for micro in range(2):
+            made.backward(made(*batch(0, micro)))
+            if micro == 1:
+                for parameter in made.module.left.parameters():
+                    parameter.grad = None
+            made.step()
+        return ds_lena.report(made)
+
+
+def test_a_gradient_that_is_thrown_away_after_backward_is_in_no_statistics(ranks: Ranks) -> None:
+    thrown_away, never = ranks.run(without_a_tower, "thrown away")[0], ranks.run(without_a_tower, "never made")[0]
+    assert thrown_away == never
+
+
+def with_graph(stage: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    reports = []
+    for keeps_graph in (True, False):
+        with engine(config(stage), Net()) as made:
+            for micro in range(2):
+                (made(*batch(0, micro)) / 2).backward(create_graph=keeps_graph)
+                made.step()
+            reports.append(ds_lena.report(made))
+    return reports[0], reports[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_backward_that_keeps_its_graph_is_measured_alike(ranks: Ranks, stage: int) -> None:
+    for kept, usual in ranks.run(with_graph, stage):
+        assert kept == usual
 
 
 def both(*given: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:

@@ -33,6 +33,7 @@ ENGINE = (
     "destroy",
     "dp_world_size",
     "bf16_master_weights_and_gradients",
+    "enable_backward_allreduce",
     "fp16_enabled",
     "fp16_master_weights_and_gradients",
     "get_data_types",

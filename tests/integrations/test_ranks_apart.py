@@ -99,6 +99,22 @@ def two_models() -> None:
     optimizer.step()
 
 
+def other_keys() -> None:
+    model = DistributedDataParallel(Net())
+    keys = KEYS | ({"max_factor": 2.0} if dist.get_rank() else {})
+    optimizer = ds_lena.LENA(model.named_parameters(), **keys)
+    backward(model, 0)
+    optimizer.step()
+
+
+def no_gradient_on_one() -> None:
+    model = Net()
+    optimizer = ds_lena.LENA(model.named_parameters(), **KEYS)
+    if dist.get_rank() == 0:
+        backward(model, 0)
+    optimizer.step()
+
+
 def error_of(run: Callable[..., None], *arguments: object) -> str:
     try:
         run(*arguments)
@@ -109,7 +125,10 @@ def error_of(run: Callable[..., None], *arguments: object) -> str:
     return ""
 
 
-NOT_AVERAGED, OTHER_PARAMETERS = "the gradients are not the same on every rank", "are not the same on every rank: their"
+NOT_AVERAGED, OTHER_PARAMETERS = (
+    "the gradients are not the same on every rank",
+    "are not the same on every rank: the number",
+)
 
 CASES = {
     "added up": ("larger than any average", summed_by_ddp),
@@ -118,6 +137,8 @@ CASES = {
     "averaged by hand, opposite": (NOT_AVERAGED, by_hand_with_equal_norms, [[1.0, -1.0, 2.0], [-1.0, 1.0, -2.0]]),
     "not averaged": (NOT_AVERAGED, not_at_all),
     "LocalSGD": (NOT_AVERAGED, local_sgd),
+    "other keys on one rank": (OTHER_PARAMETERS, other_keys),
+    "no gradient on one rank": (NOT_AVERAGED, no_gradient_on_one),
     "another model on each rank": (OTHER_PARAMETERS, two_models),
     "sharded, as many tensors": (NOT_AVERAGED, sharded, [3, 3, 3, 3]),
     "sharded, more tensors": (OTHER_PARAMETERS, sharded, [3, 3, 3]),

@@ -243,6 +243,27 @@ def test_where_deepspeed_cannot_go_on_the_error_says_so(ranks: Ranks, stage: int
         assert "an exception has ended an earlier backward pass" in message and "make a new engine" in message
 
 
+def loaded_before_step(stage: int, folder: str) -> str:
+    """The error of a step whose gradients a checkpoint has thrown away; afterwards the engine trains."""
+    with engine(config(stage, lena=KEYS)) as made:
+        made.save_checkpoint(folder)
+        made.backward(made(*bad()))
+        made.set_gradient_accumulation_boundary(True)
+        made.load_checkpoint(folder)
+        try:
+            made.step()
+        except ds_lena.StateError as error:
+            good(made, 0)
+            return f"{ds_lena.report(made)['n']} {error}"
+    return ""
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_right_after_loading_a_checkpoint_is_refused(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    for message in ranks.run(loaded_before_step, stage, str(tmp_path)):
+        assert message.startswith("4 LENA: engine.step() came right after load_checkpoint()")
+
+
 def loaded(stage: int, precision: str, folder: str) -> tuple[bool, float, list[str]]:
     """Whether a run that loads a checkpoint in the middle of an update goes on as one that loads it before."""
     results = []

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import Variable
 
 import ds_lena
-from ds_lena import LENA, ConfigError, StateError
+from ds_lena import LENA, ConfigError, StateError, UnsupportedError
 from ds_lena.keys import BASES
 from ds_lena.optimizer import controller_of
 from tests.unit.support import backward, random_gradients, train_window, vector, weights
@@ -199,26 +199,58 @@ def test_clipping_by_the_user_moves_less_and_is_not_measured():
         assert step.norm().item() == approx(0.1 * 5 / 4 * (0.2 if clip else 2), rel=1e-5)
 
 
-def test_a_reduction_that_takes_two_callbacks_at_the_end_of_backward_is_measured():
-    """As DDP's with static_graph, whose first callback queues a second one."""
-    (parameter,) = parameters = one_weight()
-    optimizer = LENA(parameters, **NO_WARMUP)
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    parameter.register_post_accumulate_grad_hook(lambda p: queue(lambda: queue(lambda: p.grad.mul_(0.5))))
-    backward(parameters, [vector(1, 0)])
-    optimizer.step()
-    assert controller_of(optimizer)._squares_of_mean.tolist() == [0.25]
-
-
-def test_clipping_between_the_passes_of_a_window_is_measured_as_it_is_in_the_gradient():
+def test_a_gradient_that_is_changed_between_the_passes_of_the_first_update_is_refused():
     parameters = one_weight()
     optimizer = LENA(parameters, **NO_WARMUP)
-    for _ in range(2):
+    backward(parameters, [vector(1, 0)])
+    parameters[0].grad.mul_(0.5)
+    with pytest.raises(UnsupportedError, match=r'"param_0" was changed between two backward passes.*register_hook'):
         backward(parameters, [vector(1, 0)])
-        parameters[0].grad.mul_(0.5)
+    assert controller_of(optimizer).schedule.updates == 0
+
+
+def test_a_hook_that_may_change_the_sum_is_refused():
+    parameters = one_weight()
+    optimizer = LENA(parameters, **NO_WARMUP)
+
+    def halve(parameter):
+        parameter.grad.mul_(0.5)
+
+    parameters[0].register_post_accumulate_grad_hook(halve)
+    with pytest.raises(UnsupportedError, match=r'"param_0" has a hook by .*halve.*Use register_hook'):
+        backward(parameters, [vector(1, 0)])
+    assert controller_of(optimizer).schedule.updates == 0
+
+
+def test_a_part_of_the_gradients_that_is_thrown_away_leaves_the_others():
+    parameters = weights(2, 2)
+    optimizer = LENA(parameters, **NO_WARMUP)
+    micro = [vector(1, 0), vector(0, 3)]
+    backward(parameters, [micro[0], micro[0]])
+    parameters[0].grad = None
+    backward(parameters, [micro[1], micro[1]])
     optimizer.step()
-    # Before the step p.grad was (0.5 + 1, 0): B is taken at the end of the last pass.
-    assert layer(optimizer)["signal"] == approx(1.5**2 - layer(optimizer)["noise"] / 2)
+    report = ds_lena.report(optimizer)
+    assert report["n"] == 2
+    assert report["layers"]["param_1"]["noise"] == approx(2 * (2 * (1 + 9) - 10))
+
+
+def test_gradients_of_the_update_before_that_are_still_there_are_told_once(caplog):
+    parameters = one_weight()
+    optimizer = LENA(parameters, **NO_WARMUP)
+    for _ in range(3):
+        backward(parameters, [vector(1, 0)])
+        optimizer.step()
+    assert caplog.text.count("the gradients of the update before are still there") == 1
+
+
+def test_a_model_that_becomes_half_after_construction_is_refused():
+    model = nn.Linear(2, 2)
+    optimizer = LENA(model.named_parameters(), **NO_WARMUP)
+    model.half()
+    with pytest.raises(UnsupportedError, match="float16"):
+        model(torch.ones(1, 2, dtype=torch.float16)).sum().backward()
+    assert controller_of(optimizer).schedule.updates == 0
 
 
 def test_a_step_without_any_gradient_does_nothing():
@@ -296,9 +328,12 @@ def test_the_gradient_is_measured_after_a_reduction_in_a_callback_of_a_callback(
     parameters = weights(2)
     optimizer = LENA(parameters, warmup="none")
     finish = Variable._execution_engine.queue_callback
-    parameters[0].register_post_accumulate_grad_hook(
-        lambda parameter: finish(lambda: finish(lambda: parameter.grad.mul_(0.5)))
-    )
+
+    def reduce(parameter):
+        finish(lambda: finish(lambda: parameter.grad.mul_(0.5)))
+
+    reduce.__module__ = "torch.nn.parallel.distributed"
+    parameters[0].register_post_accumulate_grad_hook(reduce)
     backward(parameters, [vector(6, 8)])
     assert controller_of(optimizer)._squares_of_mean.tolist() == [25]
 

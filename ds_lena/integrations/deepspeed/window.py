@@ -23,7 +23,7 @@ class Window:
     def __init__(self, view: EngineView, controller: Controller) -> None:
         self._view, self._controller = view, controller
         self._hooks, self._layout = controller.hooks, controller.binding.layout
-        self._has_told = self._is_stuck = False
+        self._has_told = self._is_stuck = self._is_loaded = False
         self.end()
         self._hooks.before_pass = self._before_pass
         self._hooks.before_part = self._before_part
@@ -35,7 +35,18 @@ class Window:
 
     def begin(self) -> None:
         """Right before an update."""
-        self._hooks.forget(self._layout.thrown_away(self._hooks.reached()))
+        if self._is_loaded:
+            raise StateError(
+                "LENA: engine.step() came right after load_checkpoint(), which has thrown away the gradients of this "
+                "update. Call forward and backward before it."
+            )
+        self._forget_thrown_away()
+
+    def _forget_thrown_away(self) -> None:
+        thrown_away = self._layout.thrown_away(self._hooks.reached())
+        if thrown_away:
+            self._hooks.forget(thrown_away)
+            self._controller.forget_mean()
 
     def end(self) -> None:
         """After an update, applied or not."""
@@ -51,10 +62,11 @@ class Window:
 
     def _before_pass(self) -> None:
         hooks, layout = self._hooks, self._layout
-        self._controller.has_read_mean = False
+        self._controller.forget_mean()
+        self._is_loaded = False
         self._look_at_broken_pass()
         if hooks.passes:
-            hooks.forget(layout.thrown_away(hooks.reached()))
+            self._forget_thrown_away()
         if hooks.passes:
             change = layout.next_pass()
             if change == "replaces all" and self._is_zeroed:
@@ -104,7 +116,7 @@ class Window:
         hooks, layout = self._hooks, self._layout
         if hooks.passes == 0 or self._controller.is_in_update:
             return
-        hooks.forget(layout.thrown_away(hooks.reached()))
+        self._forget_thrown_away()
         if hooks.passes == 0:
             layout.discard()
             return
@@ -125,6 +137,8 @@ class Window:
                 "it are thrown away.",
                 self._hooks.passes,
             )
-            self._layout.discard()
             self._hooks.clear()
+            self._controller.forget_mean()
+            self._layout.discard()
+            self._is_loaded = True
             self.end()

@@ -104,7 +104,9 @@ class EngineView:
 
     def reduces_now(self) -> bool:
         """Whether the gradients of this window are complete, and reduced, at the end of the backward pass that runs."""
-        return self._engine.is_gradient_accumulation_boundary() and not self._engine.inside_no_sync_ctxt
+        engine = self._engine
+        reduces = engine.enable_backward_allreduce and not engine.inside_no_sync_ctxt
+        return reduces and engine.is_gradient_accumulation_boundary()
 
     def before_forward(self, action: Callable[[], None]) -> None:
         """Call `action()` before each forward pass of the engine."""

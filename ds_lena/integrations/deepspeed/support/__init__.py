@@ -31,5 +31,5 @@ def refuse_unsupported(facts: EngineFacts) -> None:
     if not any(feature.is_on(facts) for feature in STAGES):
         raise UnsupportedError(
             f"LENA does not support ZeRO {facts.stage} with these types of weights and gradients. Nearest supported "
-            f"choice: one of {', '.join(feature.what for feature in STAGES)}."
+            f"choice: one of {'; '.join(feature.what for feature in STAGES)}."
         )

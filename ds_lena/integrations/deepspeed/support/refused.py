@@ -250,6 +250,16 @@ REFUSED: tuple[Feature, ...] = (
         f"{_PARAMETERS}::test_a_parameter_that_is_unfrozen_after_construction_is_refused",
     ),
     _refused(
+        "a hook by register_post_accumulate_grad_hook() of the user's own",
+        "register_hook(), whose change LENA sees",
+        "tests/unit/test_optimizer.py::test_a_hook_that_may_change_the_sum_is_refused",
+    ),
+    _refused(
+        "gradients changed between the backward passes of an update, in plain PyTorch (looked for in the first update)",
+        "a change after the last pass, or register_hook()",
+        "tests/unit/test_optimizer.py::test_a_gradient_that_is_changed_between_the_passes_of_the_first_update_is_refused",
+    ),
+    _refused(
         "add_param_group() after construction",
         "give all parameters to a new LENA, and load the old state_dict() into it",
         f"{_PARAMETERS}::test_a_group_that_is_added_later_is_refused",
