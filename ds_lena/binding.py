@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class Binding:
     `run()`: what is known of the run at an update.
     `clip(norm)`: what a gradient of this norm () is multiplied by between the measurement and `step()`, None for
     nothing.
+    `moves`: for a base rule, what moves its pieces in place of the rule's own `move`.
     """
 
     layout: Layout
@@ -37,6 +38,7 @@ class Binding:
     check: Callable[[Tensor], None] | None = None
     run: Callable[[], RunPlan] = RunPlan
     clip: Callable[[Tensor], Tensor | None] = lambda norm: None
+    moves: Mapping[str, Callable[..., None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

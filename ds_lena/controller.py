@@ -152,6 +152,8 @@ class Controller:
     def _make_update(self, table: LayerTable, names: Sequence[str]) -> None:
         """Cut the flat tensors. The parameters of one layer share a learning rate, unless each has a trust ratio."""
         binding, rule = self.binding, RULES[self.config.base]
+        if self.config.base in binding.moves:
+            rule = replace(rule, move=binding.moves[self.config.base])
         decays = [not matches(name, self.config.no_decay) for name in names]
         first: dict[int, int] = {}
         rates = list(range(len(names)))

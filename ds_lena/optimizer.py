@@ -157,7 +157,7 @@ class LENA(torch.optim.Optimizer):
         everything = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
         given = canonical_names([names[id(p)] for p, _ in everything]) if names else map("param_{}".format, count())
         found = [(p, i, name) for (p, i), name in zip(everything, given, strict=False) if p.requires_grad]
-        require_supported([p for p, _, _ in found])
+        require_supported([p for p, _, _ in found], is_made_by_engine=_dormant.get())
         return Watched(
             parameters=[p for p, _, _ in found],
             names=[name for _, _, name in found],

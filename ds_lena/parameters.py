@@ -47,10 +47,11 @@ def read_names(params: Iterable[Any]) -> tuple[Any, dict[int, str]]:
     return groups, names
 
 
-def require_supported(parameters: Sequence[Tensor]) -> None:
+def require_supported(parameters: Sequence[Tensor], is_made_by_engine: bool = False) -> None:
     """Raise `UnsupportedError` for parameters of a form, type or device for which LENA would not be exact."""
     for parameter in parameters:
         _require_form(parameter)
+        _require_type(parameter, is_made_by_engine)
     devices = sorted({str(parameter.device) for parameter in parameters})
     if len(devices) > 1:
         raise UnsupportedError(
@@ -75,7 +76,13 @@ def _require_form(parameter: Tensor) -> None:
             f"LENA: a parameter of shape {tuple(parameter.shape)} is expanded: several of its elements share one place "
             "in memory, so they cannot move apart. Make the parameter from a clone(), or expand it in forward()."
         )
-    if parameter.is_complex() or parameter.dtype == torch.float16:
+
+
+def _require_type(parameter: Tensor, is_made_by_engine: bool) -> None:
+    """An engine scales the loss in fp16, and keeps fp32 copies of the parameters."""
+    is_half = parameter.dtype == torch.float16
+    if parameter.is_complex() or (is_half and not is_made_by_engine):
+        how = " For fp16, name LENA in DeepSpeed's JSON, or give it the parameters in float32." if is_half else ""
         raise UnsupportedError(
-            f"LENA: a parameter is of type {parameter.dtype}. Supported are bfloat16, float32 and float64."
+            f"LENA: a parameter is of type {parameter.dtype}. Supported are bfloat16, float32 and float64.{how}"
         )

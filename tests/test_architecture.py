@@ -28,15 +28,17 @@ FLOORS = (
     {"optimizer"},
     {"reporting", "integrations", "integrations._transformers_internals", "integrations.megatron"},
     {"integrations.transformers",
-     *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.grid", "_internals.flat", "exchange",
+     *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.cpu_adam", "_internals.grid",
+                                                     "_internals.flat", "_internals.loss_scale", "exchange",
                                                      "_internals.seam", "ownership"))},
     {"integrations.deepspeed._internals.facts", "integrations.deepspeed.axes.tensor",
      "integrations.deepspeed.axes.pipeline"},
     {f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                    "_internals.zero12", "_internals.zero3", "support.feature")},
-    {f"integrations.deepspeed.{name}" for name in ("_internals.select", "axes", "monitor", "window", "support.refused",
-                                                   "support.supported", "support.without_effect")},
-    {"integrations.deepspeed.support"},
+    {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "axes",
+                                                   "monitor", "window", "support.refused", "support.supported",
+                                                   "support.without_effect")},
+    {"integrations.deepspeed.support", "integrations.deepspeed._internals.select"},
     {"integrations.deepspeed", "integrations.deepspeed.attach"},
     {"_registration"},
     {"__init__"},
@@ -78,6 +80,10 @@ MAY_IMPORT = {
     "layouts.plain": {"layouts.layout"},
     **{f"{INTERNALS}.{name}": {"errors", "layouts.layout", INTERNALS, f"{INTERNALS}.flat"}
        for name in ("zero0", "zero12", "zero3", "bf16", "flat")},
+    **{f"{INTERNALS}.{name}_offload": {"errors", "layouts.layout", f"{INTERNALS}.flat", f"{INTERNALS}.{name}"}
+       for name in ("zero12", "zero3")},
+    f"{INTERNALS}.loss_scale": set(),
+    f"{INTERNALS}.cpu_adam": {"update.rules", "update.rules.adamw", "update.rules.common"},
     f"{INTERNALS}.grid": set(),
     f"{INTERNALS}.facts": {f"{INTERNALS}.grid"},
     f"{INTERNALS}.engine": {f"{INTERNALS}.facts", f"{INTERNALS}.grid"},
@@ -105,6 +111,10 @@ PRIVATE_NAMES = (
     "ds_grad_is_ready",
     "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
     "ds_numel", "ds_shape",
+    "accumulated_grads_in_cpu", "norm_for_param_grads", "reset_cpu_buffers", "_wait_for_offload_copies",
+    "_offload_accumulated_param_ids", "_finalize_cpu_offload_gradient_accumulation",
+    "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation", "_update_scale",
+    "create_adam", "adam_update",
 )  # fmt: skip
 
 PRIVATE_TO_AUTOGRAD = (
@@ -138,6 +148,9 @@ UPDATE_PATH = {
     "update.segments": set(),
     "update.trust_ratio": {"__init__"},
     **{f"{INTERNALS}.{name}": {"__init__"} for name in ("zero0", "zero12", "zero3", "bf16")},
+    **{f"{INTERNALS}.{name}_offload": set() for name in ("zero12", "zero3")},
+    f"{INTERNALS}.loss_scale": set(),
+    f"{INTERNALS}.cpu_adam": set(),
 }
 """Modules that every update passes through, and their functions that it does not."""
 
@@ -145,8 +158,11 @@ HARMLESS = {
     "grad_stats.agreement: bool(square_of_mean > ROUNDING * mean_square)": "once a run",
     "grad_stats.reduce: both.tolist()": "once a run",
     "grad_stats.statistics: float(self._hooks.passes)": "a Python number",
+    f"{INTERNALS}.cpu_adam: float(step)": "where the pieces are on the CPU already",
+    f"{INTERNALS}.cpu_adam: float(lr)": "a Python number",
     "schedule.clock: float(plan.planned_n)": "a Python number",
     "update.apply: rates.tolist()": "where the pieces are on the CPU already",
+    **{f"{INTERNALS}.{name}: float(self._zero.loss_scale)": "a Python number" for name in ("zero12", "zero3")},
     "schedule.schedule: int((self.state.warmup >= 1).sum())": "once a run",
     "schedule.schedule: int(self.state.capped.sum())": "once a run",
 }

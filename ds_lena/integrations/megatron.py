@@ -25,7 +25,7 @@ def sum_partial_gradients(model: nn.Module) -> list[str]:
     Call it once, after `initialize_model_parallel` and before `deepspeed.initialize`. Without tensor parallelism it
     changes nothing.
     """
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state  # type: ignore[import-untyped]
 
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return []

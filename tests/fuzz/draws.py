@@ -30,8 +30,8 @@ SMALL_BUCKETS = {"reduce_bucket_size": 300, "allgather_bucket_size": 300}
 # Refused when the engine is made: what the error says, DeepSpeed's entries, those of ZeRO, the ZeRO stages.
 Entries = dict[str, Any]
 REFUSED: tuple[tuple[str, Entries, Entries, tuple[int, ...]], ...] = (
-    ("does not support fp16", {"torch_autocast": AUTOCAST | {"dtype": "float16"}}, {}, (1, 2, 3)),
-    ('"offload_optimizer"', {}, {"offload_optimizer": {"device": "cpu"}}, (1, 2, 3)),
+    ('"torch_autocast" with fp16', {"torch_autocast": AUTOCAST | {"dtype": "float16"}}, {}, (1, 2, 3)),
+    ('"super_offload"', {}, {"offload_optimizer": {"device": "cpu", "super_offload": True}}, (1, 2, 3)),
     ('"zero_quantized_gradients"', {}, {"zero_quantized_gradients": True}, (3,)),
     ('"gradient_allreduce_op": "sum"', {"gradient_allreduce_op": "sum"}, {}, (0, 1, 2)),
     ('"elastic_checkpoint"', {}, {"elastic_checkpoint": True}, (1, 2)),

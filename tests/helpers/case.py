@@ -13,6 +13,8 @@ from tests.helpers.reference import Settings
 from tests.helpers.reference import Window as ReferenceWindow
 
 UPDATES = 10
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS_SCALE = 2.0**10  # in fp16, unless a case says otherwise
 ONE_STEP = ("no_sync", "coalesce")  # loops where every engine.step() is an update, as DeepSpeed's counter sees it
 LR = {"adamw": 2e-3, "sgd": 2e-2, "lamb": 5e-3, "lars": 2e-2}
 MOMENTS = {"betas": (0.9, 0.99), "eps": 1e-6}
@@ -59,7 +61,7 @@ class Case:
     name: str
     world: int = 2
     stage: int | None = 1  # None: plain PyTorch, DistributedDataParallel where world > 1
-    precision: str = "fp32"  # "fp32", "bf16", "bf16-fp32" (fp32 accumulation) or "autocast" (torch_autocast to bf16)
+    precision: str = "fp32"  # "bf16", "bf16-fp32" (fp32 accumulation), "fp16" or "autocast" (torch_autocast to bf16)
     accumulation: int = 2
     clipping: float = 0.0
     base: str = "adamw"
@@ -111,7 +113,7 @@ class Case:
             clipping=self.clipping,
             schedule=SCHEDULES[self.schedule],
             idle="zeros" if self.stage is not None else "skipped",
-            narrow=torch.bfloat16 if self.precision.startswith("bf16") else None,
+            narrow=NARROW.get(self.precision.partition("-")[0]),
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:
@@ -158,6 +160,8 @@ class Case:
         if self.precision.startswith("bf16"):
             config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "bf16" if self.precision == "bf16" else "fp32"}
+        if self.precision == "fp16":
+            config["fp16"] = {"enabled": True, "loss_scale": LOSS_SCALE}
         if self.optimizer == "json":
             config["optimizer"] = {"type": "LENA", "params": self.keys}
         if self.split.startswith("autotp"):

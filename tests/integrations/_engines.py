@@ -16,6 +16,9 @@ from tests.helpers.grids import one_grid
 LENA = {"lr": 1e-2, "total_steps": 20, "smoothing": 0.5, "warmup_fraction": 0.1}
 """Keys of the optimizer entry unless a test says otherwise; quick averages, so that gains move at once."""
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+"""An entry of "zero_optimization"."""
+
 MICRO_BATCH = 2
 ACCUMULATION = 2
 
@@ -47,16 +50,23 @@ def batch(update: int, micro: int) -> tuple[Tensor, Tensor]:
 
 
 def config(stage: int, precision: str = "fp32", lena: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration with LENA; `precision` is fp32, bf16 or bf16-fp32 (fp32 accumulation)."""
+    """A DeepSpeed configuration with LENA.
+
+    `precision` is fp32, bf16, bf16-fp32 (fp32 accumulation) or fp16, with " + offload" for the optimizer on the CPU.
+    """
+    precision, _, offload = precision.partition(" + ")
+    zero = OFFLOAD if offload else {}
     entries: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 0.0,
         "steps_per_print": 1_000_000,
-        "zero_optimization": {"stage": stage} | more.pop("zero", {}),
+        "zero_optimization": {"stage": stage} | zero | more.pop("zero", {}),
         "optimizer": {"type": "LENA", "params": LENA | (lena or {})},
     }
-    if precision != "fp32":
+    if precision == "fp16":
+        entries["fp16"] = {"enabled": True, "initial_scale_power": 10}
+    if precision.startswith("bf16"):
         entries["bf16"] = {"enabled": True}
         entries["data_types"] = {"grad_accum_dtype": "bf16" if precision == "bf16" else "fp32"}
     return entries | more
@@ -71,7 +81,9 @@ def without_optimizer(entries: dict[str, Any], **more: Any) -> dict[str, Any]:
 def engine(entries: dict[str, Any], model: nn.Module | None = None, **initialize: Any) -> Iterator[Any]:
     """An engine that is destroyed at the end."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    type(get_accelerator()).is_fp16_supported = lambda self: True  # a CPU's says no, and computes in fp16 all the same
     is_split = "mpu" in initialize or isinstance(model, deepspeed.PipelineModule)
     with one_grid() if is_split else nullcontext():
         made, *_ = deepspeed.initialize(model=Net() if model is None else model, config=entries, **initialize)

@@ -21,9 +21,11 @@ LAYOUTS = [
     for stage, precision, base in product(range(4), ("fp32", "bf16", "bf16-fp32"), ("adamw", "sgd", "lamb"))
     if (stage, precision) != (0, "bf16-fp32")
 ]
+LAYOUTS += product((1, 2, 3), ("fp16", "fp32 + offload", "bf16 + offload"), ("adamw", "lamb"))
 DEFAULT = [
     *((0, "fp32", "adamw"), (0, "bf16", "adamw"), (1, "fp32", "sgd"), (1, "bf16", "lamb"), (1, "bf16-fp32", "adamw")),
     *((2, "fp32", "adamw"), (2, "bf16-fp32", "sgd"), (3, "fp32", "lamb"), (3, "bf16", "adamw")),
+    *((2, "fp16", "lamb"), (3, "fp16", "adamw"), (1, "bf16 + offload", "adamw"), (3, "fp32 + offload", "lamb")),
 ]  # every class of wrapper with two rules at least
 SHORT = (2, 2, 1, 1)  # micro-batches: the windows before and after the checkpoint are short
 DECAY = {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0.01, "warmup_max_lr": 0.01, "total_num_steps": 20}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ ENGINE = (
     "config",
     "destroy",
     "dp_world_size",
+    "bf16_master_weights_and_gradients",
     "enable_backward_allreduce",
     "fp16_enabled",
+    "fp16_master_weights_and_gradients",
     "get_data_types",
     "global_rank",
     "global_samples",
@@ -62,6 +65,7 @@ ENGINE = (
     "torch_autocast_enabled",
     "train_micro_batch_size_per_gpu",
     "was_step_applied",
+    "zero_force_ds_cpu_optimizer",
     "zero_grad",
     "zenflow",
     "zero_optimization_stage",
@@ -93,6 +97,28 @@ ZERO_1_2 = (
     "round_robin_bit16_offsets",
     "single_partition_of_fp32_groups",
 )
+OFFLOAD_1_2 = (
+    "_epilogue_ran_this_backward",
+    "_finalize_cpu_offload_gradient_accumulation",
+    "_offload_accumulated_param_ids",
+    "_wait_for_offload_copies",
+    "accumulated_grads_in_cpu",
+    "cpu_offload",
+    "get_gradient_for_reduction",
+    "get_param_id",
+    "is_gradient_accumulation_boundary",
+    "norm_for_param_grads",
+    "reset_cpu_buffers",
+)
+OFFLOAD_3 = (
+    "_finalize_offload_gradient_accumulation",
+    "_offload_boundary_param_ids",
+    "get_param_id",
+    "norm_for_param_grads",
+    "offload_optimizer",
+    "reset_cpu_buffers",
+)
+LOSS_SCALE = ("_update_scale", "loss_scale", "step")
 BF16 = (
     "bf16_groups",
     "clip_grad",
@@ -125,11 +151,16 @@ LAYOUTS = {
     (2, "bf16-fp32"): ("DeepSpeedZeroOptimizer", ZERO_1_2, ()),
     (3, "fp32"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
     (3, "bf16"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
+    (1, "fp32 + offload"): ("DeepSpeedZeroOptimizer", (*ZERO_1_2, *OFFLOAD_1_2, *LOSS_SCALE), ()),
+    (3, "fp32 + offload"): ("DeepSpeedZeroOptimizer_Stage3", (*ZERO_3, *OFFLOAD_3, *LOSS_SCALE), ("ds_id",)),
 }
 ELSEWHERE = {
     "DeepSpeedEngine",  # deepspeed.runtime.engine
     "data_efficiency_config",  # engine._config
     "device",  # of an offload configuration
+    "ratio",
+    "super_offload",
+    "ds_id",
     "weight_quantization_config",  # engine._config
     "zero_config",  # engine._config
     "get_context_parallel_world_size",  # the user's mpu
@@ -150,6 +181,9 @@ PINNED = {
     *ZERO_3,
     *ZERO_3_PARAMETER,
     *UNFUSED,
+    *OFFLOAD_1_2,
+    *OFFLOAD_3,
+    *LOSS_SCALE,
     *ELSEWHERE,
     "grad_accum",
     "ds_grad_is_ready",
@@ -286,18 +320,44 @@ def test_who_calls_the_inner_step_and_with_what(ranks: Ranks, layout: Any, wante
         assert calls == wanted, where()
 
 
-def way_of_an_unused_tower(stage: int) -> float:
-    """How far stock SGD moves the right tower in an update that does not use it."""
+@contextmanager
+def sgd(stage: int, precision: str = "fp32", **more: Any) -> Iterator[Any]:
+    """An engine with stock SGD."""
     model = Net()
-    entries = without_optimizer(config(stage), zero_allow_untested_optimizer=True)
+    more |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    entries = without_optimizer(config(stage, precision), **more)
     with engine(entries, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)) as made:
+        yield made
+
+
+def way_of_right_tower(made: Any, update: int, used_in: tuple[int, ...]) -> float:
+    """How far an update moves it whose micro-batches `used_in` use it."""
+    before = right_tower(made)
+    for micro in range(2):
+        x, y = batch(update, micro)
+        made.set_gradient_accumulation_boundary(micro == 1)
+        made.backward(made(x, y) if micro in used_in else made(x))
+        made.step()
+    return float((right_tower(made) - before).norm())
+
+
+def way_of_an_unused_tower(stage: int, precision: str = "fp32") -> float:
+    """How far stock SGD moves the right tower in an update that does not use it."""
+    with sgd(stage, precision) as made:
         train(made, range(1))
-        before = right_tower(made)
-        for micro in range(2):
-            made.set_gradient_accumulation_boundary(micro == 1)
-            made.backward(made(batch(1, micro)[0]))
-            made.step()
-        return float((right_tower(made) - before).norm())
+        return way_of_right_tower(made, 1, used_in=())
+
+
+def way_of_a_tower_used_early(stage: int, precision: str) -> float:
+    """How far the first update moves the right tower, if only its first micro-batch uses it."""
+    with sgd(stage, precision) as made:
+        return way_of_right_tower(made, 0, used_in=(0,))
+
+
+def ways_in_fp16(stage: int, updates: int, **fp16: float) -> list[float]:
+    """How far each update moves the right tower."""
+    with sgd(stage, fp16={"enabled": True, **fp16}) as made:
+        return [way_of_right_tower(made, update, used_in=(0, 1)) for update in range(updates)]
 
 
 def right_tower(made: Any) -> torch.Tensor:
@@ -311,6 +371,31 @@ def right_tower(made: Any) -> torch.Tensor:
 def test_zero_3_keeps_the_gradient_of_the_window_before(ranks: Ranks) -> None:
     assert all(way > 1e-4 for way in ranks.run(way_of_an_unused_tower, 3)), where()
     assert ranks.run(way_of_an_unused_tower, 2) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_keeps_the_gradient_of_the_window_before(ranks: Ranks, stage: int) -> None:
+    assert all(way > 1e-4 for way in ranks.run(way_of_an_unused_tower, stage, "fp32 + offload")), where()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_loses_a_gradient_that_the_last_micro_batch_does_not_have(ranks: Ranks, stage: int) -> None:
+    assert ranks.run(way_of_a_tower_used_early, stage, "fp32 + offload") == [0.0, 0.0], where()
+    assert all(way > 1e-4 for way in ranks.run(way_of_a_tower_used_early, stage, "fp32"))
+
+
+def test_fp16_at_zero_0_divides_by_a_loss_scale_that_is_not_in_the_gradients(ranks: Ranks) -> None:
+    wanted = ranks.run(ways_in_fp16, 1, 1, loss_scale=128)[0]
+    for way in ranks.run(ways_in_fp16, 0, 1, loss_scale=128):
+        assert way[0] == pytest.approx(wanted[0] / 128, rel=0.2), where()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_dynamic_loss_scale_is_raised_before_the_gradients_are_divided_by_it(ranks: Ranks, stage: int) -> None:
+    static = ranks.run(ways_in_fp16, stage, 3, loss_scale=16)[0]
+    for ways in ranks.run(ways_in_fp16, stage, 3, initial_scale_power=4, loss_scale_window=2):
+        halved = [way / wanted for way, wanted in zip(ways, static, strict=True)]
+        assert halved == pytest.approx([1.0, 1.0, 0.5], rel=0.02), where()
 
 
 def wrong_fragments(round_robin: bool) -> int:

@@ -13,7 +13,8 @@ PATTERNS = [key for row in (*FEATURES, *WITHOUT_EFFECT) for key in row.keys]
 BEHIND = {"data_parallel_size"}  # asked for only where there is a sequence_parallel_size
 ROWS = {
     "torch_autocast.dtype": "torch_autocast with bf16",
-    "zero_optimization.offload_optimizer.ratio": '"offload_optimizer"',
+    "zero_optimization.offload_optimizer.ratio": '"offload_optimizer" with a "ratio" below 1',
+    "zero_optimization.offload_optimizer.device": "offload_optimizer to the CPU (ZeRO 1, 2)",
     "compile.deepcompile": '"deepcompile"',
 }
 

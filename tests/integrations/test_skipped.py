@@ -15,6 +15,7 @@ from tests.integrations._ranks import Ranks
 
 BEFORE, BAD, AFTER = range(2), 2, range(3, 6)
 SKIPPING = [(1, "fp32"), (1, "bf16"), (1, "bf16-fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (0, "bf16")]
+SKIPPING += [(1, "fp16"), (2, "fp16"), (3, "fp16"), (1, "fp16 + offload"), (2, "fp16 + offload"), (3, "fp16 + offload")]
 
 
 def state_of(engine: Any) -> dict[str, Any]:
@@ -51,6 +52,35 @@ def test_a_skipped_update_leaves_no_trace(ranks: Ranks, stage: int, precision: s
         assert run["weights stayed"] and run["state stayed"]
         assert run["skipped"]["skipped"] == 1
         assert run["end"] == run["wanted"] | {"skipped": 1}
+        assert run["weights are the wanted ones"]
+
+
+def train_until_the_scale_is_low_enough(stage: int) -> dict[str, Any]:
+    """From a scale that is far too high. Then the same with the scale that it has come to."""
+    too_high = {"enabled": True, "initial_scale_power": 22, "hysteresis": 1}
+    with engine(config(stage, fp16=too_high)) as made:
+        while made.optimizer.loss_scale > 1 and made.global_steps == made.skipped_steps:
+            train(made, [0])
+        scale, skipped = made.optimizer.loss_scale, made.skipped_steps
+        train(made, AFTER)
+        end = moved(made), ds_lena.report(made)
+    with engine(config(stage, fp16={"enabled": True, "loss_scale": scale})) as healthy:
+        train(healthy, [0, *AFTER])
+        wanted = moved(healthy), ds_lena.report(healthy)
+    return {
+        "scale": scale,
+        "skipped": skipped,
+        "end": end[1],
+        "wanted": wanted[1],
+        "weights are the wanted ones": all(torch.equal(a, b) for a, b in zip(end[0], wanted[0], strict=True)),
+    }
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_overflows_leave_no_trace_until_the_loss_scale_is_low_enough(ranks: Ranks, stage: int) -> None:
+    for run in ranks.run(train_until_the_scale_is_low_enough, stage):
+        assert 1 < run["scale"] < 2**22 and run["skipped"] > 0
+        assert run["end"] == run["wanted"] | {"skipped": run["skipped"]}
         assert run["weights are the wanted ones"]
 
 

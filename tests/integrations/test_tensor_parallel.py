@@ -122,6 +122,16 @@ def test_a_resumed_run_is_the_unbroken_run(ranks: Ranks, tmp_path: Path, stage: 
     assert ranks.run(resumed, str(tmp_path), stage) == [(True, True)] * 2
 
 
+def refused_lamb(stage: int, precision: str) -> str:
+    return refusal(config(stage, precision, lena={"base": "lamb"}, gradient_clipping=1.0), Net(), mpu=TwoParts())
+
+
+def test_trust_ratios_with_clipping_in_bf16_at_zero_0_are_refused(ranks: Ranks) -> None:
+    first, second = ranks.run(refused_lamb, 0, "bf16")
+    assert first == second and "that is split over ranks, at ZeRO 0" in first
+    assert ranks.run(refused_lamb, 0, "fp32") == ranks.run(refused_lamb, 1, "bf16") == ["", ""]
+
+
 def other_group_options() -> str:
     """Rank 1 leaves out what rank 0 trains with LENA."""
     model = Net()

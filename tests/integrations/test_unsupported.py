@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +32,10 @@ def _experts() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), MoE(hidden_size=4, expert=nn.Linear(4, 4), num_experts=2))
 
 
+def _offload(device: str = "cpu", **entries: Any) -> dict[str, Any]:
+    return {"offload_optimizer": {"device": device, **entries}}
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
     "experts": _experts,
@@ -44,11 +47,19 @@ WRONGLY_SCALED = '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO
 DYNAMIC_BATCHING = {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 8}}}}
 UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     # what the error calls it, stage, DeepSpeed's entries, what else is given
-    ("fp16", 2, {"fp16": {"enabled": True}}, {}),
-    ("fp16", 2, {"torch_autocast": {"enabled": True, "dtype": "fp16"}}, {}),
-    ('"offload_optimizer"', 2, {"zero": {"offload_optimizer": {"device": "cpu"}}}, {}),
-    ('"offload_param"', 3, {"zero": {"offload_param": {"device": "cpu"}}}, {}),
-    ('"zero_hpz_partition_size"', 3, {"zero": {"zero_hpz_partition_size": 2}}, {}),
+    ("ZeRO 0, fp16", 0, {"fp16": {"enabled": True}}, {}),
+    ('"torch_autocast" with fp16', 2, {"torch_autocast": {"enabled": True, "dtype": "fp16"}}, {}),
+    ('"fp16_master_weights_and_grads"', 2, {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, {}),
+    (
+        '"bf16_master_weights_and_grads" with "offload_optimizer"',
+        2,
+        {"zero": _offload(), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        {},
+    ),
+    ('"offload_optimizer" to NVMe', 3, {"zero": _offload(device="nvme", nvme_path="/nonexistent")}, {}),
+    ('"offload_param" to NVMe', 3, {"zero": {"offload_param": {"device": "nvme", "nvme_path": "/nonexistent"}}}, {}),
+    ('"offload_optimizer" with a "ratio" below 1', 3, {"zero": _offload(ratio=0.5)}, {}),
+    ('"super_offload"', 3, {"zero": _offload(super_offload=True)}, {}),
     ('"zero_quantized_gradients"', 3, {"zero": {"zero_quantized_gradients": True}}, {}),
     ('"zero_quantized_weights"', 3, {"zero": {"zero_quantized_weights": True}}, {}),
     ('"zero_quantized_nontrainable_weights"', 3, {"zero": {"zero_quantized_nontrainable_weights": True}}, {}),
@@ -66,21 +77,8 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
 ]
 
 
-@contextmanager
-def _one_layout() -> Iterator[None]:
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    accelerator.is_fp16_supported = lambda: True  # this CPU's is not, and DeepSpeed would say so before us
-    try:
-        with one_grid():
-            yield
-    finally:
-        del accelerator.is_fp16_supported
-
-
 def refusal_of_layout(stage: int, entries: dict[str, Any], model: str = "plain", mpu: str = "none") -> str:
-    with _one_layout():
+    with one_grid():
         return refusal(config(stage, **entries), MODELS[model](), mpu=MPUS[mpu]())
 
 
@@ -139,6 +137,18 @@ def refusal_of_callable() -> str:
 def test_a_callable_that_makes_it_is_refused_too(ranks: Ranks) -> None:
     for message in ranks.run(refusal_of_callable):
         assert 'LENA does not support "elastic_checkpoint" yet' in message
+
+
+def refusal_of_client(forced: bool) -> str:
+    model = Net()
+    entries = without_optimizer(config(2, "fp32 + offload"), zero_force_ds_cpu_optimizer=forced)
+    return refusal(entries, model, optimizer=ds_lena.LENA(model.parameters(), **LENA))
+
+
+def test_a_client_with_offload_is_told_of_the_key_that_deepspeed_wants(ranks: Ranks) -> None:
+    for message in ranks.run(refusal_of_client, True):
+        assert message.startswith("ConfigError") and '"zero_force_ds_cpu_optimizer": false' in message
+    assert ranks.run(refusal_of_client, False) == ["", ""]
 
 
 def refusal_of_a_part(stage: int, base: str, clipping: float, freeze: bool = False, precision: str = "fp32") -> str:

@@ -19,8 +19,9 @@ from tests.integrations._truth import KEYS, differences, every_rank, numbers
 
 UPDATES = range(3)
 SHAPE = (2, 4)
-DROPS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16")]
+DROPS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp32 + offload")]
 KEEPS = [(1, "bf16-fp32"), (2, "fp32"), (2, "bf16-fp32"), (3, "fp32")]
+KEEPS += [(2, "fp32 + offload"), (3, "fp32 + offload")]
 Loop = Callable[[Any, int], None]
 
 
@@ -343,3 +344,20 @@ def test_several_backward_passes_for_one_micro_batch_are_refused(ranks: Ranks, s
     for message in ranks.run(two_losses, stage, how):
         assert "a second backward pass for one micro-batch" in message
         assert "engine.backward(loss_1 + loss_2)" in message
+
+
+def without_last_backward() -> str:
+    with engine(config(1, "fp32 + offload")) as made:
+        made.set_gradient_accumulation_boundary(False)
+        made.backward(made(*batch(0, 0)))
+        made.set_gradient_accumulation_boundary(True)
+        try:
+            made.step()
+        except ds_lena.StateError as error:
+            return str(error)
+    return ""
+
+
+def test_offload_at_zero_1_needs_a_backward_pass_of_the_last_micro_batch(ranks: Ranks) -> None:
+    for message in ranks.run(without_last_backward):
+        assert "the last micro-batch of this update had no backward pass" in message

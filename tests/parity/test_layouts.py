@@ -48,6 +48,7 @@ FETCHED_OTHERWISE = {
     "stage3_max_reuse_distance": 0,
     "override_module_apply": False,
 }
+HPZ = {"zero_hpz_partition_size": 2}
 STAGE_3 = [
     Case("all-partitioned", stage=3, zero=PARTITIONED, world=4),
     Case("all-persistent", stage=3, zero={"stage3_param_persistence_threshold": 10**9}),
@@ -56,6 +57,8 @@ STAGE_3 = [
     Case("weights-fetched-otherwise", stage=3, zero=FETCHED_OTHERWISE),
     Case("leaf-by-size", stage=3, zero={"stage3_module_granularity_threshold": 300}),  # both `Attention` then are one
     Case("zero-init", stage=3, zero_init=True, clipping=0.5),
+    Case("hpz", stage=3, zero=HPZ, clipping=0.5),
+    Case("hpz-four-ranks", stage=3, zero=HPZ | PARTITIONED, world=4),
     *full(
         [
             Case("sub-groups-bf16", stage=3, zero=SUB_GROUPS, precision="bf16", world=4),

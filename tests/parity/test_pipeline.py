@@ -25,11 +25,12 @@ TWO_RANKS = [
     *piped((1,), "pipeline", "-sgd-module", base="sgd", layer="module", full_at=(0,)),
     *piped((1,), "pipeline-tied", "-model", layer="model", full_at=(0,)),
     *piped((1,), "pipeline-tied", "-once", accumulation=1, lena={"smoothing": 0.5}, full_at=(0,)),
-    *piped((1,), "pipeline-tied", "-bf16", precision="bf16", full_at=(0,)),
+    *piped((1,), "pipeline-tied", "-bf16", precision="bf16"),
     *piped((1,), "pipeline-tied", "-bf16-fp32", precision="bf16-fp32"),
 ]
 FOUR_RANKS = [
-    *piped((1,), "pipeline-tied", "-4", world=4, clipping=0.5, full_at=(0,)),
+    *piped((1,), "pipeline-tied", "-4", world=4, clipping=0.5),
+    *piped((0,), "pipeline-tied", "-4", world=4),
     *piped((0,), "pipeline", "-4-stages", world=4, pipe=4, full_at=(1,)),
 ]
 

@@ -21,7 +21,8 @@ from ...schedule import carrier
 from ...schedule.clock import RunPlan
 from .. import _transformers_internals as hf
 from . import ownership
-from ._internals import SEEN_WITH, seam
+from ._internals import SEEN_WITH, loss_scale, seam
+from ._internals.cpu_adam import adamw_on_cpu
 from ._internals.engine import EngineView
 from ._internals.select import layout_of
 from .axes import first_update_check, placements_of
@@ -50,6 +51,7 @@ def _configure(
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(view.facts)
         if not named_in_json:
+            _require_welcome(view)
             watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, view.module, given)
@@ -121,6 +123,8 @@ def attach(view: EngineView, lena: LENA) -> None:
             raise unknown_total_steps()
         controller.look_at_scheduler(lena.param_groups)
 
+    if view.facts.fp16:
+        loss_scale.change_after_step(view.wrapper)
     view.around_model_step(before, after)
     view.before_destroy(release)
     view.after_scheduler(check_schedule)
@@ -133,11 +137,12 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
     if layout is None:
         raise UnsupportedError(
             f"LENA does not support the optimizer wrapper {type(view.wrapper).__name__} yet. "
-            "Nearest supported choice: ZeRO 0-3 in fp32 or bf16, without offload."
+            "Nearest supported choice: ZeRO 0-3 in fp32 or bf16."
         )
     grid = view.grid
     names, order = _names(view.module, controller)
     placements = placements_of(view, names, parameters)
+    on_cpu = view.facts.offload_optimizer == "cpu"
 
     def run() -> RunPlan:
         return RunPlan(
@@ -155,6 +160,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         check=first_update_check(view, controller.hooks, parameters, placements),
         run=run,
         clip=view.clip_coefficient,
+        moves={"adamw": adamw_on_cpu()} if on_cpu and controller.config.base == "adamw" else {},
     )
 
 
@@ -172,6 +178,15 @@ def _names(model: torch.nn.Module, controller: Controller) -> tuple[list[str], l
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _require_welcome(view: EngineView) -> None:
+    """With offload DeepSpeed wants its own optimizer, unless it is told otherwise. In the JSON it takes any."""
+    if view.facts.offload_optimizer != "none" and view.facts.forces_cpu_optimizer:
+        raise ConfigError(
+            'LENA: a client optimizer with "offload_optimizer" needs "zero_force_ds_cpu_optimizer": false at the top '
+            "of DeepSpeed's configuration. Or name LENA in its optimizer entry, which needs nothing more."
+        )
 
 
 def _require_open(controller: Controller) -> None:
@@ -209,14 +224,16 @@ def _check_layout(view: EngineView, binding: Binding, parameters: Sequence[Tenso
 def _require_known_norm(view: EngineView, controller: Controller) -> None:
     """Trust ratios need the norm that DeepSpeed clips by. In fp32 at ZeRO 0 it covers all that the model trains."""
     is_wrapped = view.wrapper is not view.optimizer  # a wrapper clips by the norm of what the optimizer holds
-    if not controller.has_trust_ratios or is_wrapped or not view.facts.clips:
+    if not controller.has_trust_ratios or not view.facts.clips:
         return
-    if view.grid.pipe_ranks > 1:
+    if view.facts.stage == 0 and (view.grid.pipe_ranks > 1 or (view.grid.is_split and is_wrapped)):
         raise UnsupportedError(
-            f'LENA: "base": "{controller.config.base}" with "gradient_clipping" in a pipeline at ZeRO 0 needs the norm '
-            "that DeepSpeed clips by, and DeepSpeed leaves out all stages but the first there. Use ZeRO 1, or set "
-            '"gradient_clipping" to 0.0.'
+            f'LENA: "base": "{controller.config.base}" with "gradient_clipping" in a model that is split over ranks, at '
+            "ZeRO 0, needs the norm that DeepSpeed clips by, and DeepSpeed leaves out a part of the model there. Use "
+            'ZeRO 1, or set "gradient_clipping" to 0.0.'
         )
+    if is_wrapped:
+        return
     known = {id(parameter) for parameter in controller.parameters}
     foreign = [name for name, p in named_parameters(view.module) if p.requires_grad and id(p) not in known]
     if foreign:

@@ -19,11 +19,15 @@ class EngineFacts:
     `predivide`: the part of the division that comes before the reduction of the gradient, 1 if none does.
     `prescales`: all of the division comes before the reduction.
     `other_ranks`: there are ranks that hold neither a replica nor a part of this model.
+    `offload_optimizer`, `offload_param`: the device, "none", "cpu" or "nvme".
+    `forces_cpu_optimizer`: DeepSpeed refuses a client optimizer of others with offload.
+    `low_precision_masters`: master weights in fp16 or bf16.
     """
 
     stage: int
     ranks: int
     fp16: bool
+    autocasts_to_fp16: bool
     bf16: bool
     fp32_accumulation: bool
     autocasts: bool
@@ -33,8 +37,12 @@ class EngineFacts:
     round_robin: bool
     reduce_scatter: bool
     prescales: bool
-    offload_optimizer: bool
-    offload_param: bool
+    offload_optimizer: str
+    offload_param: str
+    offload_ratio: float
+    super_offload: bool
+    forces_cpu_optimizer: bool
+    low_precision_masters: bool
     zenflow: bool
     stages: int
     dual_pipe: bool
@@ -63,7 +71,6 @@ def read_facts(engine: Any) -> EngineFacts:
 
     zero = engine._config.zero_config
     autocasts = bool(engine.torch_autocast_enabled())
-    autocast_fp16 = autocasts and engine.torch_autocast_dtype() == torch.float16
     sampling = engine._config.data_efficiency_config["data_sampling"]
     in_parts = groups._get_sequence_parallel_world_size() > 1 or engine.mesh_device is not None
     context_ranks = getattr(engine.mpu, "get_context_parallel_world_size", lambda: 1)
@@ -72,7 +79,8 @@ def read_facts(engine: Any) -> EngineFacts:
     return EngineFacts(
         stage=engine.zero_optimization_stage(),
         ranks=engine.dp_world_size,
-        fp16=engine.fp16_enabled() or autocast_fp16,
+        fp16=engine.fp16_enabled(),
+        autocasts_to_fp16=autocasts and engine.torch_autocast_dtype() == torch.float16,
         bf16=engine.bfloat16_enabled(),
         fp32_accumulation=engine.get_data_types()[1] == torch.float32,
         autocasts=autocasts,
@@ -82,8 +90,14 @@ def read_facts(engine: Any) -> EngineFacts:
         round_robin=bool(zero.round_robin_gradients),
         reduce_scatter=bool(zero.reduce_scatter),
         prescales=not engine.postscale_gradients(),
-        offload_optimizer=_offloads(zero.offload_optimizer),
-        offload_param=_offloads(zero.offload_param),
+        offload_optimizer=_device(zero.offload_optimizer),
+        offload_param=_device(zero.offload_param),
+        offload_ratio=getattr(zero.offload_optimizer, "ratio", 1.0),
+        super_offload=bool(getattr(zero.offload_optimizer, "super_offload", False)),
+        forces_cpu_optimizer=bool(engine.zero_force_ds_cpu_optimizer()),
+        low_precision_masters=any(
+            (engine.fp16_master_weights_and_gradients(), engine.bf16_master_weights_and_gradients())
+        ),
         zenflow=bool(engine.zenflow),
         stages=pipe_ranks,
         dual_pipe=type(engine.module).__name__ == "DualPipeVModule",
@@ -107,5 +121,5 @@ def read_facts(engine: Any) -> EngineFacts:
     )
 
 
-def _offloads(offload: Any) -> bool:
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) != "none"
+def _device(offload: Any) -> str:
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))

@@ -30,3 +30,11 @@ def segments_in(
         if begin < end:
             segments.append(Segment(index[id(parameter)], begin - start, end - begin, begin - offset))
     return segments
+
+
+def pieces_of_grad(flats: Iterable[tuple[Tensor, list[Segment]]]) -> Iterator[tuple[int, Tensor]]:
+    """The segments in the `.grad` of flat tensors that keep it."""
+    for flat, segments in flats:
+        gradient: Tensor = flat.grad  # type: ignore[assignment]
+        for segment in segments:
+            yield segment.parameter, gradient.narrow(0, segment.start, segment.length)

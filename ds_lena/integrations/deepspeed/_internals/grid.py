@@ -45,8 +45,14 @@ def read_grid(engine: Any) -> Grid:
         tensor_ranks=tensor_ranks,
         tensor_rank=bwc_tensor_model_parallel_rank(engine.mpu) if is_split else 0,
         pipe_ranks=pipe_ranks,
-        everything=torch.distributed.group.WORLD if tensor_ranks * pipe_ranks > 1 else data,
+        everything=_all_ranks() if tensor_ranks * pipe_ranks > 1 else data,
     )
+
+
+def _all_ranks() -> Group:
+    group = torch.distributed.group.WORLD
+    assert group is not None, "DeepSpeed has initialized torch.distributed"
+    return group
 
 
 def tensor_parallel_ranks(engine: Any) -> int:

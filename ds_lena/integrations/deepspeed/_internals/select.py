@@ -12,11 +12,22 @@ from .bf16 import Bf16Layout
 from .engine import EngineView
 from .zero0 import Zero0Layout
 from .zero3 import Zero3Layout
+from .zero3_offload import Zero3OffloadLayout
 from .zero12 import Zero12Layout
+from .zero12_offload import Zero12OffloadLayout
+
+
+def _zero12(wrapper: Any, index: Mapping[int, int]) -> Layout:
+    return (Zero12OffloadLayout if wrapper.cpu_offload else Zero12Layout)(wrapper, index)
+
+
+def _zero3(wrapper: Any, index: Mapping[int, int]) -> Layout:
+    return (Zero3OffloadLayout if wrapper.offload_optimizer else Zero3Layout)(wrapper, index)
+
 
 _BY_WRAPPER: dict[str, Callable[[Any, Mapping[int, int]], Layout]] = {
-    "DeepSpeedZeroOptimizer": Zero12Layout,
-    "DeepSpeedZeroOptimizer_Stage3": Zero3Layout,
+    "DeepSpeedZeroOptimizer": _zero12,
+    "DeepSpeedZeroOptimizer_Stage3": _zero3,
     "BF16_Optimizer": Bf16Layout,
 }
 

@@ -49,6 +49,9 @@ class Zero12Layout(Layout):
             for segment in by_start.values():
                 yield segment.parameter, None
 
+    def loss_scale(self) -> float:
+        return float(self._zero.loss_scale)
+
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         """At ZeRO 1 gradients lie in the parameters until the last micro-batch, and while reduction is coalesced."""
         zero = self._zero
@@ -69,6 +72,9 @@ class Zero12Layout(Layout):
 
     def discard(self) -> None:
         self._zero.zero_grad()
+        self._forget_averaged()
+
+    def _forget_averaged(self) -> None:
         for held in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
             for group in held:
                 held[group] = None

@@ -42,6 +42,9 @@ class Zero3Layout(Layout):
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.data.reshape(-1).narrow(0, 0, segment.length)
 
+    def loss_scale(self) -> float:
+        return float(self._zero.loss_scale)
+
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         """`engine.zero_grad()` does not reach what is reduced. After the wrapper's `zero_grad()` DeepSpeed starts over.
         But it keeps what the next micro-batch does not reach: `discard` has to follow.

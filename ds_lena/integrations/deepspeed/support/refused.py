@@ -17,27 +17,62 @@ def _refused(what: str, instead: str, test: str, keys: Keys = ()) -> Feature:
     return Feature(what, not_a_fact, instead=instead, test=test, keys=keys)
 
 
-_NO_OFFLOAD = 'remove the entry, or set its "device" to "none"'
+_ON_CPU = 'set its "device" to "cpu"'
+_NVME_OPTIMIZER = ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
+_NVME_PARAM = ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")
 
 REFUSED: tuple[Feature, ...] = (
-    Feature("fp16", lambda facts: facts.fp16, instead='use "bf16": {"enabled": true}', keys=("fp16*",)),
     Feature(
-        '"offload_optimizer"',
-        lambda facts: facts.offload_optimizer,
-        instead=_NO_OFFLOAD,
+        "ZeRO 0, fp16",  # SGD with a loss scale of 128 goes 1/128 of the way
+        lambda facts: facts.fp16 and facts.stage == 0,
+        instead='use ZeRO 1-3, or "bf16": {"enabled": true} (at ZeRO 0 DeepSpeed divides the gradients by a loss scale '
+        "that it has not multiplied by)",
+    ),
+    Feature(
+        '"torch_autocast" with fp16',
+        lambda facts: facts.autocasts_to_fp16,
+        instead='set its "dtype" to "bfloat16"',
+    ),
+    Feature(
+        '"fp16_master_weights_and_grads"',
+        lambda facts: facts.fp16 and facts.low_precision_masters,
+        instead="set it to false",
+        keys=("fp16.fp16_master_weights_and_grads",),
+    ),
+    Feature(
+        '"bf16_master_weights_and_grads" with "offload_optimizer"',
+        lambda facts: facts.bf16 and facts.low_precision_masters and facts.offload_optimizer != "none",
+        instead="leave out one of them",
+    ),
+    Feature(
+        '"offload_optimizer" to NVMe',
+        lambda facts: facts.offload_optimizer == "nvme",
+        instead=_ON_CPU,
         keys=(
-            "zero_optimization.offload_optimizer*",
-            "zero_optimization.cpu_offload",
-            "zero_optimization.cpu_offload_use_pin_memory",
-            "zero_force_ds_cpu_optimizer",
+            *(f"zero_optimization.offload_optimizer.{name}" for name in _NVME_OPTIMIZER),
             "aio*",
         ),
     ),
     Feature(
-        '"offload_param"',
-        lambda facts: facts.offload_param,
-        instead=_NO_OFFLOAD,
-        keys=("zero_optimization.offload_param*", "zero_optimization.cpu_offload_param"),
+        '"offload_param" to NVMe',
+        lambda facts: facts.offload_param == "nvme",
+        instead=_ON_CPU,
+        keys=tuple(f"zero_optimization.offload_param.{name}" for name in _NVME_PARAM),
+    ),
+    Feature(
+        '"offload_optimizer" with a "ratio" below 1',
+        lambda facts: facts.offload_ratio != 1.0,
+        instead="leave it out",
+        keys=("zero_optimization.offload_optimizer.ratio",),
+    ),
+    Feature(
+        '"super_offload"',
+        lambda facts: facts.super_offload,
+        instead="leave it out",
+        keys=(
+            "zero_optimization.offload_optimizer.super_offload",
+            "zero_optimization.offload_optimizer.cpuadam_cores_perc",
+        ),
     ),
     Feature(
         '"zenflow"',
@@ -58,7 +93,8 @@ REFUSED: tuple[Feature, ...] = (
         f"{_PIPELINE}::test_a_stage_that_hands_on_two_tensors_is_refused_on_every_rank",
     ),
     _refused(
-        "lamb or lars with gradient_clipping in a pipeline at ZeRO 0 (DeepSpeed clips by the norm of the first stage)",
+        "lamb or lars with gradient_clipping at ZeRO 0, in a pipeline, or tensor-parallel in bf16 (DeepSpeed clips by the "
+        "norm of the first rank's part)",
         "use ZeRO 1, or switch clipping off",
         f"{_PIPELINE}::test_trust_ratios_with_clipping_at_zero_0_are_refused",
     ),
@@ -85,12 +121,6 @@ REFUSED: tuple[Feature, ...] = (
         lambda facts: facts.other_ranks,
         instead="an mpu whose data-parallel and tensor-parallel ranks are all ranks",
         test=f"{_TENSOR}::test_a_model_on_some_ranks_only_is_refused",
-    ),
-    Feature(
-        '"zero_hpz_partition_size"',
-        lambda facts: facts.hpz,
-        instead="leave it at 1",
-        keys=("zero_optimization.zero_hpz_partition_size",),
     ),
     Feature(
         '"zero_quantized_gradients"',
@@ -209,7 +239,7 @@ REFUSED: tuple[Feature, ...] = (
         f"{_PARAMETERS}::test_parameters_that_torch_shards_are_refused",
     ),
     _refused(
-        "float16 or complex parameters",
+        "float16 or complex parameters in plain PyTorch",
         "use bfloat16, float32 or float64",
         f"{_PARAMETERS}::test_a_type_of_number_in_which_lena_would_not_be_exact_is_refused",
     ),

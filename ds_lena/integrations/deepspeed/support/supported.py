@@ -6,6 +6,8 @@ from .._internals.facts import EngineFacts
 from .feature import PRECISIONS, Feature, IsOn, Keys, not_a_fact
 
 _LAYOUTS = "tests/parity/test_layouts.py"
+_IN_FP16 = "tests/parity/test_fp16.py"
+_OFFLOAD = "tests/parity/test_offload.py"
 _LOOPS = "tests/parity/test_loops.py"
 _MATRIX = "tests/parity/test_matrix.py"
 _PLAIN = "tests/parity/test_plain.py"
@@ -33,11 +35,21 @@ _WAYS = "Ways to start LENA"
 _PYTORCH = "Plain PyTorch"
 
 
+_STALE = (
+    "DeepSpeed 0.19.8 keeps gradients on the CPU: it moves a parameter that an update does not use by an old one, and "
+    "loses that of a parameter that the last micro-batch does not use. Under LENA both are mended."
+)
+
+
 def _zero(*names: str) -> Keys:
     return tuple(f"zero_optimization.{name}" for name in names)
 
 
 _PRECISION = (*_zero("stage"), "zero_optimization", "bf16", "bf16.enabled", "data_types", "data_types.grad_accum_dtype")
+_FP16 = (
+    *("fp16", "fp16.enabled", "fp16.auto_cast", "fp16.loss_scale", "fp16.min_loss_scale"),
+    *("fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.hysteresis", "fp16.consecutive_hysteresis"),
+)
 
 
 def _stage(stage: int, bf16: bool, accumulates_in_fp32: bool, file: str) -> Feature:
@@ -47,6 +59,16 @@ def _stage(stage: int, bf16: bool, accumulates_in_fp32: bool, file: str) -> Feat
 
     what = f"ZeRO {stage}, {PRECISIONS[bf16 + accumulates_in_fp32]}"
     return Feature(what, is_on, by=f"{_INTERNALS}/{file}.py", test=_MATRIX, keys=_PRECISION)
+
+
+def _fp16(stage: int, file: str) -> Feature:
+    return Feature(
+        f"ZeRO {stage}, fp16",
+        lambda facts: facts.fp16 and facts.stage == stage,
+        by=f"{_INTERNALS}/{file}.py",
+        test=_IN_FP16,
+        keys=_FP16,
+    )
 
 
 def _runs(
@@ -67,10 +89,66 @@ STAGES: tuple[Feature, ...] = (
     _stage(3, False, False, "zero3"),
     _stage(3, True, False, "zero3"),
     _stage(3, True, True, "zero3"),
+    _fp16(1, "zero12"),
+    _fp16(2, "zero12"),
+    _fp16(3, "zero3"),
 )
 
 SUPPORTED: tuple[Feature, ...] = (
     *STAGES,
+    _runs(
+        _OPTIONS,
+        "static and dynamic loss scale (fp16, ZeRO 1-3)",
+        f"{_INTERNALS}/loss_scale.py",
+        _IN_FP16,
+        "DeepSpeed 0.19.8 raises the loss scale before it divides the gradients by it, which halves them in that "
+        "update. Under LENA it raises it after.",
+        lambda facts: facts.fp16,
+    ),
+    _runs(
+        _OPTIONS,
+        "offload_optimizer to the CPU (ZeRO 1, 2)",
+        f"{_INTERNALS}/zero12_offload.py",
+        _OFFLOAD,
+        _STALE,
+        lambda facts: facts.offload_optimizer == "cpu" and facts.stage in (1, 2),
+        (
+            *_zero("offload_optimizer", "offload_optimizer.device", "offload_optimizer.pin_memory"),
+            *_zero("cpu_offload", "cpu_offload_use_pin_memory"),
+            "zero_force_ds_cpu_optimizer",
+        ),
+    ),
+    _runs(
+        _OPTIONS,
+        "offload_optimizer to the CPU (ZeRO 3)",
+        f"{_INTERNALS}/zero3_offload.py",
+        _OFFLOAD,
+        _STALE,
+        lambda facts: facts.offload_optimizer == "cpu" and facts.stage == 3,
+    ),
+    _runs(
+        _OPTIONS,
+        "DeepSpeed's AdamW kernel for the CPU, with offload_optimizer and base adamw",
+        f"{_INTERNALS}/cpu_adam.py",
+        "tests/integrations/test_cpu_adam.py",
+        "Its bias correction is done in float64. torch's kernel is used where DeepSpeed's cannot be compiled.",
+    ),
+    _runs(
+        _OPTIONS,
+        "offload_param to the CPU (ZeRO 3)",
+        _ZERO3,
+        _OFFLOAD,
+        is_on=lambda facts: facts.offload_param == "cpu",
+        keys=_zero("offload_param", "offload_param.device", "offload_param.pin_memory", "cpu_offload_param"),
+    ),
+    _runs(
+        _OPTIONS,
+        "zero_hpz_partition_size (ZeRO 3)",
+        _ZERO3,
+        _LAYOUTS,
+        is_on=lambda facts: facts.hpz,
+        keys=_zero("zero_hpz_partition_size"),
+    ),
     _runs(
         _OPTIONS,
         "bf16_master_weights_and_grads (ZeRO 1-3)",
