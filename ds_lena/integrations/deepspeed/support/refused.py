@@ -93,8 +93,8 @@ REFUSED: tuple[Feature, ...] = (
         f"{_PIPELINE}::test_a_stage_that_hands_on_two_tensors_is_refused_on_every_rank",
     ),
     _refused(
-        "lamb or lars with gradient_clipping at ZeRO 0, in a pipeline, or tensor-parallel in bf16 (DeepSpeed clips by the "
-        "norm of the first rank's part)",
+        "lamb or lars with gradient_clipping at ZeRO 0, in a pipeline, or tensor-parallel in bf16 (DeepSpeed clips by "
+        "the norm of the first rank's part)",
         "use ZeRO 1, or switch clipping off",
         f"{_PIPELINE}::test_trust_ratios_with_clipping_at_zero_0_are_refused",
     ),
