@@ -229,8 +229,8 @@ def _require_known_norm(view: EngineView, controller: Controller) -> None:
     if view.facts.stage == 0 and (view.grid.pipe_ranks > 1 or (view.grid.is_split and is_wrapped)):
         raise UnsupportedError(
             f'LENA: "base": "{controller.config.base}" with "gradient_clipping" in a model that is split over ranks, '
-            "at ZeRO 0, needs the norm that DeepSpeed clips by, and DeepSpeed leaves out a part of the model there. Use "
-            'ZeRO 1, or set "gradient_clipping" to 0.0.'
+            "at ZeRO 0, needs the norm that DeepSpeed clips by, and DeepSpeed leaves out a part of the model there. "
+            'Use ZeRO 1, or set "gradient_clipping" to 0.0.'
         )
     if is_wrapped:
         return
