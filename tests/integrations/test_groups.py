@@ -125,6 +125,28 @@ def test_an_optimizer_of_an_engine_before_is_refused(ranks: Ranks, stage: int) -
         assert message.startswith("StateError") and "Make a new LENA for the new engine" in message
 
 
+def unfrozen_later(stage: int) -> tuple[list[str], bool]:
+    """What was said, and whether the parameter that was unfrozen after initialize has moved."""
+    model = Net()
+    model.left[0].bias.requires_grad_(False)
+    start = model.left[0].bias.detach().clone()
+    with said() as messages, engine(config(stage), model) as made:
+        train(made, range(1))
+        model.left[0].bias.requires_grad_(True)
+        try:
+            train(made, range(1, 3))
+        except ds_lena.StateError as error:
+            messages.append(str(error))
+        return messages, bool((model.left[0].bias != start).any())
+
+
+@pytest.mark.parametrize(("stage", "ending"), [(0, "is not now. To train it"), (1, "This engine does not train it")])
+def test_a_weight_that_is_unfrozen_after_initialize_is_refused_or_told(ranks: Ranks, stage: int, ending: str) -> None:
+    messages, has_moved = ranks.run(unfrozen_later, stage)[0]
+    assert len(messages) == 1 and not has_moved
+    assert '"left.0.bias" was frozen at deepspeed.initialize' in messages[0] and ending in messages[0]
+
+
 # -- what the engine says of the run ----------------------------------------------------------------------------------
 
 

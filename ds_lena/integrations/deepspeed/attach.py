@@ -27,6 +27,7 @@ from ._internals.engine import EngineView
 from ._internals.select import layout_of
 from .axes import first_update_check, placements_of
 from .exchange import members_of_all, together
+from .frozen import Frozen
 from .monitor import write_model
 from .support import in_use, refuse_unsupported
 from .window import Window
@@ -100,6 +101,7 @@ def attach(view: EngineView, lena: LENA) -> None:
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
     window = Window(view, controller)
+    frozen = Frozen(view.module, {id(parameter) for group in lena.param_groups for parameter in group["params"]})
 
     def release() -> None:
         ownership.release(engine, controller.parameters)
@@ -107,6 +109,7 @@ def attach(view: EngineView, lena: LENA) -> None:
 
     def before() -> None:
         _require_open(controller)
+        frozen.look()
         window.begin()
         controller.begin_update(lena.param_groups, lena.state)
 

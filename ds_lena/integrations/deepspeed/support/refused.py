@@ -277,6 +277,11 @@ REFUSED: tuple[Feature, ...] = (
         "tests/unit/test_optimizer.py::test_a_gradient_that_is_changed_between_the_passes_of_the_first_update_is_refused",
     ),
     _refused(
+        "parameters in the optimizer's groups that are unfrozen after deepspeed.initialize (others: a warning)",
+        "a new engine, which loads a checkpoint",
+        "tests/integrations/test_groups.py::test_a_weight_that_is_unfrozen_after_initialize_is_refused_or_told",
+    ),
+    _refused(
         "add_param_group() after construction",
         "give all parameters to a new LENA, and load the old state_dict() into it",
         f"{_PARAMETERS}::test_a_group_that_is_added_later_is_refused",
