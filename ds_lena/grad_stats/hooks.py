@@ -29,7 +29,7 @@ class GradientHooks:
     `sums` (P,) float64: for each parameter, the sum of the squared norms over the backward passes of this window.
     It is 0 for a parameter whose norms are not wanted.
     `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
-    `before_pass()`, `after_pass()`: called around every pass, if set. `before_part()`: the same for a backward that a
+    `before_pass()`, `after_pass()`: called around every pass, if set. `before_part()`: called before a backward that a
     loss calls in its own forward.
     `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
     `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
