@@ -41,10 +41,10 @@ def run(case: Case) -> Result:
 
 @contextmanager
 def _engine(case: Case) -> Iterator[Any]:
-    if not case.split:
+    if not case.split and "zero_hpz_partition_size" not in case.zero:  # a grid of its own costs new groups of ranks
         yield from _engine_of(case, _model(case), None)
         return
-    with one_grid(), split_model(case) as (model, mpu):
+    with one_grid(), split_model(case) if case.split else nullcontext((_model(case), None)) as (model, mpu):
         yield from _engine_of(case, model, mpu)
 
 
