@@ -343,6 +343,13 @@ SUPPORTED: tuple[Feature, ...] = (
         "tests/parity/test_trust.py",
         "In every cell of the matrix. Trust ratios are those of whole tensors, from the clipped gradient.",
     ),
+    _runs(
+        _MODELS,
+        "deepspeed.linear.OptimizedLinear with a LoRAConfig (ZeRO 0-2)",
+        _HOOKS,
+        "tests/integrations/test_optimized_linear.py",
+        "Tried without quantization and without base_weight_sharding.",
+    ),
     _runs(_MODELS, "tied weights, frozen parameters", "layers.py", _LAYOUTS),
     _runs(_MODELS, "parameters unused in some or all micro-batches", _ZERO3, _LAYOUTS),
     _runs(_MODELS, "several parameter groups", "parameters.py", _MATRIX),
