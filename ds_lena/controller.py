@@ -277,7 +277,9 @@ class Controller:
 
     def _before_plain_pass(self) -> None:
         # Gradients may have been set to None without this optimizer's zero_grad(), for example by model.zero_grad().
-        self.hooks.forget([i for i in self.hooks.reached() if self.parameters[i].grad is None])
+        thrown_away = [i for i in self.hooks.reached() if self.parameters[i].grad is None]
+        if thrown_away:
+            self.hooks.forget(thrown_away)
         if self.schedule.updates == 0:
             self._refuse_changed_gradients()
         elif self.schedule.updates == 1 and self.hooks.passes == 0:

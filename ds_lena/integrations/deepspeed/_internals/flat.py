@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from ....layouts.layout import Segment
+from ....layouts.layout import GradientPieces, Layout, Segment
 
 
 def consecutive(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
@@ -30,6 +30,28 @@ def segments_in(
         if begin < end:
             segments.append(Segment(index[id(parameter)], begin - start, end - begin, begin - offset))
     return segments
+
+
+class KeptGradients(Layout):
+    """For layouts whose flat tensors keep their `.grad`, of which DeepSpeed does not write all in each update.
+
+    It comes before the layout without offload among the bases.
+    """
+
+    _is_complete = False
+
+    def gradients(self) -> GradientPieces:
+        if not self._is_complete:
+            written = self._write_missed()
+            for i, piece in pieces_of_grad(self.segments()):
+                if i not in written:
+                    piece.zero_()
+            self._is_complete = True
+        return pieces_of_grad(self.segments())
+
+    def _write_missed(self) -> Collection[int]:
+        """Write the gradients that DeepSpeed has left out. Returns the parameters of which all is written."""
+        raise NotImplementedError
 
 
 def pieces_of_grad(flats: Iterable[tuple[Tensor, list[Segment]]]) -> Iterator[tuple[int, Tensor]]:

@@ -37,13 +37,13 @@ def read_grid(engine: Any) -> Grid:
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_rank
 
     data, tensor_ranks, pipe_ranks = engine.seq_data_parallel_group, tensor_parallel_ranks(engine), stages(engine)
-    is_split = tensor_ranks > 1
+    has_parts = tensor_ranks > 1
     return Grid(
         data=data,
         data_ranks=torch.distributed.get_world_size(data),
-        tensor=bwc_tensor_model_parallel_group(engine.mpu) if is_split else data,
+        tensor=bwc_tensor_model_parallel_group(engine.mpu) if has_parts else data,
         tensor_ranks=tensor_ranks,
-        tensor_rank=bwc_tensor_model_parallel_rank(engine.mpu) if is_split else 0,
+        tensor_rank=bwc_tensor_model_parallel_rank(engine.mpu) if has_parts else 0,
         pipe_ranks=pipe_ranks,
         everything=_all_ranks() if tensor_ranks * pipe_ranks > 1 else data,
     )

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from ....errors import StateError
-from ....layouts.layout import GradientPieces
-from .flat import pieces_of_grad
+from .flat import KeptGradients
 from .zero12 import Zero12Layout
 
 
-class Zero12OffloadLayout(Zero12Layout):
+class Zero12OffloadLayout(KeptGradients, Zero12Layout):
     """`DeepSpeedZeroOptimizer` with `offload_optimizer`. The averaged gradient is the partition's `.grad`."""
 
-    _is_complete = False
+    def _write_missed(self) -> set[int]:
+        """DeepSpeed 0.19.8 leaves out the gradient of a parameter that the last micro-batch does not use.
 
-    def gradients(self) -> GradientPieces:
-        if not self._is_complete:
-            self._complete()
-        return pieces_of_grad(self.segments())
-
-    def _complete(self) -> None:
-        """Write what DeepSpeed 0.19.8 leaves out.
-
-        It leaves out the gradient of a parameter that the last micro-batch does not use. DeepSpeed has a function for
-        it, for updates whose end the user alone knows. A parameter that the whole update does not use has zeros
-        instead of the gradient of an earlier update.
+        It has a function for it, for updates whose end the user alone knows. A parameter that the whole update does
+        not use has zeros instead of the gradient of an earlier update.
         """
         zero = self._zero
         parameters = [parameter for group in zero.bit16_groups for parameter in group]
@@ -41,11 +32,7 @@ class Zero12OffloadLayout(Zero12Layout):
             zero._finalize_cpu_offload_gradient_accumulation()
             zero._offload_accumulated_param_ids = accumulated
         zero._wait_for_offload_copies()
-        written = {self._index[id(p)] for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads}
-        for i, piece in pieces_of_grad(self.segments()):
-            if i not in written:
-                piece.zero_()
-        self._is_complete = True
+        return {self._index[id(p)] for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads}
 
     def discard(self) -> None:
         super().discard()

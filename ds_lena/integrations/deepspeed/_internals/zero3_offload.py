@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from ....layouts.layout import GradientPieces
-from .flat import pieces_of_grad
+from .flat import KeptGradients
 from .zero3 import Zero3Layout
 
 
-class Zero3OffloadLayout(Zero3Layout):
+class Zero3OffloadLayout(KeptGradients, Zero3Layout):
     """`DeepSpeedZeroOptimizer_Stage3` with `offload_optimizer`. The averaged gradient is the flat tensor's `.grad`."""
 
-    _is_complete = False
-
-    def gradients(self) -> GradientPieces:
-        if not self._is_complete:
-            self._complete()
-        return pieces_of_grad(self.segments())
-
-    def _complete(self) -> None:
-        """Write what DeepSpeed 0.19.8 leaves out, as `Zero12OffloadLayout` does."""
+    def _write_missed(self) -> set[int]:
+        """DeepSpeed 0.19.8 leaves out the same as with `Zero12OffloadLayout`."""
         from deepspeed.accelerator import get_accelerator
 
         zero = self._zero
@@ -31,11 +23,7 @@ class Zero3OffloadLayout(Zero3Layout):
             zero._finalize_offload_gradient_accumulation()
             zero._offload_boundary_param_ids = reached
             get_accelerator().synchronize()  # it starts copies to the CPU, and waits for none
-        known = {self._index[id(p)] for p in (*written, *missed)}
-        for i, piece in pieces_of_grad(self.segments()):
-            if i not in known:
-                piece.zero_()
-        self._is_complete = True
+        return {self._index[id(p)] for p in (*written, *missed)}
 
     def discard(self) -> None:
         super().discard()
