@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from tests.fuzz.model import FEATURES, HOOKS, MEMORY, Batch, Model, build, make_tokens
-from tests.helpers.case import LR, SCHEDULES, USAGE, Case, Window
-from tests.helpers.reference import Settings
+from tests.helpers.case import LR, USAGE, Case, Window
 from tests.helpers.reference import Window as ReferenceWindow
 
 BAD = 90
@@ -130,20 +129,14 @@ class Draw(Case):
         return micros
 
     @property
-    def settings(self) -> Settings:
-        return Settings(
-            clipping=self.clipping,
-            schedule=SCHEDULES[self.schedule],
-            idle="zeros" if self.stage is not None else "skipped",
-            narrow={"fp32": None, "fp64": None, "autocast": torch.float32}.get(self.precision, torch.bfloat16),
-        )
+    def narrow(self) -> torch.dtype | None:
+        return {"fp32": None, "fp64": None, "autocast": torch.float32}.get(self.precision, torch.bfloat16)
 
     def deepspeed_config(self) -> dict[str, Any]:
         config = super().deepspeed_config()
-        own = dict(self.config)
         if self.precision == "all bf16":
             config["bf16"], config["data_types"] = ALL_BF16, {"grad_accum_dtype": "bf16"}
-        return config | own
+        return config | dict(self.config)
 
 
 def draw(seed: int, worlds: Sequence[int] = (1, 2)) -> Draw:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import ds_lena
 from tests.fuzz.draws import BAD, Draw
 from tests.fuzz.model import Experts, Model, initial_weights
 from tests.helpers.case import SCHEDULES
+from tests.helpers.grids import one_autocast
 
 LINEAR = torch.nn.functional.linear
 
@@ -26,24 +26,12 @@ def run(draw: Draw, folder: str) -> dict[str, Any]:
     """The reports after every update and the weights at the end, or the refusal. `folder`: for checkpoints."""
     loop = PlainLoop(draw, folder) if draw.stage is None else EngineLoop(draw, folder)
     try:
-        with _one_autocast():
+        with one_autocast():
             return loop.train()
     except ds_lena.LenaError as error:
         return {"refused": type(error).__name__, "text": str(error)}
     finally:
         loop.close()
-
-
-@contextmanager
-def _one_autocast() -> Iterator[None]:
-    """DeepSpeed keeps in a module that autocast is on: put back what one engine has set there."""
-    from deepspeed.runtime import torch_autocast
-
-    before = dict(vars(torch_autocast))
-    try:
-        yield
-    finally:
-        vars(torch_autocast).update(before)
 
 
 class Loop:

@@ -107,13 +107,18 @@ class Case:
         return rank % self.data_ranks if self.pipe > 1 else rank // self.tensor
 
     @property
+    def narrow(self) -> torch.dtype | None:
+        """The type in which the reference has its copy of the model, None for no copy."""
+        return NARROW.get(self.precision.partition("-")[0])
+
+    @property
     def settings(self) -> Settings:
         """The run as the reference must train it."""
         return Settings(
             clipping=self.clipping,
             schedule=SCHEDULES[self.schedule],
             idle="zeros" if self.stage is not None else "skipped",
-            narrow=NARROW.get(self.precision.partition("-")[0]),
+            narrow=self.narrow,
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:

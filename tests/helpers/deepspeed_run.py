@@ -12,20 +12,18 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import torch_autocast
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 import ds_lena
 from tests.helpers.case import SCHEDULES, Case, Window
-from tests.helpers.grids import one_grid
+from tests.helpers.grids import one_autocast, one_grid
 from tests.helpers.groups import parameter_groups, stock_optimizer
 from tests.helpers.model import TinyTransformer, build, initial_weights
 from tests.helpers.split_run import join_parts, of_all_stages, split_model, whole_model
 
 Result = dict[str, Any]
 LINEAR = torch.nn.functional.linear
-AUTOCAST = dict(vars(torch_autocast))  # DeepSpeed keeps there whether the last engine had autocast
 type(get_accelerator()).is_fp16_supported = lambda self: True  # this CPU's says no, and computes in fp16 all the same
 EVERY_MICRO_BATCH = ("engine", "torch backward", "offload states")  # loops that call engine.step() after each one
 
@@ -42,7 +40,8 @@ def run(case: Case) -> Result:
 @contextmanager
 def _engine(case: Case) -> Iterator[Any]:
     if not case.split and "zero_hpz_partition_size" not in case.zero:  # a grid of its own costs new groups of ranks
-        yield from _engine_of(case, _model(case), None)
+        with one_autocast():
+            yield from _engine_of(case, _model(case), None)
         return
     with one_grid(), split_model(case) if case.split else nullcontext((_model(case), None)) as (model, mpu):
         yield from _engine_of(case, model, mpu)
@@ -72,7 +71,6 @@ def _engine_of(case: Case, model: nn.Module, mpu: Any) -> Iterator[Any]:
         yield engine
     finally:
         engine.destroy()
-        vars(torch_autocast).update(AUTOCAST)
         torch.nn.functional.linear = LINEAR  # ZeRO-3 leaves its own behind, which rounds differently in bf16
         del engine
         gc.collect()

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+
+
+@contextmanager
+def _put_back(module: ModuleType) -> Iterator[None]:
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+@contextmanager
+def one_autocast() -> Iterator[None]:
+    """Put back whether autocast is on."""
+    from deepspeed.runtime import torch_autocast
+
+    with _put_back(torch_autocast):
+        yield
 
 
 @contextmanager
 def one_grid() -> Iterator[None]:
-    """Put back what the engines made within it have set there."""
+    """Put back all that the engines made within it have set there."""
     from deepspeed.module_inject.layers import set_autotp_mode
-    from deepspeed.runtime import torch_autocast
     from deepspeed.utils import groups
 
-    modules = (groups, torch_autocast)
-    before = [dict(vars(module)) for module in modules]
-    try:
-        yield
-    finally:
-        set_autotp_mode(training=False)
-        for module, names in zip(modules, before, strict=True):
-            vars(module).update(names)
+    with one_autocast(), _put_back(groups):
+        try:
+            yield
+        finally:
+            set_autotp_mode(training=False)
