@@ -31,8 +31,8 @@ FLOORS = (
      *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.cpu_adam", "_internals.grid",
                                                      "_internals.flat", "_internals.loss_scale", "exchange",
                                                      "_internals.seam", "ownership"))},
-    {"integrations.deepspeed._internals.facts", "integrations.deepspeed.axes.tensor",
-     "integrations.deepspeed.axes.pipeline"},
+    {"integrations.deepspeed._internals.facts", "integrations.deepspeed.axes.expert",
+     "integrations.deepspeed.axes.pipeline", "integrations.deepspeed.axes.tensor"},
     {f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                    "_internals.zero12", "_internals.zero3", "support.feature")},
     {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "axes",
@@ -242,7 +242,7 @@ def test_the_walk_finds_what_is_there():
     assert own_imports("integrations.deepspeed.attach") >= {"optimizer", f"{INTERNALS}.select", f"{INTERNALS}.seam"}
     assert own_imports("update.rules.lamb") >= {"update.rules.adamw", "update.rules.common"}
     assert "integrations.deepspeed.attach" in own_imports("_registration")
-    assert uses("grad_stats.reduce", "torch.distributed") and uses(f"{INTERNALS}.select", "torch.distributed")
+    assert uses("grad_stats.reduce", "torch.distributed") and uses(f"{INTERNALS}.zero0", "torch.distributed")
 
 
 # -- who may talk to what ---------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class Case:
     zero_init: bool = False  # the model is built under deepspeed.zero.Init
     tensor: int = 1  # ranks over which tensors are split; `world` is that times stages times data-parallel ranks
     pipe: int = 1  # stages of a pipeline
+    expert: int = 1  # ranks that share the experts of a layer
     split: str = ""  # which model they split, see `split_run.py`
     compiled: str = "nothing"  # or "model" (by torch.compile, before the engine), "engine" (by engine.compile)
     repeat: int = 1  # engines made and run one after the other; the last one counts
@@ -106,6 +107,31 @@ class Case:
         """Of a rank, among those that have data of their own."""
         return rank % self.data_ranks if self.pipe > 1 else rank // self.tensor
 
+    def expert_rank(self, rank: int) -> int:
+        """Of a rank, among those that share the experts of a layer."""
+        strided = self.config.get("use_data_before_expert_parallelism", False)
+        return rank // (self.world // self.expert) if strided else rank % self.expert
+
+    @property
+    def has_deepspeed_moe(self) -> bool:
+        return self.split in ("moe", "moe-mixed")
+
+    @property
+    def spread(self) -> str:
+        """How the names of the layers begin whose experts are shared."""
+        return "h.1." if "mixed" in self.split else "h."
+
+    @property
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks whose micro-batches make one micro-gradient of an expert."""
+        seen: dict[int, int] = dict.fromkeys(range(self.expert), 0)
+        groups: dict[int, list[int]] = {}
+        for rank in range(self.data_ranks):
+            place = self.expert_rank(rank)
+            groups.setdefault(seen[place], []).append(rank)
+            seen[place] += 1
+        return tuple(map(tuple, groups.values()))
+
     @property
     def narrow(self) -> torch.dtype | None:
         """The type in which the reference has its copy of the model, None for no copy."""
@@ -119,6 +145,8 @@ class Case:
             schedule=SCHEDULES[self.schedule],
             idle="zeros" if self.stage is not None else "skipped",
             narrow=self.narrow,
+            together=self.together if self.expert > 1 else (),
+            spread=self.spread,
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:

@@ -20,7 +20,7 @@ from tests.helpers.case import SCHEDULES, Case, Window
 from tests.helpers.grids import one_autocast, one_grid
 from tests.helpers.groups import parameter_groups, stock_optimizer
 from tests.helpers.model import TinyTransformer, build, initial_weights
-from tests.helpers.split_run import join_parts, of_all_stages, split_model, whole_model
+from tests.helpers.split_run import join_parts, of_all_experts, of_all_stages, split_model, whole_model
 
 Result = dict[str, Any]
 LINEAR = torch.nn.functional.linear
@@ -153,7 +153,9 @@ def _masters(case: Case, engine: Any) -> dict[str, Tensor]:
     masters = _own_masters(case, engine)
     if case.pipe > 1:
         return of_all_stages(masters)
-    if not case.split:
+    if case.has_deepspeed_moe:
+        return of_all_experts(case, masters)
+    if case.tensor == 1:
         return masters
     shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
     group = [dist.new_group(list(range(r, r + case.tensor))) for r in range(0, case.world, case.tensor)]

@@ -9,7 +9,7 @@ from types import ModuleType
 
 @contextmanager
 def _put_back(module: ModuleType) -> Iterator[None]:
-    before = dict(vars(module))
+    before = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
     try:
         yield
     finally:

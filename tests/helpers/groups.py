@@ -21,6 +21,12 @@ def case_groups(case: Case, model: nn.Module) -> list[dict[str, Any]]:
 def parameter_groups(case: Case, model: nn.Module) -> list[Any]:
     """The same groups with bare parameters; "flat" is a plain list of them."""
     groups = [group | {"params": [p for _, p in group["params"]]} for group in case_groups(case, model)]
+    if case.has_deepspeed_moe:
+        groups = [group | {"name": f"group {number}"} for number, group in enumerate(groups)]
+        if case.optimizer == "client":  # for a JSON entry DeepSpeed does it
+            from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+            return split_params_into_different_moe_groups_for_optimizer(groups)
     return groups[0]["params"] if case.groups == "flat" else groups
 
 

@@ -14,7 +14,7 @@ Slow and literal on purpose; the library is compared with this file, so it impor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,8 +122,11 @@ class Oracle:
         """An update that was not applied."""
         self.skipped += 1
 
-    def update(self, a: Numbers, b: Numbers, n: int, batch_size: int) -> dict[str, float]:
-        """One applied update of `n` micro-gradients of `batch_size` samples: the lr factor of every layer."""
+    def update(self, a: Numbers, b: Numbers, n: int, batch_size: int, alone: Collection[str] = ()) -> dict[str, float]:
+        """One applied update of `n` micro-gradients of `batch_size` samples: the lr factor of every layer.
+
+        `alone`: layers with one micro-gradient of their own.
+        """
         self.t, self.n = self.t + 1, n
         self._follow_batch_size(batch_size)
         largest = self._largest_gain()
@@ -135,7 +138,8 @@ class Oracle:
         self.nonfinite += len(self.layers) - len(finite)
         seen = {name for name in finite if a[name] > 0}
         for name in seen:
-            self._average(self.layers[name], a[name], b[name])
+            if name not in alone:
+                self._average(self.layers[name], a[name], b[name])
         for name in finite:
             layer = self.layers[name]
             layer.gain = self._gain(layer)

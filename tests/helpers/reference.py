@@ -41,6 +41,8 @@ class Settings:
     schedule: Callable[[int], float] = lambda applied: 1.0  # multiplies every group's lr; updates applied so far
     idle: str = "zeros"  # a parameter without gradient in a window is stepped with "zeros", or has its step "skipped"
     narrow: torch.dtype | None = None  # gradients come from a copy of the float64 masters in this type
+    together: Sequence[Sequence[int]] = ()  # ranks whose micro-batches make one micro-gradient of an expert
+    spread: str = ""  # how the names of the layers begin whose experts are shared by them
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ def train(
     for window in windows:
         before = {name: p.detach().clone() for name, p in params.items()}
         if window.applied:
-            mean, a, b = _measure(twin, params, layers, window)
-            n = sum(len(micros) for micros in window.batches)
-            factors = oracle.update(a, b, n, window.batch_size)
+            shares = _shares(twin, params, window)
+            mean, a, b = _measure(shares, layers)
+            n = len(shares)
+            alone = _measure_experts(shares, mean, layers, settings, a)
+            factors = oracle.update(a, b, n, window.batch_size, alone)
             by_name = {name: factors[layer] for name, layer in layers.items()}
             _step(optimizer, params, mean, settings, applied, by_name)
             applied += 1
@@ -90,16 +94,21 @@ def train(
         yield Snapshot(after, moved, oracle.report())
 
 
+def _shares(twin: nn.Module, params: Mapping[str, Tensor], window: Window) -> dict[tuple[int, int], Gradients]:
+    """Of every micro-batch in the averaged gradient, by (rank, pass)."""
+    world, shares = len(window.batches), {}
+    for rank, micros in enumerate(window.batches):
+        for number, batch in enumerate(micros):
+            gradients = _gradients(twin, params, batch, window.divisor)
+            shares[rank, number] = {name: gradient / world for name, gradient in gradients.items()}
+    return shares
+
+
 def _measure(
-    twin: nn.Module, params: Mapping[str, Tensor], layers: Mapping[str, str], window: Window
+    shares_of: Mapping[tuple[int, int], Gradients], layers: Mapping[str, str]
 ) -> tuple[Gradients, dict[str, float], dict[str, float]]:
     """The averaged gradient of every parameter that has one, and A and B per layer."""
-    world = len(window.batches)
-    shares = []  # of every micro-batch in the averaged gradient
-    for micros in window.batches:
-        for batch in micros:
-            gradients = _gradients(twin, params, batch, window.divisor)
-            shares.append({name: gradient / world for name, gradient in gradients.items()})
+    shares = list(shares_of.values())
     n = len(shares)
     mean: Gradients = {}
     for share in shares:
@@ -110,6 +119,36 @@ def _measure(
         for layer, square in _sum_by_layer(layers, _squares(share)).items():
             a[layer] += n**2 * square / n  # the micro-gradient is n times the share
     return mean, a, _sum_by_layer(layers, _squares(mean))
+
+
+def _measure_experts(
+    shares: Mapping[tuple[int, int], Gradients],
+    mean: Gradients,
+    layers: Mapping[str, str],
+    settings: Settings,
+    a: dict[str, float],
+) -> set[str]:
+    """Put an expert's own part into A (modified in place). The layers with one micro-gradient, which tells no noise.
+
+    A micro-gradient of an expert is the mean over the micro-batches of a pass on the ranks that are `together`. There
+    are `few` of them. A dense layer with the same noise and signal would have A = B + (n - 1) / (few - 1) (A' - B).
+    """
+    n, alone, together = len(shares), set(), settings.together
+    passes = 1 + max(number for _, number in shares)
+    spread = [name for name in mean if name.startswith(settings.spread) and ".deepspeed_experts." in name]
+    for name in [name for name in spread if together and name in layers]:
+        few = n // len(together[0])
+        b = float(mean[name].square().sum())
+        as_dense = sum(float(share[name].square().sum()) * n for share in shares.values() if name in share)
+        own = 0.0
+        for ranks in together:
+            for number in range(passes):
+                parts = [shares[rank, number][name] for rank in ranks if name in shares[rank, number]]
+                own += few**2 * float(sum(parts).square().sum()) / few if parts else 0.0
+        if few == 1:
+            alone.add(layers[name])
+        a[layers[name]] += b + (n - 1) / max(few - 1, 1) * (own - b) - as_dense
+    return alone
 
 
 def _gradients(twin: nn.Module, params: Mapping[str, Tensor], batch: tuple[Any, ...], divisor: float) -> Gradients:

@@ -12,22 +12,30 @@ from torch import Tensor, nn
 
 from tests.helpers.case import Case
 from tests.helpers.gpt_twin import GptTwin
+from tests.helpers.moe_model import expert_name, moe_twin, route_clearly, with_deepspeed_moe
 from tests.helpers.pipeline_model import PipelineTwin, stages_of
+
+FAMILIES = {"moe-mixtral": "Mixtral", "moe-qwen2": "Qwen2Moe", "moe-qwen3": "Qwen3Moe", "qwen3": "Qwen3"}
+"""Of transformers' models, by what is in the name of a split."""
 
 
 def whole_model(case: Case) -> nn.Module:
     """The whole model in float64, with its first weights."""
     if case.split.startswith("pipeline"):
         model: nn.Module = PipelineTwin(is_tied="tied" in case.split)
+    elif case.has_deepspeed_moe:
+        model = moe_twin()
     elif case.split.startswith("megatron"):
         model = GptTwin(tied="tied" in case.split, head_norms="head-norms" in case.split)
     else:
-        model = _llama(case.split)
+        model = _of_transformers(case.split)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.double().named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(1 + 0.1 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
+    if case.has_deepspeed_moe:
+        route_clearly(model)
     return model
 
 
@@ -38,7 +46,14 @@ def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
     if case.split.startswith("pipeline"):
         yield stages_of(whole, case.pipe), None
         return
+    if case.has_deepspeed_moe:
+        yield with_deepspeed_moe(whole, case.expert_rank(dist.get_rank()), case.expert, case.spread), None
+        return
     if not case.split.startswith("megatron"):
+        if case.stage == 3 and "moe" in case.split:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(whole, [type(whole.model.layers[0].mlp)])
         yield whole.float(), None  # AutoTP splits it
         return
     from megatron.core import parallel_state
@@ -86,6 +101,14 @@ def _same(copies: list[Tensor]) -> Tensor:
     return first if all(torch.equal(first, copy) for copy in copies) else torch.full_like(first, torch.nan)
 
 
+def of_all_experts(case: Case, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the whole model. NaN where ranks have copies of a tensor, and they differ."""
+    place = case.expert_rank(dist.get_rank())
+    return of_all_stages(
+        {expert_name(name, place, case.expert, case.spread): weight for name, weight in masters.items()}
+    )
+
+
 def of_all_stages(masters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of all stages. NaN where ranks have copies of a tensor, and they differ."""
     everybody: list[Any] = [None] * dist.get_world_size()
@@ -94,9 +117,10 @@ def of_all_stages(masters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: _same([of_rank[name] for of_rank in everybody if name in of_rank]) for name in names}
 
 
-def _llama(split: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+def _of_transformers(split: str) -> nn.Module:
+    import transformers
 
+    family = next((name for mark, name in FAMILIES.items() if mark in split), "Llama")
     sizes = {
         "vocab_size": 40,
         "hidden_size": 24,
@@ -108,10 +132,12 @@ def _llama(split: str) -> nn.Module:
         "tie_word_embeddings": False,
         "attn_implementation": "eager",
     }
-    base, config = (Qwen3ForCausalLM, Qwen3Config) if "qwen3" in split else (LlamaForCausalLM, LlamaConfig)
+    if "moe" in split:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+        sizes |= {"num_local_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
-    class Model(base):  # type: ignore[misc, valid-type]
+    class Model(getattr(transformers, f"{family}ForCausalLM")):  # type: ignore[misc, valid-type]
         def forward(self, tokens: Tensor, _: bool = False) -> Tensor:
             return super().forward(input_ids=tokens, labels=tokens, use_cache=False).loss
 
-    return Model(config(**sizes))
+    return Model(getattr(transformers, f"{family}Config")(**sizes))

@@ -26,19 +26,12 @@ def _ulysses() -> Any:
     return parallel_state_sp
 
 
-def _experts() -> nn.Module:
-    from deepspeed.moe.layer import MoE
-
-    return nn.Sequential(nn.Linear(4, 4), MoE(hidden_size=4, expert=nn.Linear(4, 4), num_experts=2))
-
-
 def _offload(device: str = "cpu", **entries: Any) -> dict[str, Any]:
     return {"offload_optimizer": {"device": device, **entries}}
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
-    "experts": _experts,
     "in DDP": lambda: nn.parallel.DistributedDataParallel(Net()),
 }
 MPUS: dict[str, Callable[[], Any]] = {"none": lambda: None, "Ulysses": _ulysses}
@@ -70,7 +63,6 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     ('"deepcompile"', 2, {"compile": {"deepcompile": True}}, {}),
     ('"gradient_allreduce_op": "sum"', 2, {"gradient_allreduce_op": "sum"}, {}),
     (WRONGLY_SCALED, 3, PREDIVIDED, {}),
-    ("mixture-of-experts layers", 1, {}, {"model": "experts"}),
     ("a model wrapped by DistributedDataParallel", 1, {}, {"model": "in DDP"}),
     ("sequence parallelism", 1, {"sequence_parallel_size": WORLD, "data_parallel_size": 1}, {}),
     ("sequence parallelism", 1, {}, {"mpu": "Ulysses"}),

@@ -88,6 +88,7 @@ def attach(view: EngineView, lena: LENA) -> None:
     refuse_unsupported(view.facts)  # checked again: a callable that makes a LENA has not been checked before
     logger.info("LENA under DeepSpeed, with what is exact: %s.", "; ".join(in_use(view.facts)))
     _check_micro_batch_size(view, controller)
+    _require_decided_for_experts(view, controller)
 
     def bind() -> Binding:
         binding = _binding(view, controller)
@@ -209,6 +210,15 @@ def _check_micro_batch_size(view: EngineView, controller: Controller) -> None:
         )
 
 
+def _require_decided_for_experts(view: EngineView, controller: Controller) -> None:
+    if view.facts.experts and controller.config.variant != "default":
+        raise UnsupportedError(
+            f'LENA: "variant": "{controller.config.variant}" in a model with experts. The authors\' code has one '
+            "number of micro-gradients for all layers, and nothing for an expert without tokens. Nearest supported "
+            'choice: "variant": "default".'
+        )
+
+
 def _check_layout(view: EngineView, binding: Binding, parameters: Sequence[Tensor]) -> None:
     """Compare every piece of the weights that `step()` moves with the model's own values, before the first update."""
     layout = binding.layout
@@ -229,9 +239,12 @@ def _require_known_norm(view: EngineView, controller: Controller) -> None:
     is_wrapped = view.wrapper is not view.optimizer  # a wrapper clips by the norm of what the optimizer holds
     if not controller.has_trust_ratios or not view.facts.clips:
         return
-    if view.facts.stage == 0 and (view.grid.pipe_ranks > 1 or (view.grid.is_split and is_wrapped)):
+    grid, has_experts = view.grid, view.facts.experts
+    is_left_out = grid.pipe_ranks * grid.expert_ranks > 1 or (is_wrapped and (grid.is_split or has_experts))
+    if view.facts.stage == 0 and is_left_out:
+        model = "with experts" if has_experts else "that is split over ranks"
         raise UnsupportedError(
-            f'LENA: "base": "{controller.config.base}" with "gradient_clipping" in a model that is split over ranks, '
+            f'LENA: "base": "{controller.config.base}" with "gradient_clipping" in a model {model}, '
             "at ZeRO 0, needs the norm that DeepSpeed clips by, and DeepSpeed leaves out a part of the model there. "
             'Use ZeRO 1, or set "gradient_clipping" to 0.0.'
         )

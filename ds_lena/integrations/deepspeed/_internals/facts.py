@@ -22,6 +22,7 @@ class EngineFacts:
     `offload_optimizer`, `offload_param`: the device, "none", "cpu" or "nvme".
     `forces_cpu_optimizer`: DeepSpeed refuses a client optimizer of others with offload.
     `low_precision_masters`: master weights in fp16 or bf16.
+    `experts`: layers of `deepspeed.moe`. `auto_ep`: DeepSpeed is asked to make such layers of the model's own.
     """
 
     stage: int
@@ -36,6 +37,7 @@ class EngineFacts:
     overlap_comm: bool
     round_robin: bool
     reduce_scatter: bool
+    contiguous_gradients: bool
     prescales: bool
     offload_optimizer: str
     offload_param: str
@@ -47,6 +49,7 @@ class EngineFacts:
     stages: int
     dual_pipe: bool
     experts: bool
+    auto_ep: bool
     sequence_parallel: bool
     context_parallel: bool
     tensor_ranks: int
@@ -89,6 +92,7 @@ def read_facts(engine: Any) -> EngineFacts:
         overlap_comm=bool(zero.overlap_comm),
         round_robin=bool(zero.round_robin_gradients),
         reduce_scatter=bool(zero.reduce_scatter),
+        contiguous_gradients=bool(zero.contiguous_gradients),
         prescales=not engine.postscale_gradients(),
         offload_optimizer=_device(zero.offload_optimizer),
         offload_param=_device(zero.offload_param),
@@ -102,6 +106,7 @@ def read_facts(engine: Any) -> EngineFacts:
         stages=pipe_ranks,
         dual_pipe=type(engine.module).__name__ == "DualPipeVModule",
         experts=bool(engine.has_moe_layers),
+        auto_ep=bool(getattr(engine._config.expert_parallel_config, "enabled", False)),
         sequence_parallel=in_parts or engine.seq_dp_world_size != engine.dp_world_size,
         context_parallel=context_ranks() > 1,
         tensor_ranks=tensor_ranks,

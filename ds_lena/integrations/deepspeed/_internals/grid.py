@@ -15,7 +15,8 @@ Group = torch.distributed.ProcessGroup
 @dataclass(frozen=True)
 class Grid:
     """`data`: the ranks over which this rank's gradients are averaged. `tensor`: the ranks that hold the parts of its
-    tensors. `pipe_ranks`: the number of stages. `everything`: all ranks of the model, with all replicas and parts.
+    tensors. `pipe_ranks`: the number of stages. `expert_ranks`: the most ranks over which the experts of one layer are
+    spread. `everything`: all ranks of the model, with all replicas and parts.
     """
 
     data: Group
@@ -24,12 +25,13 @@ class Grid:
     tensor_ranks: int
     tensor_rank: int
     pipe_ranks: int
+    expert_ranks: int
     everything: Group
 
     @property
     def is_split(self) -> bool:
         """Whether ranks hold different parts of the model."""
-        return self.tensor_ranks * self.pipe_ranks > 1
+        return self.tensor_ranks * self.pipe_ranks * self.expert_ranks > 1
 
 
 def read_grid(engine: Any) -> Grid:
@@ -45,6 +47,7 @@ def read_grid(engine: Any) -> Grid:
         tensor_ranks=tensor_ranks,
         tensor_rank=bwc_tensor_model_parallel_rank(engine.mpu) if has_parts else 0,
         pipe_ranks=pipe_ranks,
+        expert_ranks=max((expert.ranks for expert in experts(engine.module).values()), default=1),
         everything=_all_ranks() if tensor_ranks * pipe_ranks > 1 else data,
     )
 
@@ -78,6 +81,48 @@ def tied_weights(model: Any) -> list[tuple[Tensor, list[int], Group]]:
             weight = functools.reduce(getattr, name.split("."), model.tied_modules[key])
             found.append((weight, list(comm["ranks"]), comm["group"]))
     return found
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert of a `deepspeed.moe` layer.
+
+    `local`, `number`: its number on this rank, and in the whole layer. `ranks`: over which the experts of the layer are
+    spread. `copies`: the ranks that hold a copy of this one.
+    """
+
+    local: int
+    number: int
+    ranks: int
+    copies: Group
+
+
+def experts(model: torch.nn.Module) -> dict[int, Expert]:
+    """The expert that a parameter belongs to, by `id(parameter)`. Dense parameters have none."""
+    from deepspeed.moe.experts import Experts
+    from deepspeed.utils import groups
+
+    found = {}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            here = module.deepspeed_experts
+            for local, expert in enumerate(here):
+                for parameter in expert.parameters():
+                    name = parameter.group_name
+                    found[id(parameter)] = Expert(
+                        local=local,
+                        number=local + groups._get_expert_parallel_rank(name) * len(here),
+                        ranks=groups._get_expert_parallel_world_size(name),
+                        copies=groups._get_expert_data_parallel_group(name),
+                    )
+    return found
+
+
+def is_marked_as_expert(parameter: Tensor) -> bool:
+    """Whether DeepSpeed averages the gradient over the copies of an expert alone."""
+    from deepspeed.moe.utils import is_moe_param
+
+    return bool(is_moe_param(parameter))
 
 
 def is_part(parameter: Tensor) -> bool:

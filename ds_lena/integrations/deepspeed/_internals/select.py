@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from ....layouts.layout import Layout
 from .bf16 import Bf16Layout
 from .engine import EngineView
+from .grid import experts
 from .zero0 import Zero0Layout
 from .zero3 import Zero3Layout
 from .zero3_offload import Zero3OffloadLayout
@@ -48,5 +47,5 @@ def layout_of(view: EngineView, index: Mapping[int, int]) -> Layout | None:
         masters = [(p, p) for group in wrapper.param_groups for p in group["params"] if p.requires_grad]
     else:
         return None
-    group = view.grid.data
-    return Zero0Layout(masters, index, torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
+    copies = {parameter: expert.copies for parameter, expert in experts(view.module).items()}
+    return Zero0Layout(masters, index, lambda parameter: copies.get(id(parameter), view.grid.data))

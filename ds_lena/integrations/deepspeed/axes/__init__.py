@@ -9,7 +9,7 @@ from torch import Tensor
 from ....grad_stats.hooks import GradientHooks
 from ....grad_stats.placement import Placement, data_parallel
 from .._internals.engine import EngineView, logical_shapes
-from . import pipeline, tensor
+from . import expert, pipeline, tensor
 
 
 def placements_of(view: EngineView, names: Sequence[str], parameters: Sequence[Tensor]) -> list[Placement]:
@@ -20,7 +20,8 @@ def placements_of(view: EngineView, names: Sequence[str], parameters: Sequence[T
     """
     placements = data_parallel(names, logical_shapes(parameters), view.grid.data_ranks)
     placements = tensor.amend(view.grid, parameters, placements)
-    return pipeline.amend(view.grid, view.module, parameters, placements)
+    placements = pipeline.amend(view.grid, view.module, parameters, placements)
+    return expert.amend(view.grid, view.module, parameters, placements)
 
 
 def first_update_check(

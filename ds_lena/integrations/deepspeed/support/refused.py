@@ -5,6 +5,7 @@ from __future__ import annotations
 from .feature import Feature, Keys, not_a_fact
 
 _CHECKPOINTING = "tests/unit/test_hooks_checkpointing.py"
+_EXPERTS = "tests/integrations/test_experts.py"
 _MISUSE = "tests/integrations/test_misuse.py"
 _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
 _TENSOR = "tests/integrations/test_tensor_parallel.py"
@@ -99,10 +100,39 @@ REFUSED: tuple[Feature, ...] = (
         f"{_PIPELINE}::test_trust_ratios_with_clipping_at_zero_0_are_refused",
     ),
     Feature(
-        "mixture-of-experts layers",
-        lambda facts: facts.experts,
-        instead="use a dense model",
-        keys=("expert_parallel*", "use_data_before_expert_parallelism"),
+        "AutoEP: the entry expert_parallel",
+        lambda facts: facts.auto_ep,
+        instead="deepspeed.moe.layer.MoE, or ZeRO 2 or 3 without the entry, with set_z3_leaf_modules at ZeRO 3",
+        test=f"{_EXPERTS}::test_auto_ep_does_not_start",
+        keys=("expert_parallel*",),
+    ),
+    Feature(
+        "layers of deepspeed.moe with tensor, pipeline or sequence parallelism",
+        lambda facts: facts.experts and (facts.tensor_ranks * facts.stages > 1 or facts.sequence_parallel),
+        instead="data and expert parallelism only",
+        test=f"{_EXPERTS}::test_experts_with_another_axis_are_refused",
+    ),
+    Feature(
+        'layers of deepspeed.moe at ZeRO 1 with "contiguous_gradients": false (DeepSpeed averages different experts)',
+        lambda facts: facts.experts and facts.stage == 1 and not facts.contiguous_gradients,
+        instead="leave it out",
+        test=f"{_EXPERTS}::test_gradients_that_are_not_contiguous_are_refused",
+    ),
+    _refused(
+        '"variant": "authors-code" with layers of deepspeed.moe',
+        '"variant": "default"',
+        f"{_EXPERTS}::test_the_authors_code_is_refused",
+    ),
+    _refused(
+        "layers of deepspeed.moe with several ep_size, whose parameter groups have another order on another rank",
+        "set PYTHONHASHSEED to one number for all ranks",
+        f"{_EXPERTS}::test_groups_of_experts_in_another_order_on_another_rank_are_refused",
+    ),
+    _refused(
+        "lamb or lars with gradient_clipping at ZeRO 0, with layers of deepspeed.moe (DeepSpeed clips by a norm "
+        "without the experts, or by the mean of the ranks' norms)",
+        "use ZeRO 1, or switch clipping off",
+        f"{_EXPERTS}::test_trust_ratios_with_clipping_at_zero_0_are_refused",
     ),
     Feature(
         "sequence parallelism",

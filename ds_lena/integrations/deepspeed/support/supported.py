@@ -12,6 +12,7 @@ _LOOPS = "tests/parity/test_loops.py"
 _MATRIX = "tests/parity/test_matrix.py"
 _PLAIN = "tests/parity/test_plain.py"
 _SELECTION = "tests/integrations/test_selection.py"
+_EXPERTS = "tests/parity/test_experts.py"
 _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
 
 _WINDOWS = "tests/integrations/test_window.py"
@@ -400,6 +401,22 @@ SUPPORTED: tuple[Feature, ...] = (
         f"{_AXES}/tensor.py",
         "tests/parity/test_tensor_parallel.py",
         keys=("tensor_parallel*",),
+    ),
+    _runs(
+        _PARALLEL,
+        "expert parallelism: layers of deepspeed.moe (ZeRO 0-2)",
+        f"{_AXES}/expert.py",
+        _EXPERTS,
+        "Each expert is a layer of its own. At ZeRO 0 DeepSpeed 0.19.8 clips by a wrong norm, with any optimizer.",
+        lambda facts: facts.experts,
+        ("use_data_before_expert_parallelism",),
+    ),
+    _runs(
+        _MODELS,
+        "Mixtral and Qwen-MoE of transformers (ZeRO 0-3; at ZeRO 3 with set_z3_leaf_modules)",
+        _HOOKS,
+        _EXPERTS,
+        "All experts of a layer are one tensor there, and one layer of LENA.",
     ),
     _runs(_WAYS, "deepspeed --module ds_lena.run with an unmodified script", "run.py", _SELECTION),
     _runs(
