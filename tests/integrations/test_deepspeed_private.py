@@ -71,6 +71,7 @@ ENGINE = (
     "zero_optimization_stage",
 )
 ZERO_CONFIG = (
+    "contiguous_gradients",
     "elastic_checkpoint",
     "offload_optimizer",
     "offload_param",
@@ -161,6 +162,9 @@ ELSEWHERE = {
     "ratio",
     "super_offload",
     "ds_id",
+    "enabled",  # engine._config.expert_parallel_config
+    "expert_parallel_config",  # engine._config
+    "group_name",  # a mark of an expert's parameter
     "weight_quantization_config",  # engine._config
     "zero_config",  # engine._config
     "get_context_parallel_world_size",  # the user's mpu
@@ -276,6 +280,18 @@ def test_every_name_that_is_read_is_pinned_here() -> None:
     found = {name for file in files for name in names_read(ast.parse(file.read_text()))}
     assert len(found) > 40, "the search finds names"
     assert sorted(name for name in found - PINNED if not hasattr(torch.Tensor, name)) == []
+
+
+def test_the_names_of_experts_are_there() -> None:
+    from deepspeed.moe.experts import Experts
+    from deepspeed.moe.utils import is_moe_param
+    from deepspeed.utils import groups
+
+    names = ("_get_expert_parallel_rank", "_get_expert_parallel_world_size", "_get_expert_data_parallel_group")
+    assert [name for name in names if not hasattr(groups, name)] == [], where()
+    layer = Experts(torch.nn.Linear(1, 1), 2, "a group")
+    assert len(layer.deepspeed_experts) == 2, where()
+    assert all(is_moe_param(p) and p.group_name == "a group" for p in layer.parameters()), where()
 
 
 # -- facts -------------------------------------------------------------------------------------------------------------
