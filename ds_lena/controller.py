@@ -89,10 +89,11 @@ class Controller:
     def _bind_plain(self) -> None:
         self.bind(self._amend(plain_binding(self.parameters, self.hooks.names, self._plain_group())))
 
-    def manage(self, binding: Binding) -> None:
-        """Let an engine run the updates from now on."""
+    def manage(self, binding: Binding, drops_empty_groups: bool = True) -> None:
+        """Let an engine run the updates from now on. DeepSpeed drops groups without parameters."""
         self.is_managed = self._has_names = True
-        self._watched = self._watched.without_empty_groups()
+        if drops_empty_groups:
+            self._watched = self._watched.without_empty_groups()
         self.bind(binding)
 
     @property

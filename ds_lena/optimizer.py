@@ -194,7 +194,10 @@ class LENA(torch.optim.Optimizer):
         controller = self._controller
         if controller.is_managed:
             if not controller.is_in_update:
-                raise StateError("LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step().")
+                raise StateError(
+                    "LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step(), and in Megatron's "
+                    "own loop step() of the optimizer that wrap() returned."
+                )
             controller.apply(self.param_groups, self.state)
             return loss
         self._refuse_unwatched()
@@ -266,7 +269,8 @@ class LENA(torch.optim.Optimizer):
             carrier.empty(self.param_groups, self._controller.is_managed)
             for parameter, state in self.state.items():
                 if "step" in state:  # in a checkpoint of others it may be a number, or of another type or device
-                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+                    step = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+                    state["step"] = step.clone()  # several parameters may have got the same tensor
             if saved is None:
                 logger.warning("LENA: the checkpoint holds no LENA state; statistics and warm-up start fresh.")
             else:

@@ -13,13 +13,14 @@ import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.command import leave
-from tests.helpers import deepspeed_run, plain_run
+from tests.helpers import deepspeed_run, megatron_run, plain_run
 from tests.helpers.case import Case
 from tests.helpers.launch import result_path, started_path
 
@@ -50,9 +51,15 @@ def main(folder: Path, first: int) -> int:
 def _attempt(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
-        return {"result": plain_run.run(case) if case.stage is None else deepspeed_run.run(case)}
+        return {"result": _runner(case).run(case)}
     except Exception:
         return {"error": traceback.format_exc()}
+
+
+def _runner(case: Case) -> ModuleType:
+    if case.stage is not None:
+        return deepspeed_run
+    return megatron_run if case.split else plain_run
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
             flags = (f in case.split for f in ("sequence", "tied", "head-norms"))
             model = megatron_gpt(case.tensor, *flags)
             _take_parts(model, whole, parallel_state.get_tensor_model_parallel_rank())
-            if "unsummed" not in case.split:
+            if case.stage is not None and "unsummed" not in case.split:
                 from ds_lena.integrations.megatron import sum_partial_gradients
 
                 sum_partial_gradients(model)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....errors import StateError, UnsupportedError
 from ....grad_stats.placement import Placement
 from ....grad_stats.reduce import sum_over
-from ...megatron import ADDS_UP, gradients_are_partial
+from ...megatron.partial import ADDS_UP, gradients_are_partial
 from .._internals.grid import Grid, is_part, partition_dim
 from ..exchange import from_all
 
@@ -20,6 +20,19 @@ TOLERANCE = 1e-3
 
 
 def amend(grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placement]) -> list[Placement]:
+    """As `parts_and_copies`, for an engine: it refuses a gradient that DeepSpeed leaves in parts."""
+    amended = parts_and_copies(grid, parameters, placements)
+    if grid.tensor_ranks > 1:
+        for parameter, placement in zip(parameters, placements, strict=True):
+            if gradients_are_partial(placement.name, parameter):
+                raise UnsupportedError(
+                    f'LENA: each tensor-parallel rank has only a part of the gradient of "{placement.name}" '
+                    f"(sequence_parallel, or qk_layernorm), and DeepSpeed does not add the parts up. {ADDS_UP}"
+                )
+    return amended
+
+
+def parts_and_copies(grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placement]) -> list[Placement]:
     """Give parts the shape of the whole tensor, and have the first tensor-parallel rank count for the copies."""
     if grid.tensor_ranks == 1:
         return list(placements)
@@ -30,11 +43,6 @@ def amend(grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placeme
             shape = _whole([rank[i] for rank in shapes], partition_dim(parameter))
             amended.append(replace(placement, shape=shape))
         else:
-            if gradients_are_partial(placement.name, parameter):
-                raise UnsupportedError(
-                    f'LENA: each tensor-parallel rank has only a part of the gradient of "{placement.name}" '
-                    f"(sequence_parallel, or qk_layernorm), and DeepSpeed does not add the parts up. {ADDS_UP}"
-                )
             amended.append(replace(placement, counted=grid.tensor_rank == 0))
     return amended
 
@@ -49,7 +57,7 @@ def _whole(shapes: Sequence[Sequence[int]], dim: int | None) -> torch.Size:
 
 
 def copies_check(
-    grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placement]
+    grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placement], what_to_do: str = ADDS_UP
 ) -> Callable[[Tensor], None] | None:
     """What raises `StateError` if copies of one tensor have different averaged gradients, for the first update.
 
@@ -68,8 +76,8 @@ def copies_check(
         if differ:
             raise StateError(
                 f'LENA: the gradient of "{placements[copies[differ[0]]].name}" is not the same on all tensor-parallel '
-                f"ranks, which hold copies of it: their copies drift apart, with any optimizer. {ADDS_UP} If it is no "
-                "copy but a part of a tensor, set tensor_model_parallel = True on the parameter."
+                f"ranks, which hold copies of it: their copies drift apart, with any optimizer. {what_to_do} If it is "
+                "no copy but a part of a tensor, set tensor_model_parallel = True on the parameter."
             )
 
     return check

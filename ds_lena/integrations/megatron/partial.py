@@ -25,7 +25,7 @@ def sum_partial_gradients(model: nn.Module) -> list[str]:
     Call it once, after `initialize_model_parallel` and before `deepspeed.initialize`. Without tensor parallelism it
     changes nothing.
     """
-    from megatron.core import parallel_state  # type: ignore[import-untyped]
+    from megatron.core import parallel_state
 
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return []
@@ -50,7 +50,12 @@ def gradients_are_partial(name: str, parameter: Tensor) -> bool:
     is_copy = not getattr(parameter, "tensor_model_parallel", False)
     is_of_heads = any(part in name.split(".") for part in _OF_HEADS)
     is_partial = is_copy and (getattr(parameter, "sequence_parallel", False) or is_of_heads)
-    return parameter.requires_grad and is_partial and not getattr(parameter, _ADDED_UP, False)
+    return parameter.requires_grad and is_partial and not is_added_up(parameter)
+
+
+def is_added_up(parameter: Tensor) -> bool:
+    """Whether `sum_partial_gradients` has hooked this parameter."""
+    return getattr(parameter, _ADDED_UP, False)
 
 
 def name_mpu_calls(parallel_state: object) -> None:

@@ -1,0 +1,200 @@
+"""What LENA reads of Megatron-core's optimizers and data parallelism: the only file with names that may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedError
+from ...layouts.layout import GradientPieces, Layout, Segment
+from ..deepspeed._internals.grid import Grid
+
+SEEN_WITH = "0.16.1"
+"""The version of Megatron-core that this file was tested with."""
+
+
+class Chunk(Protocol):
+    """Megatron's DistributedDataParallel around a model. `config`: the model's. `ddp_config`: its own."""
+
+    module: nn.Module
+    config: Any
+    ddp_config: Any
+
+
+def inside(optimizer: Any) -> Any:
+    """The one optimizer in what `get_megatron_optimizer` returned.
+
+    Raises:
+        UnsupportedError: it is of another kind, or there are several, or it holds nothing.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    if len(chained) != 1:
+        raise UnsupportedError(
+            f"LENA: Megatron has chained {len(chained)} optimizers, as for experts, or with "
+            "overlap_param_gather_with_optimizer_step=True. Supported is one: set that flag to False, and "
+            "expert_model_parallel_size to 1."
+        )
+    known = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
+    if type(chained[0]) not in known:
+        raise UnsupportedError(
+            f"LENA: wrap() got {type(chained[0]).__name__}. Supported are {', '.join(k.__name__ for k in known)}, as "
+            "megatron.core.optimizer.get_megatron_optimizer returns them."
+        )
+    if chained[0].is_stub_optimizer:
+        raise UnsupportedError("LENA: this rank trains no parameter. Unfreeze one on every rank.")
+    return chained[0]
+
+
+def read_grid(chunk: Any) -> Grid:
+    """Which ranks share what. The world must be the ranks of one model."""
+    everything = torch.distributed.group.WORLD
+    assert everything is not None, "Megatron has initialized torch.distributed"
+    return Grid(
+        data=chunk.dp_cp_group,
+        data_ranks=chunk.dp_cp_group.size(),
+        tensor=chunk.tp_group,
+        tensor_ranks=chunk.tp_group.size(),
+        tensor_rank=chunk.tp_group.rank(),
+        pipe_ranks=1,
+        everything=everything,
+    )
+
+
+class MegatronLayout(Layout):
+    """The averaged gradient is in `main_grad` of the model's parameters. `step()` moves tensors of the optimizer.
+
+    `pieces`: the tensor that holds a piece of a parameter, and the piece, for each one on this rank.
+    `measured`: the parameters whose pieces here are this rank's share of the averaged gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        pieces: Sequence[tuple[Tensor, Segment]],
+        measured: Callable[[int], bool],
+        wrapper: Any,
+    ) -> None:
+        self._parameters, self._pieces, self._measured, self._wrapper = parameters, pieces, measured, wrapper
+
+    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
+        return [(flat, [segment]) for flat, segment in self._pieces]
+
+    def gradients(self) -> GradientPieces:
+        for flat, segment in self._pieces:
+            if self._measured(segment.parameter):
+                gradient: Tensor = self._parameters[segment.parameter].main_grad  # type: ignore[attr-defined]
+                piece = gradient.view(-1).narrow(0, segment.offset, segment.length)
+                yield segment.parameter, piece.view_as(flat)
+
+    def loss_scale(self) -> float:
+        """Of this window: it is asked for before Megatron divides by it, and changes it."""
+        scaler = getattr(self._wrapper, "grad_scaler", None)
+        return 1.0 if scaler is None else float(scaler.scale)
+
+
+def layout_of(wrapper: Any, parameters: Sequence[Tensor], grid: Grid) -> MegatronLayout:
+    """Where the optimizer has its pieces of `parameters`."""
+    index = {id(parameter): i for i, parameter in enumerate(parameters)}
+    pieces = [
+        (flat, Segment(index[id(parameter)], start=0, length=flat.numel(), offset=offset))
+        for _, parameter, flat, offset in pieces_of(wrapper)
+    ]
+    rank, ranks = torch.distributed.get_rank(grid.data), grid.data_ranks
+    is_sharded = _is_sharded(wrapper)
+    return MegatronLayout(parameters, pieces, lambda i: is_sharded or i % ranks == rank, wrapper)
+
+
+def pieces_of(wrapper: Any) -> Iterator[tuple[int, Tensor, Tensor, int]]:
+    """The number of the group, a model's parameter, the tensor that `step()` moves for it, and its offset in there."""
+    is_range = _is_sharded(wrapper)
+    if is_range:
+        of_model = [wrapper.model_fp32_groups, wrapper.model_float16_groups]
+        moved = [wrapper.shard_fp32_groups, wrapper.shard_fp32_from_float16_groups]
+    elif hasattr(wrapper, "float16_groups"):
+        of_model = [wrapper.fp32_from_fp32_groups, wrapper.float16_groups]
+        moved = [wrapper.fp32_from_fp32_groups, wrapper.fp32_from_float16_groups]
+    else:
+        of_model = moved = [[group["params"] for group in wrapper.optimizer.param_groups]]
+    for model_groups, moved_groups in zip(of_model, moved, strict=True):
+        for number, (parameters, flats) in enumerate(zip(model_groups, moved_groups, strict=True)):
+            for parameter, flat in zip(parameters, flats, strict=True):
+                offset = wrapper._get_model_param_range_map(parameter)["param"].start if is_range else 0
+                yield number, parameter, flat, offset
+
+
+def _is_sharded(wrapper: Any) -> bool:
+    """Whether this is the distributed optimizer, of which each data-parallel rank has a range of some parameters."""
+    return hasattr(wrapper, "model_param_gbuf_map")
+
+
+def clip_coefficient(wrapper: Any, norm: Tensor) -> Tensor | None:
+    """What Megatron multiplies a gradient of this norm () by before `step()`. None if clipping is off."""
+    largest = wrapper.config.clip_grad
+    return (largest / (norm + 1e-6)).clamp(max=1) if largest > 0 else None
+
+
+def own_keys(wrapper: Any) -> Mapping[str, tuple[Any, str]]:
+    """Of the keys that are Megatron's: the value, and its name in OptimizerConfig."""
+    config = wrapper.config
+    common = {"lr": (config.lr, "lr"), "weight_decay": (config.weight_decay, "weight_decay")}
+    if config.optimizer == "adam":
+        betas = (config.adam_beta1, config.adam_beta2)
+        return common | {"betas": (betas, "adam_beta1 and adam_beta2"), "eps": (config.adam_eps, "adam_eps")}
+    return common | {"momentum": (config.sgd_momentum, "sgd_momentum")}
+
+
+def planned_micro_batches() -> tuple[int | None, int | None]:
+    """Micro-batches of one rank in a full update, and samples in a micro-batch. None where Megatron was not told."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:
+        return None, None
+    return calculator.get_num_microbatches(), calculator.get_micro_batch_size()
+
+
+# -- calls that are added ---------------------------------------------------------------------------------------------
+
+
+def around_step(wrapper: Any, before: Callable[[], None], after: Callable[[bool], None]) -> None:
+    """Call `before()` when the gradients are reduced, and neither unscaled nor clipped, and `after(applied)` after the
+    update. An update that Megatron skips, since a gradient is not finite, ends with False.
+    """
+    prepare, step = wrapper.prepare_grads, wrapper.step_with_ready_grads
+
+    def prepare_grads() -> bool:
+        before()
+        is_skipped = True
+        try:
+            is_skipped = prepare()
+        finally:
+            if is_skipped:
+                after(False)
+        return is_skipped
+
+    def step_with_ready_grads() -> bool:
+        applied = False
+        try:
+            applied = step()
+        finally:
+            after(bool(applied))
+        return applied
+
+    wrapper.prepare_grads, wrapper.step_with_ready_grads = prepare_grads, step_with_ready_grads
+
+
+def after_call(owner: Any, method: str, action: Callable[..., None]) -> None:
+    """Call `action` with the same arguments after a method of DistributedDataParallel."""
+    original = getattr(owner, method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        action(*args, **kwargs)
+        return result
+
+    setattr(owner, method, call)

@@ -1,0 +1,109 @@
+"""One case in Megatron-core's own loop, without DeepSpeed, as one rank sees it. Every rank calls `run` with the case.
+
+`case.config` has options of Megatron's DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import ds_lena
+from ds_lena.integrations.megatron import wrap
+from tests.helpers.case import SCHEDULES, Case
+from tests.helpers.split_run import join_parts, split_model, whole_model
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Megatron's optimizers put small tensors on "cuda", and ask for the type of a tensor there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = kwargs | {"device": "cpu"}
+        if func is Tensor.cuda:
+            return args[0]
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def run(case: Case) -> dict[str, Any]:
+    """The reports after every update and the fp32 weights at the end."""
+    with split_model(case) as (model, _), AsOnGpu():
+        chunk, optimizer = made(case, model)
+        wrap(optimizer, [chunk], **case.keys)
+        reports = [update_of(case, chunk, optimizer, update) for update in range(len(case.plan))]
+        return {"reports": reports, "params": _masters(case, chunk, optimizer)}
+
+
+def made(case: Case, model: nn.Module) -> tuple[Any, Any]:
+    """Megatron's DistributedDataParallel around the model, and its optimizer, before `wrap`."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    keys, narrow = case.keys, case.narrow or torch.float32
+    ddp = DistributedDataParallelConfig(bucket_size=4000, **dict(case.config))
+    is_adam = case.base in ("adamw", "lamb")
+    options: dict[str, Any] = {"adam_beta1": keys["betas"][0], "adam_beta2": keys["betas"][1]} if is_adam else {}
+    options |= {"adam_eps": keys["eps"]} if is_adam else {"sgd_momentum": keys["momentum"]}
+    if case.precision == "fp16":
+        options["loss_scale"] = 2.0**10
+    config = OptimizerConfig(
+        optimizer="adam" if is_adam else "sgd",
+        lr=keys["lr"],
+        weight_decay=0.01 if is_adam else 0.0,
+        clip_grad=case.clipping,
+        bf16=narrow is torch.bfloat16,
+        fp16=narrow is torch.float16,
+        params_dtype=narrow,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+        **options,
+    )
+    chunk = DistributedDataParallel(model.config, ddp, model.to(narrow))
+    return chunk, get_megatron_optimizer(config, [chunk], config_overrides={})
+
+
+def update_of(case: Case, chunk: Any, optimizer: Any, update: int) -> Any:
+    """One update of a loop as a user of Megatron-core writes it; the report after it."""
+    from megatron.core.distributed import finalize_model_grads
+
+    chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    micros = case.plan[update].micros
+    for micro in range(micros):
+        with chunk.no_sync() if micro < micros - 1 else contextlib.nullcontext():
+            loss = chunk(*case.batch(update, case.data_rank(dist.get_rank()), micro))
+            optimizer.scale_loss(loss / micros).backward()
+    finalize_model_grads([chunk])
+    for group in optimizer.param_groups:  # as Megatron's OptimizerParamScheduler does
+        group["lr"] = case.keys["lr"] * SCHEDULES[case.schedule](update)
+    optimizer.step()
+    return ds_lena.report(optimizer)
+
+
+def _masters(case: Case, chunk: Any, optimizer: Any) -> dict[str, Tensor]:
+    """The whole fp32 weight of every parameter."""
+    masters = dict(_own_masters(chunk, optimizer))
+    shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
+    return {name: join_parts(part, shapes[name], chunk.tp_group) for name, part in masters.items()}
+
+
+def _own_masters(chunk: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Of this rank's parts. A rank of the distributed optimizer has a range of each; the others' are added to it."""
+    inner = optimizer.chained_optimizers[0]
+    for name, parameter in chunk.named_parameters():
+        master = getattr(parameter, "main_param", None)
+        if hasattr(inner, "model_param_gbuf_map") and hasattr(parameter, "main_param"):
+            whole = torch.zeros(parameter.numel())
+            if master is not None:
+                whole[inner._get_model_param_range_map(parameter)["param"].start :][: master.numel()] = master.detach()
+            dist.all_reduce(whole, group=chunk.dp_cp_group)
+            master = whole.view(parameter.shape)
+        yield name.removeprefix("module."), (parameter if master is None else master).detach().clone()

@@ -1,0 +1,52 @@
+"""Megatron-core's own data parallelism and optimizers, without DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.case import Case
+from tests.helpers.check import check
+from tests.helpers.make import Cases
+
+EPS = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}  # a bias of keys has a true gradient of zero
+SHARDED = {"use_distributed_optimizer": True}
+FP32_SUMS = {"grad_reduce_in_fp32": True}
+
+
+def megatron(name: str, tensor: int = 1, model: str = "megatron", **fields: Any) -> Case:
+    lena = {"eps": EPS[fields.get("precision", "fp32")]} if fields.get("base", "adamw") in ("adamw", "lamb") else {}
+    fields = {"groups": "flat", "clipping": 0.5} | fields
+    return Case(f"own-loop-{name}", stage=None, tensor=tensor, split=model, lena=lena, **fields)
+
+
+TWO: Cases = [
+    megatron("dp2"),
+    megatron("dp2-sharded", config=SHARDED),
+    megatron("dp2-lamb-sharded", base="lamb", config=SHARDED, accumulation=4, schedule="decaying"),
+    megatron("dp2-lars", base="lars"),
+    megatron("dp2-sgd-module", base="sgd", layer="module", accumulation=1),
+    megatron("dp2-block", layer="block", clipping=0.0, accumulation=4),
+    megatron("dp2-tied", model="megatron-tied", config=SHARDED | {"overlap_grad_reduce": True}),
+    megatron("dp2-bf16", precision="bf16"),
+    megatron("dp2-bf16-fp32", precision="bf16", config=FP32_SUMS),
+    megatron("dp2-bf16-sharded", precision="bf16", config=SHARDED | FP32_SUMS),
+    megatron("dp2-fp16-sharded", precision="fp16", config=SHARDED),
+    megatron("tp2", tensor=2),
+    megatron("tp2-lamb", tensor=2, base="lamb"),
+    megatron("tp2-sequence", tensor=2, model="megatron-sequence", accumulation=4, schedule="decaying"),
+    megatron("tp2-sequence-lamb-sharded", tensor=2, model="megatron-sequence", base="lamb", config=SHARDED),
+    megatron("tp2-sequence-bf16", tensor=2, model="megatron-sequence", precision="bf16", config=FP32_SUMS),
+    megatron("tp2-head-norms", tensor=2, model="megatron-head-norms", config=SHARDED),
+    megatron("tp2-model", tensor=2, layer="model", accumulation=1, clipping=0.0),
+]
+FOUR: Cases = [
+    megatron("tp2-dp2-sequence-sharded", world=4, tensor=2, model="megatron-sequence", config=SHARDED),
+    megatron("tp2-dp2-lamb", world=4, tensor=2, base="lamb", accumulation=4),
+]
+
+
+@pytest.mark.parametrize("case", TWO + FOUR, ids=lambda case: case.name)
+def test_megatrons_own_loop(case: Case, run_case: Any) -> None:
+    check(case, run_case)
