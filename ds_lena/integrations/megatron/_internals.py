@@ -106,13 +106,13 @@ def layout_of(wrapper: Any, parameters: Sequence[Tensor], grid: Grid) -> Megatro
         for _, parameter, flat, offset in pieces_of(wrapper)
     ]
     rank, ranks = torch.distributed.get_rank(grid.data), grid.data_ranks
-    is_sharded = _is_sharded(wrapper)
-    return MegatronLayout(parameters, pieces, lambda i: is_sharded or i % ranks == rank, wrapper)
+    has_ranges = is_sharded(wrapper)
+    return MegatronLayout(parameters, pieces, lambda i: has_ranges or i % ranks == rank, wrapper)
 
 
 def pieces_of(wrapper: Any) -> Iterator[tuple[int, Tensor, Tensor, int]]:
     """The number of the group, a model's parameter, the tensor that `step()` moves for it, and its offset in there."""
-    is_range = _is_sharded(wrapper)
+    is_range = is_sharded(wrapper)
     if is_range:
         of_model = [wrapper.model_fp32_groups, wrapper.model_float16_groups]
         moved = [wrapper.shard_fp32_groups, wrapper.shard_fp32_from_float16_groups]
@@ -128,7 +128,7 @@ def pieces_of(wrapper: Any) -> Iterator[tuple[int, Tensor, Tensor, int]]:
                 yield number, parameter, flat, offset
 
 
-def _is_sharded(wrapper: Any) -> bool:
+def is_sharded(wrapper: Any) -> bool:
     """Whether this is the distributed optimizer, of which each data-parallel rank has a range of some parameters."""
     return hasattr(wrapper, "model_param_gbuf_map")
 

@@ -51,7 +51,8 @@ def attach(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> No
     lena.register_state_dict_post_hook(lambda _, packed: carrier.fill(packed["param_groups"], packed["lena"]))
     wrapper.optimizer = lena
     window = Window(chunk, controller)
-    steps = StepInGroups(lena) if _keeps_step_in_groups(inner) else None
+    is_torchs = isinstance(inner, (torch.optim.AdamW, torch.optim.SGD))  # otherwise FusedAdam or FusedSGD
+    steps = StepInGroups(lena, is_torchs) if _internals.is_sharded(wrapper) or not is_torchs else None
 
     def before() -> None:
         window.begin()
@@ -193,8 +194,3 @@ def _check_layout(layout: _internals.MegatronLayout, parameters: Sequence[Tensor
                     "get_megatron_optimizer(), call optimizer.reload_model_params() before wrap(). Otherwise install "
                     f"megatron-core {_internals.SEEN_WITH}, or report this configuration."
                 )
-
-
-def _keeps_step_in_groups(inner: Any) -> bool:
-    """Whether the optimizer counts its updates in its groups, as FusedAdam of Transformer Engine and of Apex do."""
-    return not isinstance(inner, (torch.optim.AdamW, torch.optim.SGD))

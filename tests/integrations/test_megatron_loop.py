@@ -1,0 +1,279 @@
+"""LENA around Megatron-core's own optimizers: what is refused, on every rank alike, and a run that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ds_lena
+from ds_lena.integrations.megatron import sum_partial_gradients, wrap
+from tests.helpers.case import Case
+from tests.helpers.megatron_run import AsOnGpu, made, update_of
+from tests.helpers.split_run import split_model
+from tests.integrations._ranks import Ranks
+
+SHARDED = {"use_distributed_optimizer": True}
+
+
+@contextmanager
+def megatron(split: str = "megatron", **fields: Any) -> Iterator[tuple[Case, Any, Any]]:
+    """The case, Megatron's DistributedDataParallel around the model, and its optimizer."""
+    case = Case("", stage=None, split=split, groups="flat", **fields)
+    with split_model(case) as (model, _), AsOnGpu():
+        yield case, *made(case, model)
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def model_config(chunk: Any, _: Any) -> Any:
+    return chunk.config
+
+
+def ddp_config(chunk: Any, _: Any) -> Any:
+    return chunk.ddp_config
+
+
+def optimizer_config(_: Any, optimizer: Any) -> Any:
+    return optimizer.config
+
+
+def bias(chunk: Any, _: Any) -> Any:
+    return chunk.module.decoder.final_layernorm.bias
+
+
+def layer(chunk: Any, _: Any) -> Any:
+    return chunk.module.output_layer
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str, Any, str]] = {
+    "fused": (model_config, "gradient_accumulation_fusion", True, "gradient_accumulation_fusion=False"),
+    "fused layer": (layer, "fuse_wgrad_accumulation", True, "gradient_accumulation_fusion=False"),
+    "delayed": (ddp_config, "delay_wgrad_compute", True, "delay_wgrad_compute=False"),
+    "deferred": (model_config, "defer_embedding_wgrad_compute", True, "defer_embedding_wgrad_compute=False"),
+    "graphs": (model_config, "cuda_graph_impl", "local", 'cuda_graph_impl="none"'),
+    "combined schedule": (
+        model_config,
+        "overlap_moe_expert_parallel_comm",
+        True,
+        "overlap_moe_expert_parallel_comm=False",
+    ),
+    "context": (model_config, "context_parallel_size", 2, "context_parallel_size=1"),
+    "experts": (bias, "allreduce", False, "expert_model_parallel_size=1"),
+    "split experts": (model_config, "num_moe_experts", 4, "num_moe_experts=None"),
+    "averaged": (bias, "average_gradients_across_tp_domain", True, "tensor_model_parallel_size=1"),
+    "fsdp": (ddp_config, "use_megatron_fsdp", True, "use_megatron_fsdp=False"),
+    "instances": (ddp_config, "num_distributed_optimizer_instances", 2, "num_distributed_optimizer_instances=1"),
+    "fp8": (ddp_config, "fp8_param_gather", True, "fp8_param_gather=False"),
+    "precision-aware": (optimizer_config, "use_precision_aware_optimizer", True, "use_precision_aware_optimizer=False"),
+    "offload": (optimizer_config, "optimizer_cpu_offload", True, "optimizer_cpu_offload=False"),
+    "no AdamW": (optimizer_config, "decoupled_weight_decay", False, "decoupled_weight_decay=True"),
+    "muon": (optimizer_config, "optimizer", "muon", 'optimizer="adam" or "sgd"'),
+}
+
+
+def refusals() -> dict[str, str]:
+    """What each of them says, with the flag on rank 1 alone."""
+    found = {}
+    with megatron(tensor=2) as (case, chunk, optimizer):
+        for name, (owner, flag, value, _) in REFUSED.items():
+            with pytest.MonkeyPatch.context() as patch:
+                if dist.get_rank() == 1:
+                    patch.setattr(owner(chunk, optimizer), flag, value, raising=False)
+                found[name] = error_of(optimizer, [chunk], **case.keys)
+    return found
+
+
+def error_of(optimizer: Any, chunks: list[Any], **keys: Any) -> str:
+    try:
+        wrap(optimizer, chunks, **keys)
+    except ds_lena.LenaError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_not_exact_is_refused_on_every_rank_with_the_flag_to_set(ranks: Ranks) -> None:
+    first, second = ranks.run(refusals)
+    assert first == second
+    assert {name: text for name, (*_, text) in REFUSED.items() if text not in first[name]} == {}
+
+
+def other_refusals() -> dict[str, str]:
+    found = {}
+    with megatron(tensor=2, split="megatron-sequence") as (case, chunk, optimizer):
+        sum_partial_gradients(chunk.module)
+        found["summed"] = error_of(optimizer, [chunk], **case.keys)
+        found["no ddp"] = error_of(optimizer, [chunk.module], **case.keys)
+        found["chunks"] = error_of(optimizer, [chunk, chunk], **case.keys)
+        found["inner"] = error_of(optimizer.optimizer, [chunk], **case.keys)
+        optimizer.chained_optimizers *= 2
+        found["chained"] = error_of(optimizer, [chunk], **case.keys)
+    with megatron() as (_, chunk, optimizer):
+        found["lr"] = error_of(optimizer, [chunk], lr=1.0)
+        found["betas"] = error_of(optimizer, [chunk], betas=[0.5, 0.5])
+        found["base"] = error_of(optimizer, [chunk], base="lars")
+        found["key"] = error_of(optimizer, [chunk], gain=2)
+        found["steps"] = error_of(optimizer, [chunk])
+        wrap(optimizer, [chunk], warmup="none")
+        found["twice"] = error_of(optimizer, [chunk], warmup="none")
+    with megatron(base="sgd") as (_, chunk, optimizer):
+        found["nesterov"] = error_of(optimizer, [chunk], nesterov=True)
+    return found
+
+
+def test_other_misuse_is_refused(ranks: Ranks) -> None:
+    first, second = ranks.run(other_refusals)
+    assert first == second
+    wanted = {
+        "summed": "sum_partial_gradients() in Megatron's own loop",
+        "no ddp": "wrapped in Megatron-core's DistributedDataParallel",
+        "chunks": "[DistributedDataParallel, DistributedDataParallel]",
+        "inner": "wrap() got AdamW",
+        "chained": "Megatron has chained 2 optimizers",
+        "lr": '"lr": 1.0, but Megatron\'s OptimizerConfig has lr = 0.002',
+        "betas": "adam_beta1 and adam_beta2 = (0.9, 0.99)",
+        "base": 'has optimizer="adam", whose state fits adamw and lamb',
+        "key": 'unknown key "gain"',
+        "steps": '"total_steps" is not known',
+        "twice": "wrap() was called before",
+        "nesterov": "Megatron's SGD has none",
+    }
+    assert {name: first[name] for name, text in wanted.items() if text not in first[name]} == {}
+
+
+def loops_refused() -> dict[str, str]:
+    """Loops that would not move the weights by the averaged gradient of the window."""
+    found = {}
+    for name in ("not finalized", "not zeroed", "no backward", "inner step"):
+        with megatron() as (case, chunk, optimizer):
+            wrap(optimizer, [chunk], **case.keys)
+            update_of(case, chunk, optimizer, 0)
+            if name != "not zeroed":
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            if name != "no backward":
+                chunk(*case.batch(1, dist.get_rank(), 0)).backward()
+            if name != "not finalized":
+                chunk.finish_grad_sync()
+            try:
+                (optimizer.optimizer if name == "inner step" else optimizer).step()
+            except ds_lena.StateError as error:
+                found[name] = str(error)
+    return found
+
+
+def test_a_loop_that_loses_or_keeps_gradients_is_refused(ranks: Ranks) -> None:
+    first, second = ranks.run(loops_refused)
+    assert first == second
+    assert "finalize_model_grads(model_chunks)" in first["not finalized"]
+    assert "zero_grad_buffer()" in first["not zeroed"]
+    assert "no backward pass was seen" in first["no backward"]
+    assert "step() of the optimizer that wrap() returned" in first["inner step"]
+
+
+def parts_not_added_up() -> str:
+    """Megatron's finalize_model_grads() is left out: only the data-parallel reduction is done."""
+    with megatron(tensor=2, split="megatron-sequence") as (case, chunk, optimizer):
+        wrap(optimizer, [chunk], **case.keys)
+        chunk(*case.batch(0, 0, 0)).backward()
+        chunk.finish_grad_sync()
+        return error_of_step(optimizer)
+
+
+def error_of_step(optimizer: Any) -> str:
+    try:
+        optimizer.step()
+    except ds_lena.LenaError as error:
+        return str(error)
+    return ""
+
+
+def test_copies_that_would_drift_apart_are_refused_at_the_first_update(ranks: Ranks) -> None:
+    first, second = ranks.run(parts_not_added_up)
+    assert first == second
+    assert "is not the same on all tensor-parallel ranks" in first and "finalize_model_grads(model_chunks)" in first
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+def resumed(folder: str, split: str, base: str, config: dict[str, Any], precision: str, tensor: int) -> list[bool]:
+    """Whether a run that goes on from Megatron's checkpoint ends with the same report and weights, bit by bit."""
+    fields = {"base": base, "config": config, "precision": precision, "tensor": tensor}
+    path = f"{folder}/{base}-{dist.get_rank()}"
+    with megatron(split, **fields) as (case, chunk, optimizer):
+        wrap(optimizer, [chunk], **case.keys)
+        for update in range(2):
+            update_of(case, chunk, optimizer, update)
+        torch.save({"model": chunk.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        if config:
+            optimizer.save_parameter_state(f"{folder}/{base}-state")
+        reports = [update_of(case, chunk, optimizer, update) for update in (2, 3)]
+        weights = [p.detach().clone() for p in chunk.parameters()]
+    with megatron(split, **fields) as (case, chunk, optimizer):
+        wrap(optimizer, [chunk], **case.keys)
+        saved = torch.load(path, weights_only=False)
+        chunk.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if config:
+            with torch.no_grad():  # in fp32 Megatron's own loading fails without
+                optimizer.load_parameter_state(f"{folder}/{base}-state")
+        again = [update_of(case, chunk, optimizer, update) for update in (2, 3)]
+        return [again == reports, all(map(torch.equal, weights, chunk.parameters()))]
+
+
+@pytest.mark.parametrize(
+    ("split", "base", "config", "precision", "tensor"),
+    [
+        ("megatron", "adamw", {}, "fp32", 1),
+        ("megatron-sequence", "lars", {}, "bf16", 2),
+        ("megatron", "lamb", SHARDED, "bf16", 1),
+        ("megatron", "adamw", SHARDED, "fp32", 1),
+    ],
+)
+def test_a_resumed_run_is_the_unbroken_run(
+    ranks: Ranks, tmp_path: Path, split: str, base: str, config: dict[str, Any], precision: str, tensor: int
+) -> None:
+    assert ranks.run(resumed, str(tmp_path), split, base, config, precision, tensor) == [[True, True]] * 2
+
+
+def checkpointed(folder: str, config: dict[str, Any]) -> list[bool]:
+    """The same by Megatron's distributed checkpoints, into an optimizer that has made no update."""
+    from megatron.core import dist_checkpointing
+
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+    def sharded(chunk: Any, optimizer: Any, is_loading: bool) -> dict[str, Any]:
+        model = chunk.sharded_state_dict()
+        return {
+            "model": model,
+            "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        }
+
+    with megatron(config=config, tensor=2, precision="bf16") as (case, chunk, optimizer):
+        wrap(optimizer, [chunk], **case.keys)
+        for update in range(2):
+            update_of(case, chunk, optimizer, update)
+        dist_checkpointing.save(sharded(chunk, optimizer, False), folder)
+        reports = [update_of(case, chunk, optimizer, update) for update in (2, 3)]
+        weights = [p.detach().clone() for p in chunk.parameters()]
+    with megatron(config=config, tensor=2, precision="bf16") as (case, chunk, optimizer):
+        wrap(optimizer, [chunk], **case.keys)
+        loaded = dist_checkpointing.load(sharded(chunk, optimizer, True), folder)
+        chunk.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        again = [update_of(case, chunk, optimizer, update) for update in (2, 3)]
+        return [again == reports, all(map(torch.equal, weights, chunk.parameters()))]
+
+
+@pytest.mark.parametrize("config", [{}, SHARDED])
+def test_megatrons_distributed_checkpoints_hold_lenas_state(
+    ranks: Ranks, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    assert ranks.run(checkpointed, str(tmp_path), config) == [[True, True]] * 2
