@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +27,14 @@ def on_cpu() -> Iterator[None]:
         def is_initialized(self) -> bool:
             return True
 
-    before = torch.cuda.current_device, random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED
-    torch.cuda.current_device = lambda: "cpu"
-    random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = NoStates(), True
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        patch.setattr(random, "_get_all_rng_states", lambda: ())
+        patch.setattr(random, "_set_all_rng_states", lambda *_: None)
+        patch.setattr(random, "_CUDA_RNG_STATE_TRACKER", NoStates())
+        patch.setattr(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
         yield
-    finally:
-        torch.cuda.current_device, random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = before
 
 
 def megatron_gpt(tensor: int, sequence_parallel: bool, tied: bool, head_norms: bool) -> nn.Module:

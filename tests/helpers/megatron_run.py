@@ -17,7 +17,10 @@ from torch.overrides import TorchFunctionMode
 import ds_lena
 from ds_lena.integrations.megatron import wrap
 from tests.helpers.case import SCHEDULES, Case
+from tests.helpers.gpt_twin import LENGTH
 from tests.helpers.split_run import join_parts, split_model, whole_model
+
+TOKENS = 2 * LENGTH  # of a micro-batch
 
 
 class AsOnGpu(TorchFunctionMode):
@@ -66,26 +69,64 @@ def made(case: Case, model: nn.Module) -> tuple[Any, Any]:
         use_distributed_optimizer=ddp.use_distributed_optimizer,
         **options,
     )
+    if case.loop == "recompute":
+        vars(model.config).update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    model.config.calculate_per_token_loss = case.loop == "per token"
     chunk = DistributedDataParallel(model.config, ddp, model.to(narrow))
     return chunk, get_megatron_optimizer(config, [chunk], config_overrides={})
 
 
 def update_of(case: Case, chunk: Any, optimizer: Any, update: int) -> Any:
     """One update of a loop as a user of Megatron-core writes it; the report after it."""
-    from megatron.core.distributed import finalize_model_grads
-
     chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    micros = case.plan[update].micros
-    for micro in range(micros):
-        with chunk.no_sync() if micro < micros - 1 else contextlib.nullcontext():
-            loss = chunk(*case.batch(update, case.data_rank(dist.get_rank()), micro))
-            optimizer.scale_loss(loss / micros).backward()
-    finalize_model_grads([chunk])
+    batches = [case.batch(update, case.data_rank(dist.get_rank()), i) for i in range(case.plan[update].micros)]
+    if case.loop == "again":  # the first try of an update is thrown away
+        chunk(*batches[0]).backward()
+        chunk.zero_grad_buffer()
+    if case.loop == "engine":
+        _accumulate(case, chunk, optimizer, update, batches)
+    else:
+        _by_schedule(case, chunk, optimizer, batches)
     for group in optimizer.param_groups:  # as Megatron's OptimizerParamScheduler does
         group["lr"] = case.keys["lr"] * SCHEDULES[case.schedule](update)
     optimizer.step()
     return ds_lena.report(optimizer)
+
+
+def _accumulate(case: Case, chunk: Any, optimizer: Any, update: int, batches: list[Any]) -> None:
+    from megatron.core.distributed import finalize_model_grads
+
+    for batch in batches:
+        with chunk.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
+            loss = optimizer.scale_loss(chunk(*batch) / len(batches))
+            (loss * float("inf") if case.plan[update].poisoned else loss).backward()
+    finalize_model_grads([chunk])
+
+
+def _by_schedule(case: Case, chunk: Any, optimizer: Any, batches: list[Any]) -> None:
+    """By Megatron's own schedule. "per token": the gradient is divided by the tokens of all micro-batches."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = chunk.config
+    config.finalize_model_grads_func, config.no_sync_func = finalize_model_grads, chunk.no_sync
+    config.grad_scale_func = optimizer.scale_loss
+
+    def loss_of(loss: Tensor) -> tuple[Any, ...]:
+        if case.loop != "per token":
+            return loss, {}
+        tokens = torch.tensor(TOKENS, dtype=torch.int)
+        return loss * TOKENS, tokens, {}
+
+    get_forward_backward_func()(
+        forward_step_func=lambda data, model: (model(*next(data)), loss_of),
+        data_iterator=iter(batches),
+        model=[chunk],
+        num_microbatches=len(batches),
+        seq_length=LENGTH,
+        micro_batch_size=2,
+    )
 
 
 def _masters(case: Case, chunk: Any, optimizer: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,10 +248,12 @@ def checkpointed(folder: str, config: dict[str, Any]) -> list[bool]:
     """The same by Megatron's distributed checkpoints, into an optimizer that has made no update."""
     from megatron.core import dist_checkpointing
 
+    # Megatron writes in processes of its own, which those of this test must not start, being daemons.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
 
     def sharded(chunk: Any, optimizer: Any, is_loading: bool) -> dict[str, Any]:
-        model = chunk.sharded_state_dict()
+        model = chunk.module.sharded_state_dict()
         return {
             "model": model,
             "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),

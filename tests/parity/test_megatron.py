@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.case import Case
+from tests.helpers.case import Case, Window
 from tests.helpers.check import check
 from tests.helpers.make import Cases
 
@@ -33,6 +33,13 @@ TWO: Cases = [
     megatron("dp2-bf16-fp32", precision="bf16", config=FP32_SUMS),
     megatron("dp2-bf16-sharded", precision="bf16", config=SHARDED | FP32_SUMS),
     megatron("dp2-fp16-sharded", precision="fp16", config=SHARDED),
+    megatron(
+        "dp2-fp16-skipped", precision="fp16", windows=(*[Window(2)] * 2, Window(2, poisoned=True), *[Window(2)] * 3)
+    ),
+    megatron("dp2-schedule", loop="schedule", accumulation=4),
+    megatron("dp2-per-token", loop="per token", accumulation=4, config=SHARDED),
+    megatron("dp2-recompute", loop="recompute"),
+    megatron("dp2-again", loop="again"),
     megatron("tp2", tensor=2),
     megatron("tp2-lamb", tensor=2, base="lamb"),
     megatron("tp2-sequence", tensor=2, model="megatron-sequence", accumulation=4, schedule="decaying"),
