@@ -37,8 +37,9 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def megatron_gpt(tensor: int, sequence_parallel: bool, tied: bool, head_norms: bool) -> nn.Module:
-    """`model(tokens, _)` is the mean loss, as the twin's."""
+def megatron_gpt(tensor: int, sequence_parallel: bool, tied: bool, head_norms: bool, pipe: int = 1) -> nn.Module:
+    """`model(tokens, _)` is the mean loss, as the twin's. On a stage before the last: what it hands on."""
+    from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -56,13 +57,17 @@ def megatron_gpt(tensor: int, sequence_parallel: bool, tied: bool, head_norms: b
         def forward(self, tokens: Tensor, _: bool = False) -> Tensor:
             places = torch.arange(LENGTH).expand(len(tokens), -1)
             future = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-            return super().forward(tokens[:, :-1], places, future, labels=tokens[:, 1:]).mean()
+            result = super().forward(tokens[:, :-1], places, future, labels=tokens[:, 1:])
+            return result.mean() if self.post_process else result
 
     config = TransformerConfig(
         num_layers=LAYERS,
         hidden_size=WIDTH,
         num_attention_heads=HEADS,
         tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipe,
+        pipeline_dtype=torch.float32,
+        batch_p2p_comm=False,
         sequence_parallel=sequence_parallel,
         qk_layernorm=head_norms,
         use_cpu_initialization=True,
@@ -75,5 +80,9 @@ def megatron_gpt(tensor: int, sequence_parallel: bool, tied: bool, head_norms: b
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     if head_norms:
         parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = Norm
-    block = TransformerBlockSubmodules(layer_specs=[layer] * LAYERS, layer_norm=Norm)
-    return Gpt(config, block, VOCAB, LENGTH, share_embeddings_and_output_weights=tied)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * (LAYERS // pipe), layer_norm=Norm)
+    stage = {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
+    return Gpt(config, block, VOCAB, LENGTH, share_embeddings_and_output_weights=tied, **stage)

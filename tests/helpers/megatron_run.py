@@ -18,7 +18,7 @@ import ds_lena
 from ds_lena.integrations.megatron import wrap
 from tests.helpers.case import SCHEDULES, Case
 from tests.helpers.gpt_twin import LENGTH
-from tests.helpers.split_run import join_parts, split_model, whole_model
+from tests.helpers.split_run import join_parts, name_in_whole, of_all_stages, split_model, whole_model
 
 TOKENS = 2 * LENGTH  # of a micro-batch
 
@@ -39,7 +39,7 @@ class AsOnGpu(TorchFunctionMode):
 
 def run(case: Case) -> dict[str, Any]:
     """The reports after every update and the fp32 weights at the end."""
-    with split_model(case) as (model, _), AsOnGpu():
+    with AsOnGpu(), split_model(case) as (model, _):
         chunk, optimizer = made(case, model)
         wrap(optimizer, [chunk], **case.keys)
         reports = [update_of(case, chunk, optimizer, update) for update in range(len(case.plan))]
@@ -72,6 +72,7 @@ def made(case: Case, model: nn.Module) -> tuple[Any, Any]:
     if case.loop == "recompute":
         vars(model.config).update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     model.config.calculate_per_token_loss = case.loop == "per token"
+    model.config.pipeline_dtype = narrow
     chunk = DistributedDataParallel(model.config, ddp, model.to(narrow))
     return chunk, get_megatron_optimizer(config, [chunk], config_overrides={})
 
@@ -133,7 +134,8 @@ def _masters(case: Case, chunk: Any, optimizer: Any) -> dict[str, Tensor]:
     """The whole fp32 weight of every parameter."""
     masters = dict(_own_masters(chunk, optimizer))
     shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
-    return {name: join_parts(part, shapes[name], chunk.tp_group) for name, part in masters.items()}
+    whole = {name: join_parts(part, shapes[name], chunk.tp_group) for name, part in masters.items()}
+    return of_all_stages(whole) if case.pipe > 1 else whole
 
 
 def _own_masters(chunk: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
@@ -147,4 +149,5 @@ def _own_masters(chunk: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
                 whole[inner._get_model_param_range_map(parameter)["param"].start :][: master.numel()] = master.detach()
             dist.all_reduce(whole, group=chunk.dp_cp_group)
             master = whole.view(parameter.shape)
-        yield name.removeprefix("module."), (parameter if master is None else master).detach().clone()
+        whole_name = name_in_whole(name.removeprefix("module."), chunk.module)
+        yield whole_name, (parameter if master is None else master).detach().clone()

@@ -61,10 +61,10 @@ def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
     from tests.helpers.megatron_gpt import megatron_gpt, on_cpu
 
     with on_cpu():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=case.tensor)
+        parallel_state.initialize_model_parallel(case.tensor, case.pipe)
         try:
             flags = (f in case.split for f in ("sequence", "tied", "head-norms"))
-            model = megatron_gpt(case.tensor, *flags)
+            model = megatron_gpt(case.tensor, *flags, case.pipe)
             _take_parts(model, whole, parallel_state.get_tensor_model_parallel_rank())
             if case.stage is not None and "unsummed" not in case.split:
                 from ds_lena.integrations.megatron import sum_partial_gradients
@@ -79,11 +79,20 @@ def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
 def _take_parts(model: nn.Module, whole: nn.Module, rank: int) -> None:
     weights = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
-        weight = weights[name]
+        weight = weights[name_in_whole(name, model)]
         for dim, (part, size) in enumerate(zip(parameter.shape, weight.shape, strict=True)):
             if part != size:
                 weight = weight.narrow(dim, rank * part, part)
         parameter.copy_(weight)
+
+
+def name_in_whole(name: str, model: nn.Module) -> str:
+    """Of a parameter of Megatron's GPT. Each of two stages has one layer, and the last a copy of a tied embedding."""
+    if getattr(model, "pre_process", True):
+        return name
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return name.replace("layers.0.", "layers.1.")
 
 
 def join_parts(part: Tensor, whole: torch.Size, group: dist.ProcessGroup) -> Tensor:

@@ -26,7 +26,7 @@ SHARDED = {"use_distributed_optimizer": True}
 def megatron(split: str = "megatron", **fields: Any) -> Iterator[tuple[Case, Any, Any]]:
     """The case, Megatron's DistributedDataParallel around the model, and its optimizer."""
     case = Case("", stage=None, split=split, groups="flat", **fields)
-    with split_model(case) as (model, _), AsOnGpu():
+    with AsOnGpu(), split_model(case) as (model, _):
         yield case, *made(case, model)
 
 

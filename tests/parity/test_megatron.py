@@ -47,10 +47,15 @@ TWO: Cases = [
     megatron("tp2-sequence-bf16", tensor=2, model="megatron-sequence", precision="bf16", config=FP32_SUMS),
     megatron("tp2-head-norms", tensor=2, model="megatron-head-norms", config=SHARDED),
     megatron("tp2-model", tensor=2, layer="model", accumulation=1, clipping=0.0),
+    megatron("pp2", pipe=2, loop="schedule"),
+    megatron("pp2-tied-lamb", pipe=2, loop="schedule", model="megatron-tied", base="lamb", accumulation=4),
+    megatron("pp2-bf16-block-sharded", pipe=2, loop="schedule", precision="bf16", layer="block", config=SHARDED),
 ]
 FOUR: Cases = [
     megatron("tp2-dp2-sequence-sharded", world=4, tensor=2, model="megatron-sequence", config=SHARDED),
     megatron("tp2-dp2-lamb", world=4, tensor=2, base="lamb", accumulation=4),
+    megatron("pp2-dp2-tied-sharded", world=4, pipe=2, loop="schedule", model="megatron-tied", config=SHARDED),
+    megatron("tp2-pp2-sequence", world=4, tensor=2, pipe=2, loop="schedule", model="megatron-sequence"),
 ]
 
 

@@ -15,6 +15,8 @@ from ..deepspeed._internals.grid import Grid
 SEEN_WITH = "0.16.1"
 """The version of Megatron-core that this file was tested with."""
 
+EMBEDDING = "embedding.word_embeddings.weight"
+
 
 class Chunk(Protocol):
     """Megatron's DistributedDataParallel around a model. `config`: the model's. `ddp_config`: its own."""
@@ -61,9 +63,40 @@ def read_grid(chunk: Any) -> Grid:
         tensor=chunk.tp_group,
         tensor_ranks=chunk.tp_group.size(),
         tensor_rank=chunk.tp_group.rank(),
-        pipe_ranks=1,
+        pipe_ranks=chunk.pp_group.size(),
         everything=everything,
     )
+
+
+def names_in_whole_model(chunk: Chunk) -> list[tuple[str, Tensor]]:
+    """The parameters of this rank's stage, under their names in a model that is not cut into stages.
+
+    On a stage layers are counted from 0. The copy of the embedding on the last stage is its output layer.
+    """
+    paths = {
+        f"{path}.": f"{path.rpartition('.')[0]}.{module.layer_number - 1}."
+        for path, module in chunk.module.named_modules()
+        if path.rpartition(".")[2].isdigit() and hasattr(module, "layer_number")
+    }
+    found: list[tuple[str, Tensor]] = []
+    for name, parameter in chunk.module.named_parameters():
+        local = next((path for path in paths if name.startswith(path)), "")
+        whole = paths.get(local, "") + name.removeprefix(local)
+        if getattr(parameter, "shared", False):
+            whole = whole.replace("output_layer.weight", EMBEDDING)
+        found.append((whole, parameter))
+    return found
+
+
+def tied_embedding(chunk: Chunk) -> dict[int, tuple[list[int], Any]]:
+    """By id of this stage's copy of the embedding: the ranks with a copy, in the order of stages, and their group."""
+    tied = [parameter for parameter in chunk.module.parameters() if getattr(parameter, "shared_embedding", False)]
+    if not tied:
+        return {}
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_embedding_group()
+    return {id(parameter): (torch.distributed.get_process_group_ranks(group), group) for parameter in tied}
 
 
 class MegatronLayout(Layout):

@@ -24,7 +24,7 @@ from ...optimizer import LENA, controller_of, dormant
 from ...schedule import carrier
 from ...schedule.clock import RunPlan
 from ..deepspeed._internals.grid import Grid
-from ..deepspeed.axes import tensor
+from ..deepspeed.axes import pipeline, tensor
 from ..deepspeed.exchange import members_of_all, together
 from . import _internals
 from .refused import refuse_unsupported
@@ -80,7 +80,7 @@ def _make(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> tup
     groups: list[dict[str, Any]] = [
         {"params": [], "lr": group.get("max_lr") or group["lr"]} for group in wrapper.optimizer.param_groups
     ]
-    trained = [(name, p) for name, p in chunks[0].named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in _internals.names_in_whole_model(chunks[0]) if p.requires_grad]
     names = canonical_names([name for name, _ in trained])
     for name, (_, parameter) in zip(names, trained, strict=True):
         groups[group_of.get(id(parameter), 0)]["params"].append((name, parameter))
@@ -156,6 +156,7 @@ def _placements(grid: Grid, chunk: Any, parameters: Sequence[Tensor], names: Seq
     if chunk.config.calculate_per_token_loss:
         placements = [replace(placement, divisor=1) for placement in placements]
     placements = tensor.parts_and_copies(grid, parameters, placements)
+    placements = pipeline.join_ties(_internals.tied_embedding(chunk), parameters, placements)
     if grid.tensor_ranks == 1:
         return placements
     join = _add_up_over(grid)

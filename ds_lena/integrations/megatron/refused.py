@@ -21,7 +21,8 @@ def refuse_unsupported(wrapper: Any, chunks: Sequence[Any]) -> None:
         given = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
         raise UnsupportedError(
             f"LENA: wrap() got the model chunks [{given}]. Supported is one, wrapped in Megatron-core's "
-            "DistributedDataParallel: no FSDP, and no pipeline parallelism."
+            "DistributedDataParallel: no FSDP, and no virtual pipeline stages "
+            "(virtual_pipeline_model_parallel_size=None)."
         )
     for is_in_use, what, instead in _table(wrapper.config, chunks[0]):
         if is_in_use:
@@ -55,9 +56,14 @@ def _table(optimizer: Any, chunk: Any) -> list[tuple[bool, str, str]]:
             "Set overlap_moe_expert_parallel_comm=False.",
         ),
         (
-            chunk.pp_group.size() > 1,
-            "pipeline parallelism of Megatron",
-            "Set pipeline_model_parallel_size=1, or use DeepSpeed's PipelineModule.",
+            chunk.pp_group.size() > 1 and bool(model.mtp_num_layers),
+            "prediction of several tokens with pipeline parallelism",
+            "Set mtp_num_layers=None, or pipeline_model_parallel_size=1.",
+        ),
+        (
+            any(getattr(p, "shared", False) and not getattr(p, "shared_embedding", False) for p in parameters),
+            "parameters with copies on several stages, other than the word embedding",
+            "Set pipeline_model_parallel_size=1.",
         ),
         (model.context_parallel_size > 1, "context parallelism", "Set context_parallel_size=1."),
         (

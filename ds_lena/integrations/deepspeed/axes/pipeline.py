@@ -6,7 +6,7 @@ Each stage sees a part of a tied weight's gradient. The first of them adds the p
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,11 +26,25 @@ def amend(
     """Have the first stage that holds a tied weight count for it, and add up its gradient."""
     if grid.pipe_ranks == 1:
         return list(placements)
-    ties = {id(weight): (tag, ranks, group) for tag, (weight, ranks, group) in enumerate(tied_weights(model))}
+    return join_ties(
+        {id(weight): (ranks, group) for weight, ranks, group in tied_weights(model)}, parameters, placements
+    )
+
+
+def join_ties(
+    ties: Mapping[int, tuple[Sequence[int], dist.ProcessGroup]],
+    parameters: Sequence[Tensor],
+    placements: Sequence[Placement],
+) -> list[Placement]:
+    """Have the first rank that holds a tied weight count for it, and add up its gradient.
+
+    `ties`: by id of the weight, the ranks that hold a copy, in the order of their stages, and their group.
+    """
+    tag_of = {weight: tag for tag, weight in enumerate(ties)}
     amended = []
     for parameter, placement in zip(parameters, placements, strict=True):
         if id(parameter) in ties:
-            tag, ranks, group = ties[id(parameter)]
+            tag, (ranks, group) = tag_of[id(parameter)], ties[id(parameter)]
             is_first = dist.get_rank() == ranks[0]
             join = _receiver(ranks[1:], group, tag) if is_first else _sender(ranks[0], group, tag)
             placement = replace(placement, counted=placement.counted and is_first, join=join)
