@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -61,21 +62,25 @@ def copies_check(
 ) -> Callable[[Tensor], None] | None:
     """What raises `StateError` if copies of one tensor have different averaged gradients, for the first update.
 
-    It gets this rank's squares of the averaged gradient (P,), and makes one all-reduce.
+    It gets this rank's squares of the averaged gradient (P,), and makes one all-reduce. The stages of a pipeline hold
+    other copies, so that all ranks tell each other the names, once.
     """
     if grid.tensor_ranks == 1:
         return None
     copies = [i for i, parameter in enumerate(parameters) if not is_part(parameter)]
+    own = [placements[i].name for i in copies]
+    names = list(dict.fromkeys(chain(*from_all(grid.everything, own)))) if grid.pipe_ranks > 1 else own
+    places = [names.index(name) for name in own]
 
     def check(squares: Tensor) -> None:
-        of_ranks = squares.new_zeros(grid.tensor_ranks, len(copies))
-        of_ranks[grid.tensor_rank] = squares[copies]
+        of_ranks = squares.new_zeros(grid.tensor_ranks, len(names))
+        of_ranks[grid.tensor_rank, places] = squares[copies]
         sum_over(of_ranks, grid.everything)
         low, high = of_ranks.amin(0), of_ranks.amax(0)
         differ = (high - low > TOLERANCE * high).nonzero().flatten().tolist()
         if differ:
             raise StateError(
-                f'LENA: the gradient of "{placements[copies[differ[0]]].name}" is not the same on all tensor-parallel '
+                f'LENA: the gradient of "{names[differ[0]]}" is not the same on all tensor-parallel '
                 f"ranks, which hold copies of it: their copies drift apart, with any optimizer. {what_to_do} If it is "
                 "no copy but a part of a tensor, set tensor_model_parallel = True on the parameter."
             )
