@@ -244,6 +244,43 @@ def test_a_resumed_run_is_the_unbroken_run(
     assert ranks.run(resumed, str(tmp_path), split, base, config, precision, tensor) == [[True, True]] * 2
 
 
+class FusedAdam(torch.optim.Optimizer):
+    """As Transformer Engine's and Apex' keep their state: no count in it, but one in each group that has parameters."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, adam_w_mode: bool) -> None:
+        super().__init__(
+            params, {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+
+def resumed_fused(folder: str, config: dict[str, Any]) -> list[bool]:
+    """The same where Megatron has found one of these libraries."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in (
+            (optimizer, {"Adam": FusedAdam, "USING_PYTORCH_OPTIMIZER": False}),
+            (distrib_optimizer, {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_TE_OPTIMIZER": True}),
+        ):
+            for name, value in names.items():
+                patch.setattr(module, name, value)
+        with megatron(config=config) as (case, chunk, made_of_it):
+            wrap(made_of_it, [chunk], **case.keys)
+            update_of(case, chunk, made_of_it, 0)
+            state, groups = made_of_it.optimizer.state, made_of_it.param_groups
+            is_as_theirs = all(set(own) == {"exp_avg", "exp_avg_sq"} for own in state.values()) and bool(state)
+            is_as_theirs = is_as_theirs and [group["step"] for group in groups] == [1] * len(groups)
+        return [is_as_theirs, *resumed(folder, "megatron", "adamw", config, "fp32", 1)]
+
+
+@pytest.mark.parametrize("config", [{}, SHARDED])
+def test_the_state_is_that_of_a_fused_optimizer_where_megatron_has_one(
+    ranks: Ranks, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    assert ranks.run(resumed_fused, str(tmp_path), config) == [[True, True, True]] * 2
+
+
 def checkpointed(folder: str, config: dict[str, Any]) -> list[bool]:
     """The same by Megatron's distributed checkpoints, into an optimizer that has made no update."""
     from megatron.core import dist_checkpointing
