@@ -41,7 +41,12 @@ def run(case: Case) -> dict[str, Any]:
     """The reports after every update and the fp32 weights at the end."""
     with AsOnGpu(), split_model(case) as (model, _):
         chunk, optimizer = made(case, model)
-        wrap(optimizer, [chunk], **case.keys)
+        keys = case.keys
+        if case.loop == "two groups":
+            del keys["no_decay"]  # of the reference alone: Megatron leaves out biases and norms by itself
+        wrap(optimizer, [chunk], **keys)
+        if case.loop == "two groups":
+            _let_schedule(case, optimizer)
         reports = [update_of(case, chunk, optimizer, update) for update in range(len(case.plan))]
         return {"reports": reports, "params": _masters(case, chunk, optimizer)}
 
@@ -61,7 +66,7 @@ def made(case: Case, model: nn.Module) -> tuple[Any, Any]:
     config = OptimizerConfig(
         optimizer="adam" if is_adam else "sgd",
         lr=keys["lr"],
-        weight_decay=0.01 if is_adam else 0.0,
+        weight_decay=(0.01 if is_adam else 0.0) if keys["weight_decay"] is None else keys["weight_decay"],
         clip_grad=case.clipping,
         bf16=narrow is torch.bfloat16,
         fp16=narrow is torch.float16,
@@ -74,7 +79,27 @@ def made(case: Case, model: nn.Module) -> tuple[Any, Any]:
     model.config.calculate_per_token_loss = case.loop == "per token"
     model.config.pipeline_dtype = narrow
     chunk = DistributedDataParallel(model.config, ddp, model.to(narrow))
-    return chunk, get_megatron_optimizer(config, [chunk], config_overrides={})
+    return chunk, get_megatron_optimizer(config, [chunk], None if case.loop == "two groups" else {})
+
+
+def _let_schedule(case: Case, optimizer: Any) -> None:
+    """Have Megatron's own scheduler set the groups' weight decay."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    decay = optimizer.config.weight_decay
+    OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=case.keys["lr"],
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=100,
+        lr_decay_style="constant",
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=100,
+        wd_incr_style="constant",
+    )
 
 
 def update_of(case: Case, chunk: Any, optimizer: Any, update: int) -> Any:

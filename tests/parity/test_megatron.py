@@ -13,10 +13,12 @@ from tests.helpers.make import Cases
 EPS = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}  # a bias of keys has a true gradient of zero
 SHARDED = {"use_distributed_optimizer": True}
 FP32_SUMS = {"grad_reduce_in_fp32": True}
+TWO_GROUPS = {"weight_decay": 0.3, "no_decay": ["*.bias", "*norm*"], "exclude": ["embedding.position*"]}
 
 
 def megatron(name: str, tensor: int = 1, model: str = "megatron", **fields: Any) -> Case:
     lena = {"eps": EPS[fields.get("precision", "fp32")]} if fields.get("base", "adamw") in ("adamw", "lamb") else {}
+    lena |= fields.pop("lena", {})
     fields = {"groups": "flat", "clipping": 0.5} | fields
     return Case(f"own-loop-{name}", stage=None, tensor=tensor, split=model, lena=lena, **fields)
 
@@ -38,6 +40,8 @@ TWO: Cases = [
     ),
     megatron("dp2-schedule", loop="schedule", accumulation=4),
     megatron("dp2-per-token", loop="per token", accumulation=4, config=SHARDED),
+    megatron("dp2-groups-lamb", loop="two groups", base="lamb", lena=TWO_GROUPS, config=SHARDED),
+    megatron("dp2-groups", loop="two groups", lena=TWO_GROUPS),
     megatron("dp2-recompute", loop="recompute"),
     megatron("dp2-again", loop="again"),
     megatron("tp2", tensor=2),
