@@ -119,6 +119,13 @@ PRIVATE_NAMES = (
     "create_adam", "adam_update",
 )  # fmt: skip
 
+PRIVATE_TO_MEGATRON = (
+    "chained_optimizers", "is_stub_optimizer", "main_grad", "model_param_gbuf_map", "_get_model_param_range_map",
+    "float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups", "model_float16_groups",
+    "model_fp32_groups", "shard_fp32_groups", "shard_fp32_from_float16_groups", "grad_scaler", "prepare_grads",
+    "step_with_ready_grads", "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", "layer_number",
+)  # fmt: skip
+
 PRIVATE_TO_AUTOGRAD = (
     "_current_graph_task_id", "_will_engine_execute_node", "_execution_engine", "BackwardCFunction",
     "_engine_run_backward",
@@ -247,6 +254,13 @@ def test_the_walk_finds_what_is_there():
     assert uses("grad_stats.reduce", "torch.distributed") and uses(f"{INTERNALS}.zero0", "torch.distributed")
 
 
+def names_in(tree):
+    """Attributes and texts of a module's code. Documentation may name what it speaks of."""
+    nodes = list(ast.walk(tree))
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return attributes | {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
 # -- who may talk to what ---------------------------------------------------------------------------------------------
 
 
@@ -266,6 +280,12 @@ def test_only_the_integrations_import_other_libraries(name, library):
 def test_private_names_of_deepspeed_stand_in_their_folder(private):
     spelled_in = {name for name, source in SOURCES.items() if re.search(rf"\b{private}\b", source)}
     assert spelled_in and all(name.startswith(f"{INTERNALS}.") for name in spelled_in)
+
+
+@pytest.mark.parametrize("private", PRIVATE_TO_MEGATRON)
+def test_private_names_of_megatron_stand_in_one_file(private):
+    spelled_in = {name for name, tree in TREES.items() if private in names_in(tree)}
+    assert spelled_in == {"integrations.megatron._internals"}
 
 
 @pytest.mark.parametrize("private", PRIVATE_TO_AUTOGRAD)

@@ -244,6 +244,29 @@ def test_a_resumed_run_is_the_unbroken_run(
     assert ranks.run(resumed, str(tmp_path), split, base, config, precision, tensor) == [[True, True]] * 2
 
 
+def gone_on_from_stock(path: str) -> tuple[int, list[float], bool]:
+    """LENA's count of updates, those of the moments, and whether these are there, after Megatron's own AdamW."""
+    with megatron() as (case, chunk, optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        chunk(*case.batch(0, dist.get_rank(), 0)).backward()
+        chunk.finish_grad_sync()
+        optimizer.step()
+        torch.save(optimizer.state_dict(), f"{path}-{dist.get_rank()}")
+        moments = [state["exp_avg"] for state in optimizer.optimizer.state.values()]
+    with megatron() as (case, chunk, optimizer):
+        wrap(optimizer, [chunk], **case.keys)
+        optimizer.load_state_dict(torch.load(f"{path}-{dist.get_rank()}", weights_only=False))
+        kept = [state["exp_avg"].clone() for state in optimizer.optimizer.state.values()]
+        report = update_of(case, chunk, optimizer, 1)
+        counts = {float(state["step"]) for state in optimizer.optimizer.state.values()}
+        return report["update"], sorted(counts), all(map(torch.equal, moments, kept))
+
+
+def test_a_checkpoint_of_megatrons_own_adam_keeps_its_moments(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks.run(gone_on_from_stock, str(tmp_path / "stock")) == [(1, [2.0], True)] * 2
+
+
 class FusedAdam(torch.optim.Optimizer):
     """As Transformer Engine's and Apex' keep their state: no count in it, but one in each group that has parameters."""
 

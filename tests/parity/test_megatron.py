@@ -9,6 +9,7 @@ import pytest
 from tests.helpers.case import Case, Window
 from tests.helpers.check import check
 from tests.helpers.make import Cases
+from tests.helpers.marks import full
 
 EPS = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}  # a bias of keys has a true gradient of zero
 SHARDED = {"use_distributed_optimizer": True}
@@ -24,42 +25,45 @@ def megatron(name: str, tensor: int = 1, model: str = "megatron", **fields: Any)
 
 
 TWO: Cases = [
-    megatron("dp2"),
-    megatron("dp2-sharded", config=SHARDED),
+    megatron("dp2", accumulation=1),
     megatron("dp2-lamb-sharded", base="lamb", config=SHARDED, accumulation=4, schedule="decaying"),
-    megatron("dp2-lars", base="lars"),
-    megatron("dp2-sgd-module", base="sgd", layer="module", accumulation=1),
-    megatron("dp2-block", layer="block", clipping=0.0, accumulation=4),
-    megatron("dp2-tied", model="megatron-tied", config=SHARDED | {"overlap_grad_reduce": True}),
-    megatron("dp2-bf16", precision="bf16"),
-    megatron("dp2-bf16-fp32", precision="bf16", config=FP32_SUMS),
-    megatron("dp2-bf16-sharded", precision="bf16", config=SHARDED | FP32_SUMS),
-    megatron("dp2-fp16-sharded", precision="fp16", config=SHARDED),
-    megatron(
-        "dp2-fp16-skipped", precision="fp16", windows=(*[Window(2)] * 2, Window(2, poisoned=True), *[Window(2)] * 3)
-    ),
-    megatron("dp2-schedule", loop="schedule", accumulation=4),
+    megatron("dp2-sgd-module", base="sgd", layer="module", accumulation=4, clipping=0.0),
+    megatron("dp2-bf16-sharded", precision="bf16", config=SHARDED | FP32_SUMS | {"overlap_grad_reduce": True}),
+    megatron("dp2-fp16-skipped", precision="fp16", windows=(Window(2), Window(2, poisoned=True), *[Window(2)] * 3)),
     megatron("dp2-per-token", loop="per token", accumulation=4, config=SHARDED),
     megatron("dp2-groups-lamb", loop="two groups", base="lamb", lena=TWO_GROUPS, config=SHARDED),
-    megatron("dp2-groups", loop="two groups", lena=TWO_GROUPS),
-    megatron("dp2-recompute", loop="recompute"),
     megatron("dp2-again", loop="again"),
     megatron("tp2", tensor=2),
-    megatron("tp2-lamb", tensor=2, base="lamb"),
-    megatron("tp2-sequence", tensor=2, model="megatron-sequence", accumulation=4, schedule="decaying"),
     megatron("tp2-sequence-lamb-sharded", tensor=2, model="megatron-sequence", base="lamb", config=SHARDED),
-    megatron("tp2-sequence-bf16", tensor=2, model="megatron-sequence", precision="bf16", config=FP32_SUMS),
-    megatron("tp2-head-norms", tensor=2, model="megatron-head-norms", config=SHARDED),
-    megatron("tp2-model", tensor=2, layer="model", accumulation=1, clipping=0.0),
-    megatron("pp2", pipe=2, loop="schedule"),
+    megatron("tp2-sequence-bf16", tensor=2, model="megatron-sequence", precision="bf16", accumulation=4),
+    megatron("tp2-head-norms", tensor=2, model="megatron-head-norms"),
     megatron("pp2-tied-lamb", pipe=2, loop="schedule", model="megatron-tied", base="lamb", accumulation=4),
-    megatron("pp2-bf16-block-sharded", pipe=2, loop="schedule", precision="bf16", layer="block", config=SHARDED),
+    *full(
+        [
+            megatron("dp2-lars", base="lars"),
+            megatron("dp2-block-sharded", layer="block", config=SHARDED),
+            megatron("dp2-tied", model="megatron-tied", config=SHARDED | {"overlap_grad_reduce": True}),
+            megatron("dp2-bf16", precision="bf16"),
+            megatron("dp2-fp16-sharded", precision="fp16", config=SHARDED),
+            megatron("dp2-schedule", loop="schedule", accumulation=4),
+            megatron("dp2-groups", loop="two groups", lena=TWO_GROUPS),
+            megatron("dp2-recompute", loop="recompute"),
+            megatron("tp2-model", tensor=2, layer="model", accumulation=1, clipping=0.0),
+            megatron("tp2-sequence", tensor=2, model="megatron-sequence", accumulation=4, schedule="decaying"),
+            megatron("pp2", pipe=2, loop="schedule"),
+            megatron("pp2-bf16-sharded", pipe=2, loop="schedule", precision="bf16", layer="block", config=SHARDED),
+        ]
+    ),
 ]
 FOUR: Cases = [
     megatron("tp2-dp2-sequence-sharded", world=4, tensor=2, model="megatron-sequence", config=SHARDED),
-    megatron("tp2-dp2-lamb", world=4, tensor=2, base="lamb", accumulation=4),
-    megatron("pp2-dp2-tied-sharded", world=4, pipe=2, loop="schedule", model="megatron-tied", config=SHARDED),
     megatron("tp2-pp2-sequence", world=4, tensor=2, pipe=2, loop="schedule", model="megatron-sequence"),
+    *full(
+        [
+            megatron("tp2-dp2-lamb", world=4, tensor=2, base="lamb", accumulation=4),
+            megatron("pp2-dp2-tied-sharded", world=4, pipe=2, loop="schedule", model="megatron-tied", config=SHARDED),
+        ]
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError
 from ...layouts.layout import GradientPieces, Layout, Segment
 from ..deepspeed._internals.grid import Grid
+
+logger = logging.getLogger("ds_lena")
 
 SEEN_WITH = "0.16.1"
 """The version of Megatron-core that this file was tested with."""
@@ -24,6 +27,19 @@ class Chunk(Protocol):
     module: nn.Module
     config: Any
     ddp_config: Any
+
+
+def warn_of_version() -> None:
+    """Say once that another version of Megatron-core is in use."""
+    import megatron.core
+
+    if megatron.core.__version__ != SEEN_WITH:
+        logger.warning(
+            "LENA was tested with megatron-core %s; this is %s. It reads the optimizer's internals and checks them at "
+            "the start: install the tested version if that check fails.",
+            SEEN_WITH,
+            megatron.core.__version__,
+        )
 
 
 def inside(optimizer: Any) -> Any:

@@ -41,6 +41,7 @@ def attach(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> No
     """Bind a LENA to Megatron's optimizer, and have it run around its step. See `wrap`."""
     everything = torch.distributed.group.WORLD
     assert everything is not None, "Megatron has initialized torch.distributed"
+    _internals.warn_of_version()
     wrapper, lena = together(everything, functools.partial(_make, optimizer, chunks, keys))
     chunk, controller = chunks[0], controller_of(lena)
     binding = together(everything, functools.partial(_bind, wrapper, chunk, controller))
