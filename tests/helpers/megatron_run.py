@@ -72,6 +72,7 @@ def made(case: Case, model: nn.Module) -> tuple[Any, Any]:
         fp16=narrow is torch.float16,
         params_dtype=narrow,
         use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_param_gather=ddp.overlap_param_gather,
         **options,
     )
     if case.loop == "recompute":
@@ -157,6 +158,8 @@ def _by_schedule(case: Case, chunk: Any, optimizer: Any, batches: list[Any]) -> 
 
 def _masters(case: Case, chunk: Any, optimizer: Any) -> dict[str, Tensor]:
     """The whole fp32 weight of every parameter."""
+    if chunk.ddp_config.overlap_param_gather:
+        chunk.start_param_sync(force_sync=True)  # otherwise the next forward gathers what the other ranks moved
     masters = dict(_own_masters(chunk, optimizer))
     shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
     whole = {name: join_parts(part, shapes[name], chunk.tp_group) for name, part in masters.items()}

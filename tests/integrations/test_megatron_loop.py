@@ -123,6 +123,12 @@ def other_refusals() -> dict[str, str]:
         found["steps"] = error_of(optimizer, [chunk])
         wrap(optimizer, [chunk], warmup="none")
         found["twice"] = error_of(optimizer, [chunk], warmup="none")
+    with megatron() as (_, chunk, optimizer):
+        weight = chunk.module.output_layer.weight.requires_grad_(False)
+        found["frozen"] = error_of(optimizer, [chunk], warmup="none")
+        weight.requires_grad_(True)
+        chunk.module.decoder.late = torch.nn.Parameter(torch.zeros(2))
+        found["unfrozen"] = error_of(optimizer, [chunk], warmup="none")
     with megatron(base="sgd") as (_, chunk, optimizer):
         found["nesterov"] = error_of(optimizer, [chunk], nesterov=True)
     return found
@@ -144,6 +150,8 @@ def test_other_misuse_is_refused(ranks: Ranks) -> None:
         "steps": '"total_steps" is not known',
         "twice": "wrap() was called before",
         "nesterov": "Megatron's SGD has none",
+        "frozen": "a parameter was frozen",
+        "unfrozen": '"decoder.late" was unfrozen',
     }
     assert {name: first[name] for name, text in wanted.items() if text not in first[name]} == {}
 
@@ -199,6 +207,25 @@ def test_copies_that_would_drift_apart_are_refused_at_the_first_update(ranks: Ra
     first, second = ranks.run(parts_not_added_up)
     assert first == second
     assert "is not the same on all tensor-parallel ranks" in first and "finalize_model_grads(model_chunks)" in first
+
+
+def with_calculator() -> tuple[str, float]:
+    """What a wrong micro-batch size is told, and the base batch in micro-batches, where Megatron knows their size."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    calculator.init_num_microbatches_calculator(dist.get_rank(), None, 8, 2, dist.get_world_size())
+    try:
+        with megatron() as (case, chunk, optimizer):
+            wrong = error_of(optimizer, [chunk], **case.keys, micro_batch_size=4)
+            wrap(optimizer, [chunk], **case.keys, base_batch_size=6)
+            return wrong, update_of(case, chunk, optimizer, 0)["base"]
+    finally:
+        calculator.unset_num_microbatches_calculator()
+
+
+def test_megatron_is_asked_for_the_size_of_a_micro_batch(ranks: Ranks) -> None:
+    for wrong, base in ranks.run(with_calculator):
+        assert '"micro_batch_size": 4' in wrong and "has 2" in wrong and base == 3.0
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tests.helpers.marks import full
 EPS = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}  # a bias of keys has a true gradient of zero
 SHARDED = {"use_distributed_optimizer": True}
 FP32_SUMS = {"grad_reduce_in_fp32": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 TWO_GROUPS = {"weight_decay": 0.3, "no_decay": ["*.bias", "*norm*"], "exclude": ["embedding.position*"]}
 
 
@@ -28,7 +29,7 @@ TWO: Cases = [
     megatron("dp2", accumulation=1),
     megatron("dp2-lamb-sharded", base="lamb", config=SHARDED, accumulation=4, schedule="decaying"),
     megatron("dp2-sgd-module", base="sgd", layer="module", accumulation=4, clipping=0.0),
-    megatron("dp2-bf16-sharded", precision="bf16", config=SHARDED | FP32_SUMS | {"overlap_grad_reduce": True}),
+    megatron("dp2-bf16-sharded", precision="bf16", config=SHARDED | FP32_SUMS | OVERLAP),
     megatron("dp2-fp16-skipped", precision="fp16", windows=(Window(2), Window(2, poisoned=True), *[Window(2)] * 3)),
     megatron("dp2-per-token", loop="per token", accumulation=4, config=SHARDED),
     megatron("dp2-groups-lamb", loop="two groups", base="lamb", lena=TWO_GROUPS, config=SHARDED),
@@ -42,7 +43,7 @@ TWO: Cases = [
         [
             megatron("dp2-lars", base="lars"),
             megatron("dp2-block-sharded", layer="block", config=SHARDED),
-            megatron("dp2-tied", model="megatron-tied", config=SHARDED | {"overlap_grad_reduce": True}),
+            megatron("dp2-tied", model="megatron-tied", config=SHARDED | OVERLAP),
             megatron("dp2-bf16", precision="bf16"),
             megatron("dp2-fp16-sharded", precision="fp16", config=SHARDED),
             megatron("dp2-schedule", loop="schedule", accumulation=4),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...errors import UnsupportedError
+from ...errors import StateError, UnsupportedError
 from ...layouts.layout import GradientPieces, Layout, Segment
 from ..deepspeed._internals.grid import Grid
 
@@ -19,14 +19,6 @@ SEEN_WITH = "0.16.1"
 """The version of Megatron-core that this file was tested with."""
 
 EMBEDDING = "embedding.word_embeddings.weight"
-
-
-class Chunk(Protocol):
-    """Megatron's DistributedDataParallel around a model. `config`: the model's. `ddp_config`: its own."""
-
-    module: nn.Module
-    config: Any
-    ddp_config: Any
 
 
 def warn_of_version() -> None:
@@ -69,6 +61,20 @@ def inside(optimizer: Any) -> Any:
     return chained[0]
 
 
+def require_same_parameters(wrapper: Any, trained: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise `StateError` if what needs a gradient now is not what Megatron was given."""
+    held, now = (
+        {id(parameter) for _, parameter, _, _ in pieces_of(wrapper)},
+        {id(parameter) for _, parameter in trained},
+    )
+    unfrozen = [name for name, parameter in trained if not hasattr(parameter, "main_grad")]
+    if unfrozen or not held <= now:
+        which = f'"{unfrozen[0]}" was unfrozen' if unfrozen else "a parameter was frozen, or replaced,"
+        raise StateError(
+            f"LENA: {which} after DistributedDataParallel or the optimizer was made. Freeze and unfreeze before that."
+        )
+
+
 def read_grid(chunk: Any) -> Grid:
     """Which ranks share what. The world must be the ranks of one model."""
     everything = torch.distributed.group.WORLD
@@ -84,7 +90,7 @@ def read_grid(chunk: Any) -> Grid:
     )
 
 
-def names_in_whole_model(chunk: Chunk) -> list[tuple[str, Tensor]]:
+def names_in_whole_model(chunk: Any) -> list[tuple[str, Tensor]]:
     """The parameters of this rank's stage, under their names in a model that is not cut into stages.
 
     On a stage layers are counted from 0. The copy of the embedding on the last stage is its output layer.
@@ -104,7 +110,7 @@ def names_in_whole_model(chunk: Chunk) -> list[tuple[str, Tensor]]:
     return found
 
 
-def tied_embedding(chunk: Chunk) -> dict[int, tuple[list[int], Any]]:
+def tied_embedding(chunk: Any) -> dict[int, tuple[list[int], Any]]:
     """By id of this stage's copy of the embedding: the ranks with a copy, in the order of stages, and their group."""
     tied = [parameter for parameter in chunk.module.parameters() if getattr(parameter, "shared_embedding", False)]
     if not tied:

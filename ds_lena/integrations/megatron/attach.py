@@ -82,6 +82,7 @@ def _make(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> tup
         {"params": [], "lr": group.get("max_lr") or group["lr"]} for group in wrapper.optimizer.param_groups
     ]
     trained = [(name, p) for name, p in _internals.names_in_whole_model(chunks[0]) if p.requires_grad]
+    _internals.require_same_parameters(wrapper, trained)
     names = canonical_names([name for name, _ in trained])
     for name, (_, parameter) in zip(names, trained, strict=True):
         groups[group_of.get(id(parameter), 0)]["params"].append((name, parameter))

@@ -37,9 +37,10 @@ class StepInGroups:
     def lend(self) -> None:
         """Before an update."""
         for group in self._lena.param_groups:
-            for parameter in group["params"]:
-                count = torch.full((), float(group["step"]), device=parameter.device)
-                self._lena.state[parameter]["step"] = count
+            if group["params"]:
+                counts = torch.full((len(group["params"]),), float(group["step"]), device=group["params"][0].device)
+                for parameter, count in zip(group["params"], counts.unbind(), strict=True):
+                    self._lena.state[parameter]["step"] = count
 
     def take_back(self, applied: bool) -> None:
         """After an update."""
