@@ -121,7 +121,7 @@ def other_refusals() -> dict[str, str]:
         found["base"] = error_of(optimizer, [chunk], base="lars")
         found["key"] = error_of(optimizer, [chunk], gain=2)
         found["steps"] = error_of(optimizer, [chunk])
-        wrap(optimizer, [chunk], warmup="none")
+        wrap(optimizer, chunk, warmup="none")
         found["twice"] = error_of(optimizer, [chunk], warmup="none")
     with megatron() as (_, chunk, optimizer):
         weight = chunk.module.output_layer.weight.requires_grad_(False)
@@ -129,6 +129,9 @@ def other_refusals() -> dict[str, str]:
         weight.requires_grad_(True)
         chunk.module.decoder.late = torch.nn.Parameter(torch.zeros(2))
         found["unfrozen"] = error_of(optimizer, [chunk], warmup="none")
+    with megatron(tensor=2) as (_, chunk, optimizer):
+        chunk.tp_group = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+        found["some ranks"] = error_of(optimizer, [chunk], warmup="none")
     with megatron(base="sgd") as (_, chunk, optimizer):
         found["nesterov"] = error_of(optimizer, [chunk], nesterov=True)
     return found
@@ -150,6 +153,7 @@ def test_other_misuse_is_refused(ranks: Ranks) -> None:
         "steps": '"total_steps" is not known',
         "twice": "wrap() was called before",
         "nesterov": "Megatron's SGD has none",
+        "some ranks": "2 ranks run, and Megatron's groups make 1 of them one model",
         "frozen": "a parameter was frozen",
         "unfrozen": '"decoder.late" was unfrozen',
     }

@@ -14,7 +14,7 @@ __all__ = ["name_mpu_calls", "sum_partial_gradients", "wrap"]
 T = TypeVar("T")
 
 
-def wrap(optimizer: T, model_chunks: Sequence[nn.Module], **keys: Any) -> T:
+def wrap(optimizer: T, model_chunks: Sequence[nn.Module] | nn.Module, **keys: Any) -> T:
     """Have LENA run the updates of Megatron-core's own optimizer. Returns the same optimizer, changed in place.
 
     optimizer = wrap(get_megatron_optimizer(config, model_chunks), model_chunks, total_steps=…)
@@ -24,7 +24,7 @@ def wrap(optimizer: T, model_chunks: Sequence[nn.Module], **keys: Any) -> T:
 
     Args:
         optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned.
-        model_chunks: the list that it was given: Megatron's DistributedDataParallel around the model.
+        model_chunks: the list that it was given, or the one in it: Megatron's DistributedDataParallel around the model.
         **keys: those of docs/keys.md. `lr`, `betas`, `eps`, `weight_decay` and `momentum` are Megatron's: they are
             taken from its OptimizerConfig, and its scheduler changes them. `base` is "adamw" (default) or "lamb" with
             `optimizer="adam"`, and "sgd" (default) or "lars" with `optimizer="sgd"`.
@@ -37,5 +37,5 @@ def wrap(optimizer: T, model_chunks: Sequence[nn.Module], **keys: Any) -> T:
     """
     from .attach import attach
 
-    attach(optimizer, model_chunks, keys)
+    attach(optimizer, [model_chunks] if isinstance(model_chunks, nn.Module) else model_chunks, keys)
     return optimizer

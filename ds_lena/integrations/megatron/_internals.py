@@ -76,10 +76,14 @@ def require_same_parameters(wrapper: Any, trained: Sequence[tuple[str, Tensor]])
 
 
 def read_grid(chunk: Any) -> Grid:
-    """Which ranks share what. The world must be the ranks of one model."""
+    """Which ranks share what.
+
+    Raises:
+        UnsupportedError: there are ranks beside those of the model.
+    """
     everything = torch.distributed.group.WORLD
     assert everything is not None, "Megatron has initialized torch.distributed"
-    return Grid(
+    grid = Grid(
         data=chunk.dp_cp_group,
         data_ranks=chunk.dp_cp_group.size(),
         tensor=chunk.tp_group,
@@ -88,6 +92,13 @@ def read_grid(chunk: Any) -> Grid:
         pipe_ranks=chunk.pp_group.size(),
         everything=everything,
     )
+    ranks = grid.data_ranks * grid.tensor_ranks * grid.pipe_ranks
+    if ranks != everything.size():
+        raise UnsupportedError(
+            f"LENA: {everything.size()} ranks run, and Megatron's groups make {ranks} of them one model. Supported is "
+            "one model on all ranks."
+        )
+    return grid
 
 
 def names_in_whole_model(chunk: Any) -> list[tuple[str, Tensor]]:
