@@ -25,7 +25,7 @@ def megatron(name: str, tensor: int = 1, model: str = "megatron", **fields: Any)
     return Case(f"own-loop-{name}", stage=None, tensor=tensor, split=model, lena=lena, **fields)
 
 
-TWO: Cases = [
+ONE_AND_TWO: Cases = [
     megatron("dp2", accumulation=1),
     megatron("dp2-lamb-sharded", base="lamb", config=SHARDED, accumulation=4, schedule="decaying"),
     megatron("dp2-sgd-module", base="sgd", layer="module", accumulation=4, clipping=0.0),
@@ -41,7 +41,9 @@ TWO: Cases = [
     megatron("pp2-tied-lamb", pipe=2, loop="schedule", model="megatron-tied", base="lamb", accumulation=4),
     *full(
         [
+            megatron("one-rank-sharded", world=1, accumulation=4, config=SHARDED),
             megatron("dp2-lars", base="lars"),
+            megatron("dp2-fp16-lamb", base="lamb", precision="fp16"),
             megatron("dp2-block-sharded", layer="block", config=SHARDED),
             megatron("dp2-tied", model="megatron-tied", config=SHARDED | OVERLAP),
             megatron("dp2-bf16", precision="bf16"),
@@ -68,6 +70,6 @@ FOUR: Cases = [
 ]
 
 
-@pytest.mark.parametrize("case", TWO + FOUR, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ONE_AND_TWO + FOUR, ids=lambda case: case.name)
 def test_megatrons_own_loop(case: Case, run_case: Any) -> None:
     check(case, run_case)
