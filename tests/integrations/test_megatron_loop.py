@@ -298,6 +298,30 @@ def test_a_checkpoint_of_megatrons_own_adam_keeps_its_moments(ranks: Ranks, tmp_
     assert ranks.run(gone_on_from_stock, str(tmp_path / "stock")) == [(1, [2.0], True)] * 2
 
 
+def stock_resumed(path: str) -> str:
+    """What loading says with Megatron's own AdamW in its distributed optimizer."""
+    for is_first in (True, False):
+        with megatron(config=SHARDED, precision="bf16") as (case, chunk, optimizer):
+            chunk(*case.batch(0, dist.get_rank(), 0)).backward()
+            chunk.finish_grad_sync()
+            optimizer.step()
+            if is_first:
+                optimizer.save_parameter_state(path)
+                saved = optimizer.state_dict()
+                continue
+            optimizer.load_state_dict(saved)
+            try:
+                optimizer.load_parameter_state(path)
+            except KeyError as error:
+                return str(error)
+    return ""
+
+
+def test_megatron_still_fails_to_load_what_it_saved_without_a_fused_optimizer(ranks: Ranks, tmp_path: Path) -> None:
+    """If this fails, `StepInGroups` is needed for fused optimizers alone."""
+    assert ranks.run(stock_resumed, str(tmp_path / "state")) == ["'step'"] * 2
+
+
 class FusedAdam(torch.optim.Optimizer):
     """As Transformer Engine's and Apex' keep their state: no count in it, but one in each group that has parameters."""
 
