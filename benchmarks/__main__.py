@@ -20,6 +20,7 @@ COMMANDS = {  # module, and options unless --quick
     "hooks": ("engines", "--ranks 1 --stages 0 --accumulation 1 --tokens 128 512 1024"),
     "tensors": ("optimizers", "--counts 100 300 1000 3000 10000 --seconds 20"),
     "offload": ("offload", ""),
+    "sequence": ("sequence", ""),
     "footprint": ("footprint", ""),
     "example": ("example", ""),
 }

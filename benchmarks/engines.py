@@ -127,7 +127,16 @@ def make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulati
 
     torch.manual_seed(0)
     model = contestants.build_model(args.model).to(_device())
-    config = {
+    made = contestants.make(optimizer, model.parameters())
+    try:
+        return deepspeed.initialize(model=model, optimizer=made, config=entries(args, stage, accumulation))[0]
+    except ds_lena.LenaError as error:  # on every rank
+        raise contestants.NotAvailable(str(error)) from error
+
+
+def entries(args: argparse.Namespace, stage: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, without an optimizer."""
+    return {
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": stage},
@@ -136,11 +145,6 @@ def make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulati
         "gradient_clipping": args.clipping,
         "steps_per_print": 1_000_000,
     }
-    made = contestants.make(optimizer, model.parameters())
-    try:
-        return deepspeed.initialize(model=model, optimizer=made, config=config)[0]
-    except ds_lena.LenaError as error:  # on every rank
-        raise contestants.NotAvailable(str(error)) from error
 
 
 def trainer(engine: Any, batches: Tensor) -> Update:

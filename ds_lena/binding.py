@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from .grad_stats.hooks import Parts
 from .grad_stats.placement import Placement, data_parallel
 from .grad_stats.reduce import Group, rank_in, world_size
 from .layers import Member
@@ -23,6 +24,7 @@ class Binding:
     `order`: parameter numbers in the order of the model.
     `group`: the ranks that hold all replicas and parts of the model, None for this process alone.
     `members_of_all(members)`: the parameters of all ranks of the group, given this rank's.
+    `parts`: makes gradients whole of which several ranks see a part, if set.
     `check(squares)`: called at the first update, if set, with this rank's squares of the averaged gradient (P,).
     `run()`: what is known of the run at an update.
     `clip(norm)`: what a gradient of this norm () is multiplied by between the measurement and `step()`, None for
@@ -35,6 +37,7 @@ class Binding:
     order: Sequence[int]
     group: Group | None
     members_of_all: Callable[[Sequence[Member]], Sequence[Member]] = lambda members: members
+    parts: Parts | None = None
     check: Callable[[Tensor], None] | None = None
     run: Callable[[], RunPlan] = RunPlan
     clip: Callable[[Tensor], Tensor | None] = lambda norm: None

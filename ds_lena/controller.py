@@ -117,7 +117,7 @@ class Controller:
         table = self._layers(left_out)
         self._layer_of = torch.tensor(table.of_parameter, dtype=torch.long, device=self._device)
         self.hooks.names = names
-        self.hooks.watch([not out for out in left_out], [placement.join for placement in placements])
+        self.hooks.watch([not out for out in left_out], [placement.join for placement in placements], binding.parts)
         self.hooks.before_pass = None if self.is_managed else _weakly(self._before_plain_pass)
         self.hooks.after_pass = None if self.is_managed else _weakly(self._after_plain_pass)
         self._mean_norms = self.hooks.new_norms()

@@ -32,8 +32,8 @@ FLOORS = (
                                                      "_internals.flat", "_internals.loss_scale", "exchange",
                                                      "_internals.seam", "ownership")),
      *(f"integrations.megatron.{name}" for name in ("refused", "steps"))},
-    {"integrations.deepspeed._internals.facts", "integrations.deepspeed.axes.expert",
-     "integrations.deepspeed.axes.pipeline", "integrations.deepspeed.axes.tensor", "integrations.megatron._internals"},
+    {"integrations.deepspeed._internals.facts", "integrations.megatron._internals",
+     *(f"integrations.deepspeed.axes.{name}" for name in ("expert", "pipeline", "sequence", "tensor"))},
     {"integrations.megatron.window",
      *(f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                      "_internals.zero12", "_internals.zero3", "support.feature"))},
@@ -105,6 +105,7 @@ MAY_IMPORT = {
 
 PRIVATE_NAMES = (
     "_configure_optimizer", "_take_model_step", "ZERO_SUPPORTED_OPTIMIZERS", "seq_data_parallel_group",
+    "seq_parallel_group", "_SEQUENCE_PARALLEL_GROUP",
     "averaged_gradients",
     "round_robin_bit16_groups", "round_robin_bit16_offsets", "real_dp_process_group", "single_partition_of_fp32_groups",
     "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "fp16_groups", "fp32_groups",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ from ..errors import StateError, UnsupportedError
 from . import backward
 from .norms import SquaredNorms
 from .placement import Join
+
+
+class Parts(Protocol):
+    """Makes gradients whole of which several ranks see a part in each pass. They all call it in each pass."""
+
+    def begin(self, wanted: Sequence[bool]) -> None:
+        """Start over, with those parameters whose norms are wanted."""
+        ...
+
+    def add(self, index: int, gradient: Tensor) -> Iterable[tuple[int, Tensor]]:
+        """Take this rank's part. Returns what has become whole meanwhile, as (parameter, whole), on one rank alone."""
+        ...
+
+    def complete(self) -> Iterable[tuple[int, Tensor]]:
+        """End the pass. Returns all that is left, in the same way."""
+        ...
 
 
 class GradientHooks:
@@ -51,11 +68,16 @@ class GradientHooks:
         self._handles = [_hook(self, i) for i, parameter in enumerate(self.parameters)]
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
-    def watch(self, wanted: Sequence[bool], joins: Sequence[Join | None] | None = None) -> None:
-        """Set which parameters' norms are wanted, and the `join` of each placement. Starts a window, on the
-        parameters' device.
+    def watch(
+        self, wanted: Sequence[bool], joins: Sequence[Join | None] | None = None, shared: Parts | None = None
+    ) -> None:
+        """Set which parameters' norms are wanted, the `join` of each placement, and what makes gradients whole that
+        are shared by ranks. Starts a window, on the parameters' device.
         """
         self._wanted = list(wanted)
+        self._shared = shared
+        if shared is not None:
+            shared.begin(self._wanted)
         self._joins = list(joins) if joins is not None else [None] * len(self.parameters)
         self._norms = self.new_norms()
         self.sums = self._norms.read()
@@ -150,9 +172,16 @@ class GradientHooks:
         if self._parts:
             part = self._parts.pop(index, None)
             gradient = gradient if part is None else gradient + part
+        if self._shared is not None:
+            self._write(self._shared.add(index, gradient))
+            return
         join = self._joins[index]
         whole = gradient if join is None else join(gradient)
         if whole is not None:
+            self._norms.write(index, whole)
+
+    def _write(self, gradients: Iterable[tuple[int, Tensor]]) -> None:
+        for index, whole in gradients:
             self._norms.write(index, whole)
 
     def _enter(self, task: int, index: int) -> bool:
@@ -199,6 +228,8 @@ class GradientHooks:
     def _begin(self) -> None:
         """Before the first gradient of a micro-batch."""
         self.is_broken_off, self._end = self._end is not None, None
+        if self.is_broken_off and self._shared is not None:
+            self._write(self._shared.complete())
         if self.is_broken_off and self.passes:
             self.sums.add_(self._norms.read())
         if self.before_pass is not None:
@@ -229,6 +260,8 @@ class GradientHooks:
         for index in list(self._parts):  # reached by no other part of this pass
             self.last_pass[index] = self.passes
             self._measure(index, self._parts.pop(index))
+        if self._shared is not None:
+            self._write(self._shared.complete())
         self._end = None
         self.sums.add_(self._norms.read())
         if self.after_pass is not None:

@@ -52,6 +52,10 @@ class Layout(Protocol):
         """The model's own weights of a segment, to check the layout against."""
         return parameter.data.reshape(-1).narrow(0, segment.offset, segment.length)
 
+    def divisor(self, replicas: int, ranks: int) -> int:
+        """What the sum of gradients over `ranks` is divided by, where `replicas` micro-batches are shared by them."""
+        return replicas
+
     def loss_scale(self) -> float:
         """The factor that is still in the gradients of this window, the local ones too."""
         return 1.0

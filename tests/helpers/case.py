@@ -78,9 +78,10 @@ class Case:
     loop: str = "engine"  # how windows are driven, see the runners
     evaluate: str = "never"  # or "between updates", "between micro-batches"
     zero_init: bool = False  # the model is built under deepspeed.zero.Init
-    tensor: int = 1  # ranks over which tensors are split; `world` is that times stages times data-parallel ranks
+    tensor: int = 1  # ranks over which tensors are split; `world` is the product of all these and the replicas
     pipe: int = 1  # stages of a pipeline
     expert: int = 1  # ranks that share the experts of a layer
+    sequence: int = 1  # ranks that share a micro-batch
     split: str = ""  # which model they split, see `split_run.py`
     compiled: str = "nothing"  # or "model" (by torch.compile, before the engine), "engine" (by engine.compile)
     repeat: int = 1  # engines made and run one after the other; the last one counts
@@ -101,11 +102,11 @@ class Case:
 
     @property
     def data_ranks(self) -> int:
-        return self.world // (self.tensor * self.pipe)
+        return self.world // (self.tensor * self.pipe * self.sequence)
 
     def data_rank(self, rank: int) -> int:
         """Of a rank, among those that have data of their own."""
-        return rank % self.data_ranks if self.pipe > 1 else rank // self.tensor
+        return rank % self.data_ranks if self.pipe > 1 else rank // (self.tensor * self.sequence)
 
     def expert_rank(self, rank: int) -> int:
         """Of a rank, among those that share the experts of a layer."""

@@ -157,9 +157,10 @@ def _masters(case: Case, engine: Any) -> dict[str, Tensor]:
         return of_all_experts(case, masters)
     if case.tensor == 1:
         return masters
+    apart = case.tensor * case.sequence  # ranks that hold parts or copies of one replica
     shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
-    group = [dist.new_group(list(range(r, r + case.tensor))) for r in range(0, case.world, case.tensor)]
-    ours = group[dist.get_rank() // case.tensor]
+    group = [dist.new_group(list(range(r, r + apart))) for r in range(0, case.world, apart)]
+    ours = group[dist.get_rank() // apart]
     return {name: join_parts(part, shapes[name], ours) for name, part in masters.items()}
 
 

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 VOCAB, WIDTH, HEADS, LENGTH, LAYERS = 40, 16, 4, 8, 2
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """All are (batch, head, place, size)."""
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -10000.0).softmax(-1) @ value
+
+
 class Attention(nn.Module):
     def __init__(self, head_norms: bool) -> None:
         super().__init__()
+        self.attend = attend
         self.linear_proj = nn.Linear(WIDTH, WIDTH)
         self.linear_qkv = nn.Linear(WIDTH, 3 * WIDTH)
         if head_norms:
@@ -22,10 +30,7 @@ class Attention(nn.Module):
         query, key, value = heads.unbind(-2)
         if hasattr(self, "q_layernorm"):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        scores = query @ key.transpose(-1, -2) / (WIDTH // HEADS) ** 0.5
-        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        mixed = scores.masked_fill(future, -10000.0).softmax(-1) @ value
-        return self.linear_proj(mixed.transpose(1, 2).flatten(2))
+        return self.linear_proj(self.attend(query, key, value).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -63,10 +68,15 @@ class GptTwin(nn.Module):
             self.output_layer = nn.Linear(WIDTH, VOCAB, bias=False)
 
     def forward(self, tokens: Tensor, _: bool = False) -> Tensor:
-        places = torch.arange(LENGTH)
-        x = self.embedding.word_embeddings(tokens[:, :-1]) + self.embedding.position_embeddings(places)
+        return self.loss(self.body(tokens[:, :-1], torch.arange(LENGTH)), tokens[:, 1:])
+
+    def body(self, tokens: Tensor, places: Tensor) -> Tensor:
+        x = self.embedding.word_embeddings(tokens) + self.embedding.position_embeddings(places)
         for layer in self.decoder.layers:
             x = layer(x)
+        return x
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         output = self.embedding.word_embeddings.weight if self.tied else self.output_layer.weight
         logits = F.linear(self.decoder.final_layernorm(x), output)
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -29,9 +29,10 @@ def one_autocast() -> Iterator[None]:
 def one_grid() -> Iterator[None]:
     """Put back all that the engines made within it have set there."""
     from deepspeed.module_inject.layers import set_autotp_mode
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.utils import groups
 
-    with one_autocast(), _put_back(groups):
+    with one_autocast(), _put_back(groups), _put_back(parallel_state_sp):
         try:
             yield
         finally:

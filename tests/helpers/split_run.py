@@ -14,6 +14,7 @@ from tests.helpers.case import Case
 from tests.helpers.gpt_twin import GptTwin
 from tests.helpers.moe_model import expert_name, moe_twin, route_clearly, with_deepspeed_moe
 from tests.helpers.pipeline_model import PipelineTwin, stages_of
+from tests.helpers.sequence_model import shared_model
 
 FAMILIES = {"moe-mixtral": "Mixtral", "moe-qwen2": "Qwen2Moe", "moe-qwen3": "Qwen3Moe", "qwen3": "Qwen3"}
 """Of transformers' models, by what is in the name of a split."""
@@ -25,7 +26,7 @@ def whole_model(case: Case) -> nn.Module:
         model: nn.Module = PipelineTwin(is_tied="tied" in case.split)
     elif case.has_deepspeed_moe:
         model = moe_twin()
-    elif case.split.startswith("megatron"):
+    elif case.split.startswith(("megatron", "ulysses-gpt")):
         model = GptTwin(tied="tied" in case.split, head_norms="head-norms" in case.split)
     else:
         model = _of_transformers(case.split)
@@ -48,6 +49,10 @@ def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
         return
     if case.has_deepspeed_moe:
         yield with_deepspeed_moe(whole, case.expert_rank(dist.get_rank()), case.expert, case.spread), None
+        return
+    if case.split.startswith("ulysses"):
+        with shared_model(case, whole.float()) as model_and_mpu:
+            yield model_and_mpu
         return
     if not case.split.startswith("megatron"):
         if case.stage == 3 and "moe" in case.split:
@@ -139,7 +144,7 @@ def _of_transformers(split: str) -> nn.Module:
         "num_key_value_heads": 3 if "uneven" in split else 2,
         "head_dim": 4,
         "tie_word_embeddings": False,
-        "attn_implementation": "eager",
+        "attn_implementation": "sdpa" if "ulysses" in split else "eager",
     }
     if "moe" in split:
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}

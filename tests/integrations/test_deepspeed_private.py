@@ -28,10 +28,10 @@ ENGINE = (
     "_take_model_step",
     "autotp_size",
     "basic_optimizer",
+    "communication_data_type",
     "bfloat16_enabled",
     "config",
     "destroy",
-    "dp_world_size",
     "bf16_master_weights_and_gradients",
     "enable_backward_allreduce",
     "fp16_enabled",
@@ -47,7 +47,6 @@ ENGINE = (
     "inside_no_sync_ctxt",
     "is_gradient_accumulation_boundary",
     "is_deepcompile_enabled",
-    "mesh_device",
     "load_checkpoint",
     "load_universal_checkpoint",
     "lr_scheduler",
@@ -168,7 +167,9 @@ ELSEWHERE = {
     "weight_quantization_config",  # engine._config
     "zero_config",  # engine._config
     "get_context_parallel_world_size",  # the user's mpu
-    "initialize_sequence_parallel",  # DeepSpeed's mpu for Ulysses
+    "_SEQUENCE_PARALLEL_GROUP",  # DeepSpeed's mpu for Ulysses
+    "initialize_sequence_parallel",
+    "seq_parallel_group",  # an engine with that mpu
     "model_parallel",  # a mark of a parameter, by users of older versions
     "partition_dim",  # a mark of a parameter, by Megatron
     "tied_comms",  # of a PipelineModule

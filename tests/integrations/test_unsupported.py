@@ -19,13 +19,6 @@ from tests.integrations._engines import LENA, Net, config, engine, refusal, trai
 from tests.integrations._ranks import WORLD, Ranks
 
 
-def _ulysses() -> Any:
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-
-    parallel_state_sp.initialize_sequence_parallel(WORLD)
-    return parallel_state_sp
-
-
 def _offload(device: str = "cpu", **entries: Any) -> dict[str, Any]:
     return {"offload_optimizer": {"device": device, **entries}}
 
@@ -34,9 +27,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
     "in DDP": lambda: nn.parallel.DistributedDataParallel(Net()),
 }
-MPUS: dict[str, Callable[[], Any]] = {"none": lambda: None, "Ulysses": _ulysses}
 PREDIVIDED = {"prescale_gradients": False, "gradient_predivide_factor": float(WORLD)}
-WRONGLY_SCALED = '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)'
+WRONGLY_SCALED = (
+    '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 or with sequence parallelism '
+    "(DeepSpeed scales wrongly there)"
+)
 DYNAMIC_BATCHING = {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 8}}}}
 UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     # what the error calls it, stage, DeepSpeed's entries, what else is given
@@ -64,14 +59,12 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     ('"gradient_allreduce_op": "sum"', 2, {"gradient_allreduce_op": "sum"}, {}),
     (WRONGLY_SCALED, 3, PREDIVIDED, {}),
     ("a model wrapped by DistributedDataParallel", 1, {}, {"model": "in DDP"}),
-    ("sequence parallelism", 1, {"sequence_parallel_size": WORLD, "data_parallel_size": 1}, {}),
-    ("sequence parallelism", 1, {}, {"mpu": "Ulysses"}),
 ]
 
 
-def refusal_of_layout(stage: int, entries: dict[str, Any], model: str = "plain", mpu: str = "none") -> str:
+def refusal_of_layout(stage: int, entries: dict[str, Any], model: str = "plain") -> str:
     with one_grid():
-        return refusal(config(stage, **entries), MODELS[model](), mpu=MPUS[mpu]())
+        return refusal(config(stage, **entries), MODELS[model]())
 
 
 @pytest.mark.parametrize(("what", "stage", "entries", "given"), UNSUPPORTED, ids=[case[0] for case in UNSUPPORTED])

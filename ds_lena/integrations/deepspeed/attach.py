@@ -25,7 +25,7 @@ from ._internals import SEEN_WITH, loss_scale, seam
 from ._internals.cpu_adam import adamw_on_cpu
 from ._internals.engine import EngineView
 from ._internals.select import layout_of
-from .axes import first_update_check, placements_of
+from .axes import first_update_check, parts_of, placements_of
 from .exchange import members_of_all, together
 from .frozen import Frozen
 from .monitor import write_model
@@ -97,7 +97,7 @@ def attach(view: EngineView, lena: LENA) -> None:
         ownership.require_free(engine, view.module, controller.parameters)
         return binding
 
-    binding = together(view.grid.everything, bind) if view.grid.is_split else bind()
+    binding = together(view.grid.everything, bind) if view.grid.shares_micro_batches else bind()
     ownership.take(engine, controller.parameters)
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
@@ -145,13 +145,13 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         )
     grid = view.grid
     names, order = _names(view.module, controller)
-    placements = placements_of(view, names, parameters)
+    placements = placements_of(view, layout, names, parameters)
     on_cpu = view.facts.offload_optimizer == "cpu"
 
     def run() -> RunPlan:
         return RunPlan(
             total_steps=view.scheduler_total_steps() or hf.planned_updates(view.config),
-            planned_n=view.accumulation_steps() * grid.data_ranks,
+            planned_n=view.accumulation_steps() * grid.replicas,
             micro_batch_size=view.micro_batch_size(),
         )
 
@@ -160,7 +160,8 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         placements=placements,
         order=order,
         group=grid.everything,
-        members_of_all=functools.partial(members_of_all, grid.everything) if grid.is_split else list,
+        members_of_all=functools.partial(members_of_all, grid.everything) if grid.shares_micro_batches else list,
+        parts=parts_of(view, placements, order),
         check=first_update_check(view, controller.hooks, parameters, placements),
         run=run,
         clip=view.clip_coefficient,

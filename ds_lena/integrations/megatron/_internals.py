@@ -89,7 +89,10 @@ def read_grid(chunk: Any) -> Grid:
         tensor=chunk.tp_group,
         tensor_ranks=chunk.tp_group.size(),
         tensor_rank=chunk.tp_group.rank(),
+        sequence=chunk.dp_cp_group,
+        sequence_ranks=1,
         pipe_ranks=chunk.pp_group.size(),
+        expert_ranks=1,
         everything=everything,
     )
     ranks = grid.data_ranks * grid.tensor_ranks * grid.pipe_ranks

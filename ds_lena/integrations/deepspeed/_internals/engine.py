@@ -53,6 +53,15 @@ class EngineView:
         """The optimizer's type in the JSON."""
         return self._engine.optimizer_name()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return torch.device(self._engine.device)
+
+    def communication_type(self) -> torch.dtype:
+        """In which type of number DeepSpeed adds gradients up."""
+        return self._engine.communication_data_type
+
     @functools.cached_property
     def grid(self) -> Grid:
         """Which ranks share what."""

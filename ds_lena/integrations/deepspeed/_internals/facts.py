@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .grid import stages, tensor_parallel_ranks
+from .grid import sequence_parallel_ranks, stages, tensor_parallel_ranks, ulysses_is_set_up
 
 
 @dataclass(frozen=True)
 class EngineFacts:
     """How an engine is configured, as far as this decides whether LENA is exact under it.
 
-    `ranks`: the number of data-parallel ranks. `fp32_accumulation`: gradients are added up in fp32.
+    `ranks`: the number of ranks that average a gradient. `fp32_accumulation`: gradients are added up in fp32.
     `predivide`: the part of the division that comes before the reduction of the gradient, 1 if none does.
     `prescales`: all of the division comes before the reduction.
+    `sequence_ranks`: the number of ranks that share a micro-batch. `averages_apart`: they do not average their
+    gradients. `unknown_sequence`: there are such ranks, and the engine does not know of them.
     `other_ranks`: there are ranks that hold neither a replica nor a part of this model.
     `offload_optimizer`, `offload_param`: the device, "none", "cpu" or "nvme".
     `forces_cpu_optimizer`: DeepSpeed refuses a client optimizer of others with offload.
@@ -50,7 +53,9 @@ class EngineFacts:
     dual_pipe: bool
     experts: bool
     auto_ep: bool
-    sequence_parallel: bool
+    sequence_ranks: int
+    averages_apart: bool
+    unknown_sequence: bool
     context_parallel: bool
     tensor_ranks: int
     other_ranks: bool
@@ -70,18 +75,16 @@ class EngineFacts:
 
 def read_facts(engine: Any) -> EngineFacts:
     """Read an engine that has its configuration and model. It needs no optimizer yet."""
-    from deepspeed.utils import groups
-
     zero = engine._config.zero_config
     autocasts = bool(engine.torch_autocast_enabled())
     sampling = engine._config.data_efficiency_config["data_sampling"]
-    in_parts = groups._get_sequence_parallel_world_size() > 1 or engine.mesh_device is not None
+    sequence_ranks = sequence_parallel_ranks(engine)
     context_ranks = getattr(engine.mpu, "get_context_parallel_world_size", lambda: 1)
     tensor_ranks, pipe_ranks = tensor_parallel_ranks(engine), stages(engine)
     parts = tensor_ranks * pipe_ranks
     return EngineFacts(
         stage=engine.zero_optimization_stage(),
-        ranks=engine.dp_world_size,
+        ranks=engine.seq_dp_world_size,
         fp16=engine.fp16_enabled(),
         autocasts_to_fp16=autocasts and engine.torch_autocast_dtype() == torch.float16,
         bf16=engine.bfloat16_enabled(),
@@ -107,10 +110,12 @@ def read_facts(engine: Any) -> EngineFacts:
         dual_pipe=type(engine.module).__name__ == "DualPipeVModule",
         experts=bool(engine.has_moe_layers),
         auto_ep=bool(getattr(engine._config.expert_parallel_config, "enabled", False)),
-        sequence_parallel=in_parts or engine.seq_dp_world_size != engine.dp_world_size,
+        sequence_ranks=sequence_ranks,
+        averages_apart=sequence_ranks > 1 and _averages_apart(engine),
+        unknown_sequence=sequence_ranks == 1 and ulysses_is_set_up(),
         context_parallel=context_ranks() > 1,
         tensor_ranks=tensor_ranks,
-        other_ranks=parts > 1 and engine.dp_world_size * parts != torch.distributed.get_world_size(),
+        other_ranks=parts > 1 and engine.seq_dp_world_size * parts != dist.get_world_size(),
         hpz=zero.zero_hpz_partition_size > 1,
         quantized_gradients=bool(zero.zero_quantized_gradients),
         quantized_weights=bool(zero.zero_quantized_weights),
@@ -124,6 +129,11 @@ def read_facts(engine: Any) -> EngineFacts:
         predivide=engine.gradient_predivide_factor() if engine.postscale_gradients() else 1.0,
         in_data_parallel=isinstance(engine.module, (DistributedDataParallel, DataParallel)),
     )
+
+
+def _averages_apart(engine: Any) -> bool:
+    averaging = dist.get_process_group_ranks(engine.seq_data_parallel_group)
+    return not set(dist.get_process_group_ranks(engine.seq_parallel_group)) <= set(averaging)
 
 
 def _device(offload: Any) -> str:

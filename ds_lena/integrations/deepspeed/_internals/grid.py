@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ Group = torch.distributed.ProcessGroup
 @dataclass(frozen=True)
 class Grid:
     """`data`: the ranks over which this rank's gradients are averaged. `tensor`: the ranks that hold the parts of its
-    tensors. `pipe_ranks`: the number of stages. `expert_ranks`: the most ranks over which the experts of one layer are
-    spread. `everything`: all ranks of the model, with all replicas and parts.
+    tensors. `sequence`: the ranks that share its micro-batches, which are among those of `data`. `pipe_ranks`: the
+    number of stages. `expert_ranks`: the most ranks over which the experts of one layer are spread. `everything`: all
+    ranks of the model, with all replicas and parts.
     """
 
     data: Group
@@ -24,6 +26,8 @@ class Grid:
     tensor: Group
     tensor_ranks: int
     tensor_rank: int
+    sequence: Group
+    sequence_ranks: int
     pipe_ranks: int
     expert_ranks: int
     everything: Group
@@ -33,19 +37,31 @@ class Grid:
         """Whether ranks hold different parts of the model."""
         return self.tensor_ranks * self.pipe_ranks * self.expert_ranks > 1
 
+    @property
+    def shares_micro_batches(self) -> bool:
+        """Whether several ranks work on one micro-batch."""
+        return self.is_split or self.sequence_ranks > 1
+
+    @property
+    def replicas(self) -> int:
+        """How many micro-batches are at work at once."""
+        return self.data_ranks // self.sequence_ranks
+
 
 def read_grid(engine: Any) -> Grid:
-    """The grid of an engine. Without tensor parallelism `tensor` is of no use, and `everything` is `data`."""
+    """The grid of an engine. On an axis of one rank the group is of no use. `everything` is `data` if all have all."""
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_rank
 
     data, tensor_ranks, pipe_ranks = engine.seq_data_parallel_group, tensor_parallel_ranks(engine), stages(engine)
-    has_parts = tensor_ranks > 1
+    has_parts, sequence_ranks = tensor_ranks > 1, sequence_parallel_ranks(engine)
     return Grid(
         data=data,
         data_ranks=torch.distributed.get_world_size(data),
         tensor=bwc_tensor_model_parallel_group(engine.mpu) if has_parts else data,
         tensor_ranks=tensor_ranks,
         tensor_rank=bwc_tensor_model_parallel_rank(engine.mpu) if has_parts else 0,
+        sequence=engine.seq_parallel_group if sequence_ranks > 1 else data,
+        sequence_ranks=sequence_ranks,
         pipe_ranks=pipe_ranks,
         expert_ranks=max((expert.ranks for expert in experts(engine.module).values()), default=1),
         everything=_all_ranks() if tensor_ranks * pipe_ranks > 1 else data,
@@ -64,6 +80,17 @@ def tensor_parallel_ranks(engine: Any) -> int:
 
     is_ulysses = hasattr(engine.mpu, "initialize_sequence_parallel")
     return 1 if engine.mpu is None or is_ulysses else int(bwc_tensor_model_parallel_world_size(engine.mpu))
+
+
+def sequence_parallel_ranks(engine: Any) -> int:
+    """The number of ranks that share a micro-batch."""
+    return int(engine.sequence_parallel_size)
+
+
+def ulysses_is_set_up() -> bool:
+    """Whether `initialize_sequence_parallel` of DeepSpeed's own mpu has been called."""
+    mpu = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+    return mpu is not None and mpu._SEQUENCE_PARALLEL_GROUP is not None
 
 
 def stages(engine: Any) -> int:

@@ -60,6 +60,10 @@ class Zero3Layout(Layout):
         is_first = self._zero.micro_step_id == 0 and not self._zero._coalesce_grad_reduction
         return "replaces some" if is_first else "adds"
 
+    def divisor(self, replicas: int, ranks: int) -> int:
+        """DeepSpeed divides by all ranks here, and by the number of micro-batches at the other stages."""
+        return ranks
+
     def broken_pass(self) -> Literal["kept", "dropped", "fatal"]:
         return "fatal"  # gradients wait in a bucket, parameters are gathered
 

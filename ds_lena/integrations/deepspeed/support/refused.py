@@ -10,6 +10,7 @@ _MISUSE = "tests/integrations/test_misuse.py"
 _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
 _TENSOR = "tests/integrations/test_tensor_parallel.py"
 _PIPELINE = "tests/integrations/test_pipeline.py"
+_SEQUENCE = "tests/integrations/test_sequence_parallel.py"
 _UNSUPPORTED = "tests/integrations/test_unsupported.py"
 _WINDOWS = "tests/integrations/test_window.py"
 
@@ -108,7 +109,7 @@ REFUSED: tuple[Feature, ...] = (
     ),
     Feature(
         "layers of deepspeed.moe with tensor, pipeline or sequence parallelism",
-        lambda facts: facts.experts and (facts.tensor_ranks * facts.stages > 1 or facts.sequence_parallel),
+        lambda facts: facts.experts and facts.tensor_ranks * facts.stages * facts.sequence_ranks > 1,
         instead="data and expert parallelism only",
         test=f"{_EXPERTS}::test_experts_with_another_axis_are_refused",
     ),
@@ -135,10 +136,39 @@ REFUSED: tuple[Feature, ...] = (
         f"{_EXPERTS}::test_trust_ratios_with_clipping_at_zero_0_are_refused",
     ),
     Feature(
-        "sequence parallelism",
-        lambda facts: facts.sequence_parallel,
-        instead="use data parallelism only",
-        keys=("sequence_parallel_size", "data_parallel_size", "seq_parallel_communication_data_type"),
+        "sequence parallelism by mesh_param, or by data_parallel_size and sequence_parallel_size in the JSON "
+        "(DeepSpeed does not average over the sequence-parallel ranks, and their weights drift apart)",
+        lambda facts: facts.averages_apart,
+        instead="call parallel_state_sp.initialize_sequence_parallel(size) of deepspeed.runtime.sequence_parallel, and "
+        "give deepspeed.initialize mpu=parallel_state_sp",
+        test=f"{_SEQUENCE}::test_a_mesh_is_refused",
+        keys=("sequence_parallel_size", "data_parallel_size"),
+    ),
+    Feature(
+        "sequence-parallel ranks of which the engine does not know",
+        lambda facts: facts.unknown_sequence,
+        instead="give deepspeed.initialize mpu=parallel_state_sp, and leave out tensor_parallel",
+        test=f"{_SEQUENCE}::test_groups_that_the_engine_does_not_know_are_refused",
+    ),
+    Feature(
+        "sequence parallelism together with tensor or pipeline parallelism",
+        lambda facts: facts.sequence_ranks > 1 and facts.tensor_ranks * facts.stages > 1,
+        instead="use one of them",
+        test=f"{_SEQUENCE}::test_tensor_parallelism_beside_it_is_refused",
+    ),
+    Feature(
+        "sequence parallelism at ZeRO 1 in bf16 with fp32 accumulation (DeepSpeed's step fails on all but the first "
+        "rank of a sequence)",
+        lambda facts: facts.sequence_ranks > 1 and facts.stage == 1 and facts.bf16 and facts.fp32_accumulation,
+        instead='use ZeRO 2 or 3, or "data_types": {"grad_accum_dtype": "bf16"}',
+        test=f"{_SEQUENCE}::test_where_deepspeed_still_fails_it_is_refused",
+    ),
+    Feature(
+        'sequence parallelism with "reduce_scatter": false at ZeRO-3 (DeepSpeed divides the gradients of large tensors '
+        "by another number of ranks there)",
+        lambda facts: facts.sequence_ranks > 1 and facts.stage == 3 and not facts.reduce_scatter,
+        instead="leave it out",
+        test=f"{_SEQUENCE}::test_wrong_scales_are_refused",
     ),
     Feature(
         "context parallelism (DeepSpeed does not average over it)",
@@ -208,8 +238,11 @@ REFUSED: tuple[Feature, ...] = (
     ),
     # DeepSpeed 0.19.8 leaves out the multiplication after the reduction there, so the gradient is too small.
     Feature(
-        '"gradient_predivide_factor": {predivide}, the number of ranks, at ZeRO-3 (DeepSpeed scales wrongly there)',
-        lambda facts: facts.stage == 3 and facts.predivide != 1.0 and facts.predivide == facts.ranks,
+        '"gradient_predivide_factor": {predivide}, the number of ranks, at ZeRO-3 or with sequence parallelism '
+        "(DeepSpeed scales wrongly there)",
+        lambda facts: (
+            (facts.stage == 3 or facts.sequence_ranks > 1) and facts.predivide != 1.0 and facts.predivide == facts.ranks
+        ),
         instead="leave it out",
     ),
     Feature(

@@ -397,6 +397,15 @@ SUPPORTED: tuple[Feature, ...] = (
     ),
     _runs(
         _PARALLEL,
+        "sequence parallelism by DeepSpeed's parallel_state_sp as mpu: Ulysses, and ALST of HF Trainer (ZeRO 0-3)",
+        f"{_AXES}/sequence.py",
+        "tests/parity/test_sequence_parallel.py",
+        "The ranks that share a micro-batch add their parts of each gradient up: see layouts.md for what it costs.",
+        lambda facts: facts.sequence_ranks > 1,
+        ("seq_parallel_communication_data_type",),
+    ),
+    _runs(
+        _PARALLEL,
         "AutoTP: the entry tensor_parallel (ZeRO 0-3)",
         f"{_AXES}/tensor.py",
         "tests/parity/test_tensor_parallel.py",
