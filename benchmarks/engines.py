@@ -4,7 +4,7 @@
     deepspeed --module benchmarks.engines --model gpt2                 the same, started by a launcher
     python -m benchmarks.engines --ranks 1 --stages 0 --tokens 128     one rank: what the hooks cost
     python -m benchmarks.engines --check-sync                          on CUDA: count what makes the host wait, instead
-    python -m benchmarks.engines --profile                             torch.profiler's table of LENA's updates, instead
+    python -m benchmarks.engines --profile                             what a profiler sees in an update, instead
 
 "forward_backward" contains LENA's hooks, "step" all the rest: the norms of the averaged gradient, the all-reduce, the
 factors and the move.
@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 import ds_lena
 from benchmarks import command, contestants
 from benchmarks.contestants import LENA, POSITIONS
+from benchmarks.profiling import profile, summary
 from benchmarks.timing import HEAD, Lap, Update, count_syncs, measure, table, versus, warm_up
 
 QUICK = {"model": "tiny", "tokens": [64], "seconds": 1.0, "accumulation": [1]}
@@ -44,7 +46,7 @@ def main() -> int:
     add("--accumulation", type=int, nargs="+", default=[1, 4], help="micro-batches per update; default: 1 4")
     add("--tokens", type=int, nargs="+", default=[512], help=f"of a sequence, at most {POSITIONS}; default: 512")
     add("--check-sync", action="store_true", help="count operations that make the host wait for the GPU; no times")
-    add("--profile", action="store_true", help="torch.profiler's table of LENA's updates on rank 0, instead")
+    add("--profile", action="store_true", help="what torch.profiler sees in updates of LENA and its rival, instead")
     args = command.parse(parser, QUICK)
     if args.check_sync and not torch.cuda.is_available():
         parser.error("--check-sync needs CUDA")
@@ -69,16 +71,13 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
     names, rows, found = [*rivals, LENA[args.base]], [], []
     for accumulation, tokens, stage in itertools.product(args.accumulation, args.tokens, args.stages):
         layout = {"stage": stage, "accumulation": accumulation, "tokens": tokens}
-        engines = {name: make_engine(name, args, stage, accumulation) for name in names}
-        batches = contestants.random_tokens(args.model, (accumulation, args.micro_batch, tokens), seed=rank())
-        updates = {name: trainer(engine, batches.to(device)) for name, engine in engines.items()}
-        warm_up(updates, 2 if accumulation == 1 else 1)
+        engines, updates = start(names, args, stage, accumulation, tokens)
         cells = [str(value) for value in layout.values()]
         if args.check_sync:
             seen = {name: count_syncs(update) for name, update in updates.items()}
             rows += [[*cells, name, phase, str(n)] for name, counts in seen.items() for phase, n in counts.items()]
         elif args.profile:
-            seen = profile(updates[LENA[args.base]])
+            seen = summary({name: profile(updates[name]) for name in (LENA[args.base], names[0])})
         else:
             seen = slowest(measure(updates, args.seconds, device, meet))
             rows += [row for phase in PHASES for row in versus([phase, *cells], seen, names[0], phase)]
@@ -93,6 +92,17 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
     return table(
         [*LAYOUT, "optimizer", "phase", "waits"] if args.check_sync else ["phase", *LAYOUT, *HEAD], rows
     ), found
+
+
+def start(
+    names: Sequence[str], args: argparse.Namespace, stage: int, accumulation: int, tokens: int
+) -> tuple[dict[str, Any], dict[str, Update]]:
+    """Engines with these optimizers, and their updates, warmed up."""
+    engines = {name: make_engine(name, args, stage, accumulation) for name in names}
+    batches = contestants.random_tokens(args.model, (accumulation, args.micro_batch, tokens), seed=rank())
+    updates = {name: trainer(engine, batches.to(_device())) for name, engine in engines.items()}
+    warm_up(updates, 2 if accumulation == 1 else 1)
+    return engines, updates
 
 
 def rank() -> int:
@@ -126,7 +136,8 @@ def make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulati
     import deepspeed
 
     torch.manual_seed(0)
-    model = contestants.build_model(args.model).to(_device())
+    with _device():
+        model = contestants.build_model(args.model)
     made = contestants.make(optimizer, model.parameters())
     try:
         return deepspeed.initialize(model=model, optimizer=made, config=entries(args, stage, accumulation))[0]
@@ -167,13 +178,6 @@ def end(engines: dict[str, Any]) -> None:
     engines.clear()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def profile(update: Update) -> str:
-    """torch.profiler's table of some updates."""
-    with torch.profiler.profile() as seen:
-        warm_up({"": update}, 5)
-    return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
 
 
 def meet(more: bool) -> bool:

@@ -85,6 +85,7 @@ class Case:
     split: str = ""  # which model they split, see `split_run.py`
     compiled: str = "nothing"  # or "model" (by torch.compile, before the engine), "engine" (by engine.compile)
     repeat: int = 1  # engines made and run one after the other; the last one counts
+    device: str = "cpu"  # or "cuda": of the run and, in bf16 and fp16, of the reference's copy of the model
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -148,6 +149,7 @@ class Case:
             narrow=self.narrow,
             together=self.together if self.expert > 1 else (),
             spread=self.spread,
+            device=self.device if self.narrow else "cpu",
         )
 
     def batch(self, update: int, rank: int, micro: int) -> Batch:

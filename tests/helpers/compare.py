@@ -28,6 +28,23 @@ def assert_same_run(case: Case, results: Sequence[Mapping[str, Any]], reference:
     assert not differences, f"{len(differences)} differences, the first of them\n" + "\n".join(differences[:25])
 
 
+def share_of_path(params: Mapping[str, Tensor], reference: Sequence[Snapshot]) -> float:
+    """How far the worst tensor ended from the reference, as a share of the way that it moved, summed over updates."""
+    paths = {name: sum(snapshot.moved[name] for snapshot in reference) for name in params}
+    expected = reference[-1].params
+    return max(float((p.double() - expected[name]).norm()) / paths[name] for name, p in params.items() if paths[name])
+
+
+def displacement_error(params: Mapping[str, Tensor], reference: Sequence[Snapshot]) -> float:
+    """Distance of all weights together from the reference, as a share of the reference's own after its first update."""
+    first, last = reference[0].params, reference[-1].params
+
+    def squared(one: Mapping[str, Tensor]) -> float:
+        return sum(float((one[name].double() - last[name]).square().sum()) for name in last)
+
+    return math.sqrt(squared(params) / squared(first))
+
+
 def weight_differences(params: Mapping[str, Tensor], reference: Sequence[Snapshot], bounds: Tolerance) -> list[str]:
     """Tensors that ended too far from the reference.
 

@@ -33,7 +33,7 @@ def run(case: Case) -> Result:
     for _ in range(case.repeat):
         with _engine(case) as engine:
             reports = [_update(case, engine, update, window) for update, window in enumerate(case.plan)]
-            params = _masters(case, engine)
+            params = {name: master.cpu() for name, master in _masters(case, engine).items()}
     return {"reports": reports, "params": params}
 
 
@@ -78,7 +78,7 @@ def _engine_of(case: Case, model: nn.Module, mpu: Any) -> Iterator[Any]:
 
 def _model(case: Case) -> nn.Module:
     if not case.zero_init:
-        return build(case.model, torch.float32)
+        return build(case.model, torch.float32).to(case.device)
     with deepspeed.zero.Init(config_dict_or_path=case.deepspeed_config()):
         model = TinyTransformer(case.model)
     for name, weight in initial_weights(case.model).items():
@@ -119,7 +119,8 @@ def _update(case: Case, engine: Any, update: int, window: Window) -> Any:
 
 def _micro_batch(case: Case, engine: Any, update: int, micro: int) -> None:
     window = case.plan[update]
-    loss = engine(*case.batch(update, case.data_rank(dist.get_rank()), micro))
+    tokens, sometimes = case.batch(update, case.data_rank(dist.get_rank()), micro)
+    loss = engine(tokens.to(case.device), sometimes)
     if window.poisoned:
         loss = loss * float("inf")
     if micro in window.idle:

@@ -52,14 +52,14 @@ def started_path(folder: Path) -> Path:
 
 
 def launch(cases: Sequence[Case], folder: Path) -> list[Outcome]:
-    """One outcome per case; all cases must have the same world size."""
-    (world,) = {case.world for case in cases}
+    """One outcome per case; all cases must have the same world size and device."""
+    ((world, device),) = {(case.world, case.device) for case in cases}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.pkl").write_bytes(pickle.dumps(list(cases)))
     outcomes: list[Outcome] = []
     while len(outcomes) < len(cases):
         started_path(folder).unlink(missing_ok=True)
-        _run_ranks(folder, len(outcomes), len(cases), world)
+        _run_ranks(folder, len(outcomes), len(cases), world, device)
         if not started_path(folder).exists():  # nor would they for the next case
             return outcomes + [_collect(folder, number, world) for number in range(len(outcomes), len(cases))]
         finished = len(outcomes)
@@ -94,10 +94,10 @@ def _collect(folder: Path, number: int, world: int) -> Outcome:
     return outcome
 
 
-def _run_ranks(folder: Path, first: int, total: int, world: int) -> None:
+def _run_ranks(folder: Path, first: int, total: int, world: int, device: str) -> None:
     """Start the ranks at case `first`; return when they have ended, on their own or not."""
     port = free_port()
-    processes = [_start(folder, first, rank, world, port) for rank in range(world)]
+    processes = [_start(folder, first, rank, world, port, device) for rank in range(world)]
     awaited = [result_path(folder, number, rank) for number in range(first, total) for rank in range(world)]
     finished, since = 0, time.monotonic()
     try:
@@ -121,8 +121,8 @@ def _failed(folder: Path, number: int, world: int) -> bool:
     return any("error" in torch.load(path, weights_only=False) for path in paths if path.exists())
 
 
-def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank, for ranks on this machine's CPU."""
+def rank_environment(rank: int, world: int, port: int, device: str = "cpu") -> dict[str, str]:
+    """What a launcher tells a rank, for ranks on this machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -131,15 +131,15 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "PYTHONHASHSEED": "0",  # DeepSpeed orders groups of experts by a hash
         # Compiling it takes longer than the patience with a rank. `test_cpu_adam.py` does it.
         "DS_BUILD_CPU_ADAM": "0",
     }
 
 
-def _start(folder: Path, first: int, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
-    environment = rank_environment(rank, world, port)
+def _start(folder: Path, first: int, rank: int, world: int, port: int, device: str) -> subprocess.Popen[bytes]:
+    environment = rank_environment(rank, world, port, device)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with (folder / f"rank{rank}.log").open("wb") as log:
         command = [sys.executable, "-m", "tests.helpers.ranks", str(folder), str(first)]

@@ -18,7 +18,7 @@ from tests.helpers.model import build
 
 def run(case: Case) -> dict[str, Any]:
     """The reports after every update and the weights at the end."""
-    model = build(case.model, torch.float32)
+    model = build(case.model, torch.float32).to(case.device)
     wrapped: nn.Module = model
     if case.world > 1:
         unused = case.model.spare or case.usage != "always"
@@ -35,7 +35,7 @@ def run(case: Case) -> dict[str, Any]:
         optimizer.zero_grad()
         report = ds_lena.report(optimizer)
         reports.append(_with_names(report, model) if case.groups == "unnamed" else report)
-    params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    params = {name: p.detach().clone().cpu() for name, p in model.named_parameters() if p.requires_grad}
     return {"reports": reports, "params": params}
 
 
@@ -59,6 +59,7 @@ def _accumulate(case: Case, wrapped: nn.Module, update: int) -> None:
     for micro in range(window.micros):
         wait = case.loop == "no_sync" and micro < window.micros - 1
         with wrapped.no_sync() if wait else nullcontext():
-            loss = wrapped(*case.batch(update, dist.get_rank(), micro))
+            tokens, sometimes = case.batch(update, dist.get_rank(), micro)
+            loss = wrapped(tokens.to(case.device), sometimes)
             if micro not in window.idle:
                 (loss / window.micros).backward()

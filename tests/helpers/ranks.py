@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import os
 import pickle
 import signal
 import sys
@@ -31,7 +32,8 @@ def main(folder: Path, first: int) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     gc.freeze()  # what the imports made: collections between cases need not look at it
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    backend = "gloo" if os.environ["DS_ACCELERATOR"] == "cpu" else "nccl"
+    dist.init_process_group(backend, timeout=timedelta(minutes=5))
     # Its own group: a collective that a failed case left hanging cannot be mistaken for this one.
     control = dist.new_group(backend="gloo")
     started_path(folder).touch()

@@ -43,6 +43,7 @@ class Settings:
     narrow: torch.dtype | None = None  # gradients come from a copy of the float64 masters in this type
     together: Sequence[Sequence[int]] = ()  # ranks whose micro-batches make one micro-gradient of an expert
     spread: str = ""  # how the names of the layers begin whose experts are shared by them
+    device: str = "cpu"  # of that copy
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def train(
 ) -> Iterator[Snapshot]:
     """Train the float64 `model` (modified in place); `groups` are param groups of (name, parameter) pairs."""
     keys = complete(keys)
-    twin = model if settings.narrow is None else _narrow_copy(model, settings.narrow)
+    twin = model if settings.narrow is None else _narrow_copy(model, settings.narrow).to(settings.device)
     params = {name: p for group in groups for name, p in group["params"]}
     layers = {
         name: layer_of(name, keys["layer"])
@@ -153,9 +154,11 @@ def _measure_experts(
 
 def _gradients(twin: nn.Module, params: Mapping[str, Tensor], batch: tuple[Any, ...], divisor: float) -> Gradients:
     twin.zero_grad(set_to_none=True)
-    (twin(*batch) / divisor).backward()
+    device = next(twin.parameters()).device
+    inputs = [value.to(device) if isinstance(value, Tensor) else value for value in batch]
+    (twin(*inputs) / divisor).backward()
     found = {name: twin.get_parameter(name).grad for name in params}
-    return {name: gradient.double() for name, gradient in found.items() if gradient is not None}
+    return {name: gradient.cpu().double() for name, gradient in found.items() if gradient is not None}
 
 
 def _step(

@@ -1,4 +1,4 @@
-"""Runs the selected cases, one set of ranks per world size, when the first test asks."""
+"""Runs the selected cases, one set of ranks per world size and device, when the first test asks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.helpers.launch import Outcome, launch
 
 
 class Runs:
-    """The outcomes of all selected cases, by name; a world size is launched once."""
+    """The outcomes of all selected cases, by name; a world size is launched once for each device."""
 
     def __init__(self, selected: list[Case], folder: Path) -> None:
-        self._selected = selected
+        self._selected = [case for case in selected if case.device == "cpu" or torch.cuda.is_available()]
         self._folder = folder
         self._outcomes: dict[str, Outcome] = {}
 
@@ -31,9 +31,9 @@ class Runs:
         """References are made meanwhile, first beside the single rank, which leaves cores idle."""
         references = Thread(target=lambda: [reference(case) for case in self._selected], daemon=True)
         references.start()
-        for world in sorted({case.world for case in self._selected}):
-            together = [case for case in self._selected if case.world == world]
-            outcomes = launch(together, self._folder / f"world{world}")
+        for world, device in sorted({(case.world, case.device) for case in self._selected}):
+            together = [case for case in self._selected if (case.world, case.device) == (world, device)]
+            outcomes = launch(together, self._folder / f"world{world}-{device}")
             self._outcomes |= {case.name: outcome for case, outcome in zip(together, outcomes, strict=True)}
         references.join()
 

@@ -4,15 +4,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pytest import approx
+from torch.autograd import DeviceType
 
 from benchmarks import __main__ as suite_module
 from benchmarks.contestants import ADAMW, FUSED_ADAM, LENA, Chain, NotAvailable, available, make, rivals
 from benchmarks.footprint import added_traffic, tracked_peaks
 from benchmarks.optimizers import added_line, ready_made
+from benchmarks.profiling import MARK, _mean
 from benchmarks.scaling import LAYERS, fitted
 from benchmarks.timing import HEAD, against, measure, table, versus, warm_up
 from ds_lena.cost import MACHINES, all_reduce_seconds
@@ -78,6 +81,25 @@ def test_a_chain_has_as_many_tensors_as_asked_for_and_stays_finite(count, elemen
     assert len(parameters) == count
     assert sum(p.numel() for p in parameters) <= elements < count // 2 * (chain.width + 1) * (chain.width + 2)
     assert all(torch.isfinite(p.grad).all() for p in parameters)
+
+
+def test_a_profile_has_every_event_in_its_phase():
+    def event(name, start, took, device=DeviceType.CPU, annotation=False):
+        span = SimpleNamespace(start=start, elapsed_us=lambda: took)
+        return SimpleNamespace(
+            name=name, time_range=span, self_cpu_time_total=took, device_type=device, is_user_annotation=annotation
+        )
+
+    events = [
+        event("aten::before", 0, 9), event(MARK + "before", 10, 0),
+        event("aten::mul", 11, 2000), event("cuLaunchKernelEx", 12, 1), event(MARK + "step", 4010, 0),
+        event("kernel", 20, 3000, DeviceType.CUDA), event("span", 20, 3000, DeviceType.CUDA, annotation=True),
+        event("cudaMemcpyAsync", 4011, 1), event(MARK + "rest", 5010, 0),
+    ]  # fmt: skip
+    found = _mean(events, updates=2)
+    assert found["phases"] == {"step": approx([0.5, 0, 0.5, 1.5, 2]), "rest": approx([0, 0.5, 0, 0, 0.5])}
+    assert found["device"] == {"kernel": [0.5, 1.5]}
+    assert "aten::before" not in found["host"]
 
 
 def test_peaks_belong_to_the_phase_in_which_they_are_reached():
