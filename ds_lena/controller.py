@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
 from .layers import LayerTable, Member, build_table, matches, nearest_name, unmatched_patterns
 from .parameters import require_supported
+from .recorded import Recorded
 from .schedule import checkpoint
 from .schedule.clock import RunPlan
-from .schedule.schedule import Proposal, Schedule
+from .schedule.schedule import Memory, Proposal, Schedule
 from .update.apply import Applier, Rates, State, prepare
 from .update.rules import RULES
 from .update.segments import cut_flat
@@ -39,6 +40,19 @@ logger = logging.getLogger("ds_lena")
 
 # DDP finishes its reduction in a callback at the end of backward. With static_graph that callback queues another one.
 _CALLBACKS_TO_WAIT = 2
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one update's statistics lead to.
+
+    `square_now` (): the squared norm of the averaged gradient, as it may have been changed since it was averaged.
+    `factor` (P,): what multiplies the learning rate of each parameter.
+    """
+
+    proposal: Proposal
+    square_now: Tensor
+    factor: Tensor
 
 
 class Controller:
@@ -117,6 +131,7 @@ class Controller:
         table = self._layers(left_out)
         self._layer_of = torch.tensor(table.of_parameter, dtype=torch.long, device=self._device)
         self.hooks.names = names
+        self.hooks.unchanged_up_to = binding.layout.unchanged_up_to()
         self.hooks.watch([not out for out in left_out], [placement.join for placement in placements], binding.parts)
         self.hooks.before_pass = None if self.is_managed else _weakly(self._before_plain_pass)
         self.hooks.after_pass = None if self.is_managed else _weakly(self._after_plain_pass)
@@ -128,6 +143,7 @@ class Controller:
             self.hooks, placements, table.of_parameter, table.count, self._cells, binding.group, self._device
         )
         self.schedule = Schedule(self.config, table, self._device)
+        self._recorded_decision = Recorded(keeps=1)
         self._make_update(table, names)
         self._ranks_agree = self.is_managed or world_size(binding.group) == 1
         self._trace = trace_of((), self._device)
@@ -197,17 +213,35 @@ class Controller:
         if self.binding.check is not None and self.schedule.updates == 0:
             self.binding.check(self._squares_of_mean)
         scale = self.binding.layout.loss_scale()
-        measured, square_now = self._statistics.reduce(self._squares_of_mean, self._squares_now(), scale)
+        reduced = self._statistics.reduced(self._squares_of_mean, self._squares_now())
+        decision = self._decide(reduced, scale)
+        measured = decision.proposal.measured
         if not self._ranks_agree:
             require_average(measured.mean_square.sum(), measured.square_of_mean.sum())
             self._ranks_agree = True
-        self._proposal = self.schedule.propose(measured, self._run_plan())
-        factor = self._proposal.factor[self._layer_of]
+        self._proposal, factor = decision.proposal, decision.factor
         if self._trust is not None:
-            clip = self.binding.clip(square_now.sqrt())
+            clip = self.binding.clip(decision.square_now.sqrt())
             factor = factor * self._trust.measure(_unscaled(clip, scale), groups, state)
         self._rates = Rates(factor)
         return self._proposal
+
+    def _decide(self, reduced: Tensor, loss_scale: float) -> Decision:
+        """From the statistics of all ranks to the factors. On a GPU all of it is one launch."""
+        schedule, plan = self.schedule, self._run_plan()
+        memory = schedule.memory(plan)
+        clock = memory.clock
+        remembered = clock.k, clock.plan, clock.planned is None, clock.is_resumed and clock.updates
+        key = plan, loss_scale, schedule.base_samples, remembered
+        decision = self._recorded_decision(self._decided, key, reduced, memory)
+        counted = replace(decision.proposal.clock, updates=clock.updates + 1)
+        return replace(decision, proposal=replace(decision.proposal, clock=counted))
+
+    def _decided(self, key: tuple[Any, ...], reduced: Tensor, memory: Memory) -> Decision:
+        plan, loss_scale, *_ = key
+        measured, square_now = self._statistics.of(reduced, loss_scale)
+        proposal = self.schedule.propose(measured, plan, memory)
+        return Decision(proposal, square_now, proposal.factor[self._layer_of])
 
     @property
     def is_in_update(self) -> bool:

@@ -14,12 +14,15 @@ from ds_lena.keys import BASES
 PACKAGE = Path(ds_lena.__file__).parent
 
 FLOORS = (
-    {"errors", "version", "keys", "grad_stats", "schedule", "layouts", "update"},
+    {"errors", "version", "keys", "recorded", "grad_stats", "schedule", "layouts", "update", "update.kernels",
+     "update.kernels.programs"},
     {"config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
      "grad_stats.measurement",
      "layouts.layout", "update.rules.common"},
     {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "update.segments",
      "update.rules.adamw", "update.rules.sgd"},
+    {"update.kernels.table"},
+    {"update.kernels.launch"},
     {"grad_stats.statistics", "schedule.authors_code", "schedule.clock", "schedule.carrier"},
     {"schedule.schedule", "binding", "update.rules"},
     {"schedule.checkpoint", "update.apply"},
@@ -59,8 +62,9 @@ MAY_IMPORT = {
     "keys": set(),
     "config": {"errors", "keys"},
     "layers": set(),
+    "recorded": set(),
     # measure: tensors and placements, no wrapper and no engine
-    "grad_stats.norms": {"errors"},
+    "grad_stats.norms": {"errors", "recorded"},
     "grad_stats.backward": set(),
     "grad_stats.placement": set(),
     "grad_stats.measurement": set(),
@@ -68,7 +72,7 @@ MAY_IMPORT = {
     "grad_stats.hooks": {"errors", "grad_stats", "grad_stats.backward", "grad_stats.norms", "grad_stats.placement"},
     "grad_stats.agreement": {"errors", "grad_stats.reduce"},
     "grad_stats.statistics": {"grad_stats.measurement", "grad_stats.hooks", "grad_stats.placement",
-                              "grad_stats.reduce"},
+                              "grad_stats.reduce", "recorded"},
     # decide: vectors only
     "schedule.algorithm": {"config", "grad_stats.measurement"},
     "schedule.authors_code": {"config", "grad_stats.measurement", "schedule.algorithm"},
@@ -91,7 +95,12 @@ MAY_IMPORT = {
     f"{INTERNALS}.engine": {f"{INTERNALS}.facts", f"{INTERNALS}.grid"},
     # move: pieces and rates
     "update.segments": {"layouts.layout"},
-    "update.apply": {"errors", "update.rules", "update.rules.common", "update.segments"},
+    "update.kernels.programs": set(),
+    "update.kernels.table": {"update.segments"},
+    "update.kernels.launch": {"update.kernels", "update.kernels.programs", "update.kernels.table",
+                              "update.rules.common"},
+    "update.apply": {"errors", "update.kernels.launch", "update.kernels.table", "update.rules", "update.rules.common",
+                     "update.segments"},
     "update.rules": {"keys", "update.rules.common"},
     "update.rules.common": set(),
     "update.rules.adamw": {"update.rules.common"},
@@ -149,7 +158,11 @@ UPDATE_PATH = {
     "schedule.authors_code": set(),
     "schedule.clock": set(),
     "schedule.schedule": set(),
+    "recorded": set(),
     "update.apply": set(),
+    "update.kernels.launch": set(),
+    "update.kernels.programs": set(),
+    "update.kernels.table": set(),
     "update.rules.adamw": set(),
     "update.rules.common": set(),
     "update.rules.lamb": set(),
@@ -167,11 +180,14 @@ UPDATE_PATH = {
 HARMLESS = {
     "grad_stats.agreement: bool(square_of_mean > ROUNDING * mean_square)": "once a run",
     "grad_stats.reduce: both.tolist()": "once a run",
-    "grad_stats.statistics: float(self._hooks.passes)": "a Python number",
+    "grad_stats.statistics: float(passes)": "a Python number",
+    **{f"{INTERNALS}.{name}: int(self._zero.reduce_bucket_size)": "a Python number" for name in ("zero12", "zero3")},
+    "update.kernels.table: int(counts.sum())": "on the CPU, and once for each table",
+    **{f"update.rules.{name}: bool(group['momentum'])": "a Python number" for name in ("sgd", "lars")},
     f"{INTERNALS}.cpu_adam: float(step)": "where the pieces are on the CPU already",
     f"{INTERNALS}.cpu_adam: float(lr)": "a Python number",
     "schedule.clock: float(plan.planned_n)": "a Python number",
-    "update.apply: rates.tolist()": "where the pieces are on the CPU already",
+    "update.apply: vector.tolist()": "where the pieces are on the CPU already",
     **{f"{INTERNALS}.{name}: float(self._zero.loss_scale)": "a Python number" for name in ("zero12", "zero3")},
     "schedule.schedule: int((self.state.warmup >= 1).sum())": "once a run",
     "schedule.schedule: int(self.state.capped.sum())": "once a run",
@@ -275,6 +291,12 @@ def test_only_reduce_and_the_integrations_talk_to_torch_distributed(name):
 def test_only_the_integrations_import_other_libraries(name, library):
     imported = {found.split(".")[0] for found in foreign_imports(name)}
     assert library not in imported or name.startswith("integrations.")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_the_kernels_import_triton(name):
+    imported = {found.split(".")[0] for found in foreign_imports(name)}
+    assert "triton" not in imported or name == "update.kernels.programs"
 
 
 @pytest.mark.parametrize("private", PRIVATE_NAMES)

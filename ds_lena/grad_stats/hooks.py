@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import StateError, UnsupportedError
 from . import backward
-from .norms import SquaredNorms
+from .norms import SquaredNorms, is_batched
 from .placement import Join
 
 
@@ -49,6 +49,8 @@ class GradientHooks:
     `before_pass()`, `after_pass()`: called around every pass, if set. `before_part()`: called before a backward that a
     loss calls in its own forward.
     `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
+    `unchanged_up_to`: the most elements of a gradient that nobody changes in place until its pass has ended. On a GPU
+    the norms of such gradients are taken in batches.
     `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
     """
 
@@ -61,6 +63,7 @@ class GradientHooks:
         self.after_pass: Callable[[], None] | None = None
         self.before_part: Callable[[], None] | None = None
         self.has_more_parts: Callable[[Tensor], bool] | None = None
+        self.unchanged_up_to = 0
         self.is_broken_off = False
         self._end: weakref.ref[Callable[[], None]] | None = None
         self._pass_task = self._nested_task = self._part_task = self._ignored_task = backward.NO_TASK
@@ -80,7 +83,7 @@ class GradientHooks:
             shared.begin(self._wanted)
         self._joins = list(joins) if joins is not None else [None] * len(self.parameters)
         self._norms = self.new_norms()
-        self.sums = self._norms.read()
+        self.sums = self._norms.read().clone()
         self.clear()
 
     def new_norms(self) -> SquaredNorms:
@@ -111,7 +114,7 @@ class GradientHooks:
 
     def forget_broken_pass(self) -> None:
         """Forget the pass that an exception has ended, at the start of the next one."""
-        self.sums.sub_(self._norms.read())
+        self._norms.add_to(self.sums, times=-1)
         self.passes -= 1
         self.last_pass = [min(last, self.passes) for last in self.last_pass]
         self.is_broken_off = False
@@ -177,7 +180,11 @@ class GradientHooks:
             return
         join = self._joins[index]
         whole = gradient if join is None else join(gradient)
-        if whole is not None:
+        if whole is None:
+            return
+        if join is None and is_batched(whole) and whole.numel() <= self.unchanged_up_to:
+            self._norms.collect(index, whole)
+        else:
             self._norms.write(index, whole)
 
     def _write(self, gradients: Iterable[tuple[int, Tensor]]) -> None:
@@ -231,7 +238,7 @@ class GradientHooks:
         if self.is_broken_off and self._shared is not None:
             self._write(self._shared.complete())
         if self.is_broken_off and self.passes:
-            self.sums.add_(self._norms.read())
+            self._norms.add_to(self.sums)
         if self.before_pass is not None:
             self.before_pass()
         if self.passes == 0:
@@ -263,7 +270,7 @@ class GradientHooks:
         if self._shared is not None:
             self._write(self._shared.complete())
         self._end = None
-        self.sums.add_(self._norms.read())
+        self._norms.add_to(self.sums)
         if self.after_pass is not None:
             self.after_pass()
 

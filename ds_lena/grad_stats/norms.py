@@ -1,16 +1,19 @@
 """Squared norms of gradients: one pass over each tensor, accurate for any size, without a copy in a wider type.
 
-On a GPU every norm is one kernel that writes into a shared buffer. Nothing waits for the device.
+On a GPU the norms of many tensors are one call, since there a kernel for each tensor costs more than its work. Nothing
+waits for the device.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..recorded import Recorded
 
 # torch's CPU kernel for norms adds all squares of a row one after the other in float32. On 40 M normal elements its
 # result is wrong by half a percent. A dot product adds in many lanes and reads faster. In blocks of this size its
@@ -18,9 +21,22 @@ from ..errors import UnsupportedError
 _BLOCK = 1 << 16
 _DENSE = torch.strided
 
+MOST_ELEMENTS = 32 << 20
+"""Tensors that wait for their norm have no more elements than this together, beside the one that comes last."""
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether norms of this tensor's device are taken in batches."""
+    return tensor.is_cuda
+
+
+def _raw_stream(tensor: Tensor) -> int:
+    """The stream on which this thread works now, on the tensor's device."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
+
 
 class SquaredNorms:
-    """Squared L2 norms of `count` tensors, written one at a time and read together.
+    """Squared L2 norms of `count` tensors, written one at a time or in batches, and read together.
 
     Squares are added up in float32 or wider, and the sums of blocks in float64. `dtype`: float64 if any tensor is.
     Each norm is computed on its tensor's device, so a gradient that lies on the CPU is not copied. The result is on
@@ -33,6 +49,11 @@ class SquaredNorms:
         self._device = device
         self._buffers: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._on_cpu = device.type == "cpu"
+        self._waiting: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+        self._waiting_elements = self._waiting_stream = 0
+        self._found: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._square = Recorded(keeps=1)
+        self._add_squares = Recorded(keeps=2)
         _, self._slots = self._add_buffer(device)
 
     def _add_buffer(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -46,11 +67,7 @@ class SquaredNorms:
 
     def write(self, index: int, gradient: Tensor) -> None:
         """Write the squared norm of `gradient` at `index`."""
-        if gradient.layout is not _DENSE:
-            raise UnsupportedError(
-                f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
-                "Build the embedding with sparse=False."
-            )
+        _require_dense(gradient)
         on_cpu = gradient.is_cpu
         slot = (self._slots if on_cpu == self._on_cpu else self._slots_on(gradient.device))[index]
         if not on_cpu:
@@ -63,18 +80,85 @@ class SquaredNorms:
                 flat = flat.to(self._dtype)
             torch.dot(flat, flat, out=slot)
 
+    def collect(self, index: int, gradient: Tensor, most_elements: int = MOST_ELEMENTS) -> None:
+        """Write the squared norm of `gradient` at `index` later, at `read` at the latest.
+
+        Until then it must not change, and its memory is held. `most_elements`: of all such memory, beside the last.
+        """
+        _require_dense(gradient)
+        numel, stream = gradient.numel(), _raw_stream(gradient)
+        if not numel:
+            return
+        if stream != self._waiting_stream and self._waiting:
+            with torch.cuda.stream(torch.cuda.ExternalStream(self._waiting_stream, gradient.device)):
+                self._measure_waiting()
+        self._waiting_stream = stream
+        batch = self._waiting.get(gradient.dtype)
+        if batch is None:
+            batch = self._waiting[gradient.dtype] = [], []
+        batch[0].append(index)
+        batch[1].append(gradient.detach())  # autograd copies a gradient that anyone else holds, and not its alias
+        self._waiting_elements += numel
+        if self._waiting_elements > most_elements:
+            self._measure_waiting()
+
+    def _measure_waiting(self) -> None:
+        """Take the norms of the tensors that wait: one call for each type."""
+        for indices, tensors in self._waiting.values():
+            slots = self._slots_on(tensors[0].device)
+            norms = torch._foreach_norm(tensors, 2, dtype=self._dtype)
+            if tensors[0].is_cpu:
+                norms = torch._foreach_mul(norms, norms)  # as `write` has them there
+            self._found.append(([slots[i] for i in indices], list(norms)))
+        self._waiting, self._waiting_elements = {}, 0
+
+    def _write_found(self) -> None:
+        self._measure_waiting()
+        if self._found:
+            slots, norms = ([one for some in parts for one in some] for parts in zip(*self._found, strict=True))
+            torch._foreach_copy_(slots, norms)
+            self._found = []
+
     def clear(self) -> None:
         """Set all norms to 0."""
+        self._waiting, self._waiting_elements, self._found = {}, 0, []
         for written, _ in self._buffers.values():
             written.zero_()
 
     def read(self) -> Tensor:
-        """(count,) float64 on the result's device: the squared norms."""
+        """(count,) float64 on the result's device: the squared norms. On a GPU the call after the next one overwrites
+        it.
+        """
+        self._write_found()
+        if list(self._buffers) == [self._device] and not self._on_cpu:
+            return self._square(_squares, None, self._buffers[self._device][0])
         total = torch.zeros(self._count, dtype=torch.float64, device=self._device)
-        for device, (written, _) in self._buffers.items():
-            wide = written.to(torch.float64)
-            total += (wide if device.type == "cpu" else wide.square()).to(self._device)
+        self.add_to(total)
         return total
+
+    def add_to(self, total: Tensor, times: int = 1) -> None:
+        """Add `times` the squared norms to `total` (count,), float64 on the result's device (modified in place).
+
+        A total in the same memory each time is added to by one launch.
+        """
+        self._write_found()
+        for device, (written, _) in self._buffers.items():
+            if device.type == "cpu":
+                total.add_(written.to(self._device, torch.float64), alpha=times)
+            elif device == self._device:
+                self._add_squares(_add_squares, times, written, total)
+            else:
+                total.add_(written.double().square().to(self._device), alpha=times)
+
+
+def _squares(_: None, norms: Tensor) -> Tensor:
+    return norms.double().square()
+
+
+def _add_squares(times: int, norms: Tensor, total: Tensor) -> tuple[()]:
+    wide = norms.double()
+    total.addcmul_(wide, wide, value=times)
+    return ()
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
@@ -92,9 +176,21 @@ def squared_norms(pieces: Iterable[tuple[int, Tensor | None]], into: SquaredNorm
     """(count,) float64: squared norms of (index, tensor) pairs. 0 for None, and for an index that does not occur."""
     into.clear()
     for index, piece in pieces:
-        if piece is not None:
+        if piece is None:
+            continue
+        if is_batched(piece):
+            into.collect(index, piece, most_elements=sys.maxsize)  # it stays in memory anyway
+        else:
             into.write(index, piece)
     return into.read()
+
+
+def _require_dense(gradient: Tensor) -> None:
+    if gradient.layout is not _DENSE:
+        raise UnsupportedError(
+            f"LENA: got a gradient of layout {gradient.layout}; only dense gradients are supported. "
+            "Build the embedding with sparse=False."
+        )
 
 
 def _square_of_long(tensor: Tensor, wide: torch.dtype) -> Tensor:

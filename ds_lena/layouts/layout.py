@@ -60,6 +60,13 @@ class Layout(Protocol):
         """The factor that is still in the gradients of this window, the local ones too."""
         return 1.0
 
+    def unchanged_up_to(self) -> int:
+        """The most elements of a local gradient that the wrapper leaves as it is until its backward pass has ended.
+
+        It may copy the gradient before that, or drop it.
+        """
+        return 0
+
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         """Those of the parameters that backward has reached in this window whose gradient is gone, by zero_grad()."""
         return []

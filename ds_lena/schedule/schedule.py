@@ -30,12 +30,23 @@ class Proposal:
     """One update that is not applied yet.
 
     `factor` (L + 1,): what multiplies the learning rate of each layer. The last entry is 1, for parameters of no layer.
+    `nonfinite` (): how often a layer has been left out by then.
     """
 
     state: LayerState
     clock: ClockState
     measured: Measurement
     factor: Tensor
+    nonfinite: Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a proposal follows from, beside the measurement: `Schedule` has it by these names."""
+
+    state: LayerState
+    clock: ClockState
+    nonfinite: Tensor
 
 
 class Schedule:
@@ -63,23 +74,27 @@ class Schedule:
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
-    def propose(self, measured: Measurement, plan: RunPlan) -> Proposal:
+    def memory(self, plan: RunPlan) -> Memory:
+        """What `propose` needs. The averages are those of micro-batches of the size at present."""
+        return Memory(self._state_in_samples_of(plan.micro_batch_size), self.clock, self.nonfinite)
+
+    def propose(self, measured: Measurement, plan: RunPlan, memory: Memory | None = None) -> Proposal:
         """The update that follows from these measurements. Nothing changes yet."""
         config = self.config
-        k = self.base_in_micro_batches(plan.micro_batch_size)
-        now, after = clock.advance(self.clock, measured.n, k, plan, config.variant)
-        state = self._state_in_samples_of(plan.micro_batch_size)
+        memory = self.memory(plan) if memory is None else memory
+        state, k = memory.state, self.base_in_micro_batches(plan.micro_batch_size)
+        now, after = clock.advance(memory.clock, measured.n, k, plan, config.variant)
         if config.variant == "authors-code":
             state = authors_code.advance(state, measured, now, config)
         else:
             state = algorithm.advance(state, measured, now, k, self._numel, config)
         factor = torch.cat((algorithm.step_factor(state, config), scalar(1.0, self.device).unsqueeze(0)))
-        return Proposal(state, after, measured, factor)
+        return Proposal(state, after, measured, factor, memory.nonfinite + (~measured.finite).sum())
 
     def commit(self, proposal: Proposal) -> None:
         """The proposed update was applied."""
         self.state, self.clock, self.n = proposal.state, proposal.clock, proposal.measured.n
-        self.nonfinite = self.nonfinite + (~proposal.measured.finite).sum()
+        self.nonfinite = proposal.nonfinite
         micro_batch_size = self.clock.plan.micro_batch_size
         if self.base_samples is None and micro_batch_size is not None:
             self.base_samples = self.clock.k * micro_batch_size

@@ -18,7 +18,10 @@ from ..grad_stats.norms import squared_norm
 from ..grad_stats.placement import Placement
 from ..grad_stats.reduce import Group, sum_over
 from ..layouts.layout import Layout, Segment
-from .apply import State, prepare
+from ..recorded import Recorded
+from .apply import State, lying_as, prepare
+from .kernels.launch import Launcher, runs_on
+from .kernels.table import Piece
 from .rules import Rule, Trust
 from .rules.common import blocks
 
@@ -57,23 +60,84 @@ class TrustRatios:
         has_ratio = [len(placement.shape) > 1 for placement in placements]
         self._measured_here = [has and p.counted for has, p in zip(has_ratio, placements, strict=True)]
         self._has_ratio = torch.tensor(has_ratio, dtype=torch.bool, device=device)
+        self._launcher = Launcher(trust.kernel)
+        self._squares = torch.zeros(2, count, dtype=torch.float64, device=device)
+        self._recorded_ratios = Recorded(keeps=2)
         self._decay_values: list[float] = []
         self._decay_there = torch.zeros(0)
 
     def measure(self, clip: Tensor | None, groups: Groups, state: State) -> Tensor:
-        """(P,): the trust ratio of each parameter in this update. It multiplies the parameter's learning rate.
+        """(P,): the trust ratio of each parameter in this update. It multiplies the parameter's learning rate. On a GPU
+        the call after the next one overwrites it.
 
         `clip` (): what the gradient will be multiplied by before `step()`, None for nothing.
         `state`: gets zeros for what a tensor does not have yet. Nothing else changes.
         """
-        squares = torch.zeros(2, self._count, dtype=torch.float64, device=self._device)
+        squares = self._squares.zero_()
+        pieces = [(i, gradient) for i, gradient in self._layout.gradients() if self._measured_here[i]]
+        if pieces and runs_on(self._where[pieces[0][0]][0].device):
+            pieces = self._measure_together(pieces, clip, groups, state, squares)
         of_weights, of_others = squares[0].unbind(), squares[1].unbind()
-        for index, gradient in self._layout.gradients():
-            if self._measured_here[index]:
-                totals = of_weights[self._places[index]], of_others[self._places[index]]
-                self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals)
-        norms = sum_over(squares, self._group)[:, self._own].sqrt()
-        return self._ratios(norms[0], norms[1], self._weight_decays(groups))
+        for index, gradient in pieces:
+            totals = of_weights[self._places[index]], of_others[self._places[index]]
+            self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals)
+        sum_over(squares, self._group)
+        return self._recorded_ratios(self._ratios, None, squares, self._weight_decays(groups))
+
+    def _measure_together(
+        self,
+        pieces: Sequence[tuple[int, Tensor | None]],
+        clip: Tensor | None,
+        groups: Groups,
+        state: State,
+        squares: Tensor,
+    ) -> list[tuple[int, Tensor | None]]:
+        """Add the squares of both norms of all pieces to `squares` (2, count) (modified in place), by one kernel for
+        each group. Returns the pieces that it cannot measure.
+        """
+        left: list[tuple[int, Tensor | None]] = []
+        for number, group in enumerate(groups):
+            own = [piece for piece in pieces if self._groups_of[piece[0]] == number]
+            if own:
+                rows = [self._row(index, gradient, group, state) for index, gradient in own]
+                left += [own[i] for i in self._launch(number, own, rows, clip, group, squares)]
+        return left
+
+    def _row(self, index: int, gradient: Tensor | None, group: Mapping[str, Any], state: State) -> list[Tensor | None]:
+        """The tensors of one piece, as the kernel wants them."""
+        flat, segment = self._where[index]
+        names = self._rule.buffers(group)
+        own = prepare(state[flat], flat, names)
+        weight = _cut(lying_as(flat, flat), segment)
+        if gradient is not None and not (gradient.is_contiguous() and weight.is_contiguous()):
+            gradient = lying_as(weight, gradient)
+        return [weight, gradient, *(_cut(own[name], segment) for name in names), own["step"]]
+
+    def _launch(
+        self,
+        number: int,
+        own: Sequence[tuple[int, Tensor | None]],
+        rows: Sequence[Sequence[Tensor | None]],
+        clip: Tensor | None,
+        group: Mapping[str, Any],
+        squares: Tensor,
+    ) -> list[int]:
+        """Measure pieces of one group. Returns the positions of those that are left."""
+        indices = tuple(index for index, _ in own)
+
+        def pieces() -> list[Piece]:
+            return [
+                (i, 0, self._where[index][1].length, 2 * self._places[index] + self._decays[index])
+                for i, index in enumerate(indices)
+            ]
+
+        device = rows[0][0].device  # type: ignore[union-attr]
+        table = self._launcher.table((number, indices), pieces, device)
+        found = torch.zeros(len(table.chunks), 2, device=device)
+        given = None if clip is None else clip.to(device, torch.float32)
+        left = self._launcher.launch(table, rows, group, found, given, HAS_CLIP=clip is not None)
+        squares.index_add_(1, table.rates.to(squares.device), found.t().to(squares))
+        return left
 
     def _measure_piece(
         self,
@@ -97,8 +161,9 @@ class TrustRatios:
             totals[0].add_(squared_norm(weight))
             self._trust.add_square(totals[1], weight, clipped, rest, count, decay, group)
 
-    def _ratios(self, weight_norm: Tensor, other_norm: Tensor, weight_decay: Tensor) -> Tensor:
+    def _ratios(self, _: None, squares: Tensor, weight_decay: Tensor) -> Tensor:
         """(P,). 1 for tensors of fewer than two dimensions, and where either norm is 0."""
+        weight_norm, other_norm = squares[:, self._own].sqrt()
         has_ratio = self._has_ratio & (weight_norm > 0) & (other_norm > 0)
         safe = torch.where(has_ratio, other_norm, 1.0)
         ratio = self._trust.ratio(weight_norm, safe, weight_decay, self._coefficient)

@@ -379,10 +379,10 @@ def test_the_rates_of_an_interrupted_update_are_forgotten():
     optimizer = LENA(parameters, lr=0.1, warmup="none", max_relative_gain=None, smoothing=0.0, base="sgd", momentum=0)
     noisy, calm = [[vector(3, 0, 0)], [vector(-1, 0, 0)]], [[vector(1, 0, 0)], [vector(1, 0, 0)]]
     applier = controller_of(optimizer)._applier
-    pieces = applier._pieces
-    applier._pieces = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    moving = applier._moving
+    applier._moving = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         train_window(optimizer, parameters, noisy)
-    applier._pieces = pieces
+    applier._moving = moving
     (step,) = moved_by(parameters, lambda: train_window(optimizer, parameters, calm))
     assert step.abs().max().item() == pytest.approx(0.1)

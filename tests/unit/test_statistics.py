@@ -43,7 +43,7 @@ def reduced(monkeypatch, ranks, loss_scale=1.0):
         layers = len(set(rank.layer_of))
         made = GradientStatistics(rank.hooks, rank.placements, rank.layer_of, layers, cells, "all ranks", CPU)
         squares = torch.stack([piece.double().square().sum() for piece in rank.mean_pieces])
-        return made.reduce(squares, squares, loss_scale)
+        return made.of(made.reduced(squares, squares), loss_scale)
 
     monkeypatch.setattr(statistics, "sum_over", lambda buffer, group: given.append(buffer) or buffer)
     for rank in ranks:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .common import Group, Rule, has_fused_kernel
+from .common import Group, Kernel, Rule, has_fused_kernel
 
 
 def buffers(group: Group) -> tuple[str, ...]:
@@ -65,4 +66,12 @@ def move(
     )
 
 
-RULE = Rule(buffers=buffers, move=move)
+def numbers(group: Group) -> Mapping[str, float]:
+    """What the kernels get of a group. Differences from 1 and logarithms keep their digits in float32."""
+    found = {"eps": group["eps"]}
+    for i, beta in enumerate(group["betas"], start=1):
+        found |= {f"beta{i}": beta, f"rest{i}": 1 - beta, f"log_beta{i}": math.log(beta) if beta else -math.inf}
+    return found
+
+
+RULE = Rule(buffers=buffers, move=move, kernel=Kernel("adamw", numbers))

@@ -31,6 +31,14 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel in `kernels/programs.py`: its `name`, and the `numbers` that it gets of a parameter group."""
+
+    name: str
+    numbers: Callable[[Group], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class Trust:
     """How a rule makes the trust ratio of a tensor, from the norm of its weights and the norm of a second vector.
 
@@ -40,11 +48,13 @@ class Trust:
     `ratio(weight_norm, other_norm, weight_decay, coefficient)`: (T,) from (T,) tensors and a number. It gets norms > 0
     only.
     `coefficient`: the trust coefficient, if the user gives none.
+    `kernel`: writes the squared norms of the weights and of the second vector of many pieces.
     """
 
     add_square: Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Tensor, float, Group], None]
     ratio: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     coefficient: float
+    kernel: Kernel
 
 
 class Pieces(NamedTuple):
@@ -70,6 +80,7 @@ class Rule:
     place). `buffers` has one list per name, in the order of `buffers(group)`. `step` is a 0-dim float32 tensor, the
     count of updates including this one (not modified). `lr` is a number or a 0-dim tensor, which contains the layer's
     factor and the trust ratio.
+    `kernel`: moves the pieces of many tensors as `move` does, None for no kernel.
     `trust`: set for a rule with trust ratios.
     """
 
@@ -78,6 +89,7 @@ class Rule:
         [list[Tensor], list[Tensor], Sequence[list[Tensor]], Tensor, float | Tensor, float, Group],
         None,
     ]
+    kernel: Kernel | None = None
     trust: Trust | None = None
 
     def update(self, pieces: Sequence[Pieces], rates: Sequence[Any], step: Tensor, group: Group) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...grad_stats.norms import squared_norm
 from . import adamw
-from .common import Group, Rule, Trust
+from .common import Group, Kernel, Rule, Trust
 
 
 def _add_square_of_update(
@@ -45,5 +45,11 @@ def _ratio(weight_norm: Tensor, update_norm: Tensor, weight_decay: Tensor, coeff
 RULE = Rule(
     buffers=adamw.buffers,
     move=adamw.move,
-    trust=Trust(add_square=_add_square_of_update, ratio=_ratio, coefficient=1.0),
+    kernel=adamw.RULE.kernel,
+    trust=Trust(
+        add_square=_add_square_of_update,
+        ratio=_ratio,
+        coefficient=1.0,
+        kernel=Kernel("lamb_norms", adamw.numbers),
+    ),
 )

@@ -6,14 +6,15 @@ The learning rate, which contains the layer's factor, is inside the momentum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...grad_stats.norms import squared_norm
 from . import sgd
-from .common import Group, Rule, Trust, blocks
+from .common import Group, Kernel, Rule, Trust, blocks
 
 
 def _move(
@@ -69,8 +70,18 @@ def _ratio(weight_norm: Tensor, gradient_norm: Tensor, weight_decay: Tensor, coe
     return coefficient * weight_norm / (gradient_norm + weight_decay * weight_norm)
 
 
+def _numbers(group: Group) -> Mapping[str, Any]:
+    return {"momentum": group["momentum"], "HAS_MOMENTUM": bool(group["momentum"])}
+
+
 RULE = Rule(
     buffers=sgd.buffers,
     move=_move,
-    trust=Trust(add_square=_add_square_of_gradient, ratio=_ratio, coefficient=1e-3),
+    kernel=Kernel("lars", _numbers),
+    trust=Trust(
+        add_square=_add_square_of_gradient,
+        ratio=_ratio,
+        coefficient=1e-3,
+        kernel=Kernel("lars_norms", _numbers),
+    ),
 )

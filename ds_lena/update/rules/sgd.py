@@ -6,13 +6,14 @@ The learning rate, which contains the layer's factor, is outside the momentum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from .common import Group, Rule, has_fused_kernel
+from .common import Group, Kernel, Rule, has_fused_kernel
 
 
 def buffers(group: Group) -> tuple[str, ...]:
@@ -64,4 +65,8 @@ def _kernel_is_wrong(parameter: Tensor) -> bool:
     return parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
 
 
-RULE = Rule(buffers=buffers, move=_move)
+def _numbers(group: Group) -> Mapping[str, Any]:
+    return {"momentum": group["momentum"], "HAS_MOMENTUM": bool(group["momentum"]), "NESTEROV": group["nesterov"]}
+
+
+RULE = Rule(buffers=buffers, move=_move, kernel=Kernel("sgd", _numbers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,10 @@ class Bf16Layout(Layout):
         for flat, segments in zip(flats, self._segments, strict=True):
             for segment in segments:
                 yield segment.parameter, flat.narrow(0, segment.start, segment.length)
+
+    def unchanged_up_to(self) -> int:
+        """An immediate update clears a gradient as soon as it has been added in fp32."""
+        return 0 if self._wrapper.immediate_grad_update else sys.maxsize
 
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         """Gradients are added up in fp32, and only `zero_grad()` of the wrapper throws them away, not the engine's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch.distributed as dist
@@ -33,6 +34,9 @@ class Zero0Layout(Layout):
         for i, parameter, _ in self._masters:
             if i in self._measured_here:
                 yield i, parameter.grad
+
+    def unchanged_up_to(self) -> int:
+        return sys.maxsize  # gradients are reduced after the pass
 
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         held = {i for i, parameter, _ in self._masters if parameter.grad is not None}

@@ -52,6 +52,10 @@ class Zero12Layout(Layout):
     def loss_scale(self) -> float:
         return float(self._zero.loss_scale)
 
+    def unchanged_up_to(self) -> int:
+        """Gradients are copied into the buffer of a bucket, and reduced there, unless they are larger than a bucket."""
+        return int(self._zero.reduce_bucket_size) if self._zero.contiguous_gradients else 0
+
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         """At ZeRO 1 gradients lie in the parameters until the last micro-batch, and while reduction is coalesced."""
         zero = self._zero

@@ -45,6 +45,10 @@ class Zero3Layout(Layout):
     def loss_scale(self) -> float:
         return float(self._zero.loss_scale)
 
+    def unchanged_up_to(self) -> int:
+        """Gradients are copied into the buffer of a bucket, and reduced there, unless they are larger than a bucket."""
+        return int(self._zero.reduce_bucket_size) if self._zero.contiguous_gradients else 0
+
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         """`engine.zero_grad()` does not reach what is reduced. After the wrapper's `zero_grad()` DeepSpeed starts over.
         But it keeps what the next micro-batch does not reach: `discard` has to follow.
