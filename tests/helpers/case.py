@@ -107,7 +107,7 @@ class Case:
 
     def data_rank(self, rank: int) -> int:
         """Of a rank, among those that have data of their own."""
-        return rank % self.data_ranks if self.pipe > 1 else rank // (self.tensor * self.sequence)
+        return rank // (self.tensor * self.sequence) % self.data_ranks
 
     def expert_rank(self, rank: int) -> int:
         """Of a rank, among those that share the experts of a layer."""

@@ -152,27 +152,26 @@ def _evaluate(case: Case, engine: Any, update: int) -> None:
 def _masters(case: Case, engine: Any) -> dict[str, Tensor]:
     """The whole fp32 weight of every trained parameter."""
     masters = _own_masters(case, engine)
-    if case.pipe > 1:
-        return of_all_stages(masters)
     if case.has_deepspeed_moe:
         return of_all_experts(case, masters)
-    if case.tensor == 1:
-        return masters
-    apart = case.tensor * case.sequence  # ranks that hold parts or copies of one replica
-    shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
-    group = [dist.new_group(list(range(r, r + apart))) for r in range(0, case.world, apart)]
-    ours = group[dist.get_rank() // apart]
-    return {name: join_parts(part, shapes[name], ours) for name, part in masters.items()}
+    if case.tensor > 1:
+        apart = case.tensor * case.sequence  # ranks that hold parts or copies of one replica
+        shapes = {name: parameter.shape for name, parameter in whole_model(case).named_parameters()}
+        group = [dist.new_group(list(range(r, r + apart))) for r in range(0, case.world, apart)]
+        ours = group[dist.get_rank() // apart]
+        masters = {name: join_parts(part, shapes[name], ours) for name, part in masters.items()}
+    return of_all_stages(masters) if case.pipe > 1 else masters
 
 
 def _own_masters(case: Case, engine: Any) -> dict[str, Tensor]:
     """Of this rank's parts, read where the layout keeps them."""
     module = getattr(engine.module, "_orig_mod", engine.module)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if case.stage == 0 and case.precision.startswith("bf16"):
+    if hasattr(engine.optimizer, "fp32_groups"):
         pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
         copies = {id(p): master for low, high in pairs for p, master in zip(low, high, strict=True)}
         return {name: copies[id(p)].detach().clone() for name, p in trained.items()}
-    if case.stage == 0 or case.zero.get("round_robin_gradients"):  # DeepSpeed's map of fragments is wrong there
+    is_bare = engine.optimizer is engine.basic_optimizer
+    if is_bare or case.zero.get("round_robin_gradients"):  # DeepSpeed's map of fragments is wrong there
         return {name: p.detach().float().clone() for name, p in trained.items()}
     return {name: safe_get_full_fp32_param(p).detach().clone() for name, p in trained.items()}

@@ -37,6 +37,40 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def megatrons_groups(**sizes: int) -> Iterator[Any]:
+    """Megatron-core's `parallel_state`, with groups of these sizes."""
+    from megatron.core import parallel_state
+
+    with on_cpu():
+        parallel_state.initialize_model_parallel(**sizes)
+        try:
+            yield parallel_state
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def name_in_whole(name: str, model: nn.Module) -> str:
+    """Of a parameter of Megatron's GPT. Each of two stages has one layer, and the last a copy of a tied embedding."""
+    if getattr(model, "pre_process", True):
+        return name
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return name.replace("layers.0.", "layers.1.")
+
+
+@torch.no_grad()
+def take_parts(model: nn.Module, whole: nn.Module, rank: int) -> None:
+    """Give a tensor-parallel rank's model its parts of the weights of `whole`, by their names."""
+    weights = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        weight = weights[name_in_whole(name, model)]
+        for dim, (part, size) in enumerate(zip(parameter.shape, weight.shape, strict=True)):
+            if part != size:
+                weight = weight.narrow(dim, rank * part, part)
+        parameter.copy_(weight)
+
+
 def megatron_gpt(tensor: int, sequence_parallel: bool, tied: bool, head_norms: bool, pipe: int = 1) -> nn.Module:
     """`model(tokens, _)` is the mean loss, as the twin's. On a stage before the last: what it hands on."""
     from megatron.core import parallel_state

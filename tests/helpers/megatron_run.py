@@ -18,7 +18,8 @@ import ds_lena
 from ds_lena.integrations.megatron import wrap
 from tests.helpers.case import SCHEDULES, Case
 from tests.helpers.gpt_twin import LENGTH
-from tests.helpers.split_run import join_parts, name_in_whole, of_all_stages, split_model, whole_model
+from tests.helpers.megatron_gpt import name_in_whole
+from tests.helpers.split_run import join_parts, of_all_stages, split_model, whole_model
 
 TOKENS = 2 * LENGTH  # of a micro-batch
 

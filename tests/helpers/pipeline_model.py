@@ -1,4 +1,7 @@
-"""A small language model as a list of layers: whole in one process, or as a PipelineModule of DeepSpeed."""
+"""A small language model as a list of layers: whole in one process, or as a PipelineModule of DeepSpeed.
+
+The layers of a stage can be split over tensor-parallel ranks, too, by Megatron-core's communication.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.helpers.megatron_gpt import take_parts
 from tests.helpers.model import VOCAB, WIDTH, Block
 
 TIED, LAST = "embed", 5  # the layer that a tied model has at both ends; the last layer's number
@@ -44,21 +48,99 @@ class PipelineTwin(nn.Module):
         return loss_of(logits, tokens[:, 1:])
 
 
-def stages_of(whole: PipelineTwin, stages: int) -> nn.Module:
-    """A PipelineModule with the weights of `whole`, in float32."""
+def stages_of(whole: PipelineTwin, stages: int, tensor: int) -> nn.Module:
+    """A PipelineModule with this rank's part of the weights of `whole`, in float32."""
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     deepspeed.init_distributed("gloo")
+    is_split = tensor > 1
+    embedding, head = (_PartOfEmbedding, _part_as_head) if is_split else (nn.Embedding, as_head)
     if whole.is_tied:
-        embedding = (nn.Embedding, VOCAB, WIDTH)
-        ends = [TiedLayerSpec(TIED, *embedding), TiedLayerSpec(TIED, *embedding, forward_fn=as_head)]
+        tied = (TIED, embedding, VOCAB, WIDTH)
+        ends = [TiedLayerSpec(*tied), TiedLayerSpec(*tied, forward_fn=head)]
     else:
-        ends = [LayerSpec(nn.Embedding, VOCAB, WIDTH), LayerSpec(nn.Linear, WIDTH, VOCAB, bias=False)]
-    inner = [LayerSpec(Block, key_bias=False, mix=None)] * 3 + [LayerSpec(nn.LayerNorm, WIDTH)]
-    model = PipelineModule([ends[0], *inner, ends[1]], num_stages=stages, loss_fn=loss_of, partition_method="uniform")
-    weights = dict(whole.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        ends = [LayerSpec(embedding, VOCAB, WIDTH), LayerSpec(nn.Linear, WIDTH, VOCAB, bias=False)]
+    block = LayerSpec(_PartOfBlock) if is_split else LayerSpec(Block, key_bias=False, mix=None)
+    layers = [ends[0], *[block] * 3, LayerSpec(nn.LayerNorm, WIDTH), ends[1]]
+    grid = PipeModelDataParallelTopology(stages, tensor, torch.distributed.get_world_size() // (stages * tensor))
+    model = PipelineModule(layers, loss_fn=loss_of, partition_method="uniform", topology=grid)
+    take_parts(model, whole, model.mpu().get_tensor_model_parallel_rank())
     return model
+
+
+# -- tensor parallelism -----------------------------------------------------------------------------------------------
+
+
+def _halve(layer: nn.Module, name: str, dim: int) -> None:
+    """Leave a tensor-parallel rank its part of a weight, and mark it as one."""
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    part = nn.Parameter(getattr(layer, name).detach().chunk(ranks, dim)[0].clone())
+    part.tensor_model_parallel, part.partition_dim = True, dim
+    setattr(layer, name, part)
+
+
+class _PartOfEmbedding(nn.Embedding):
+    """Each rank has some columns."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        _halve(self, "weight", 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+        return gather_from_tensor_model_parallel_region(super().forward(tokens))
+
+
+def _part_as_head(embedding: nn.Embedding, x: Tensor) -> Tensor:
+    from megatron.core.tensor_parallel import (
+        reduce_from_tensor_model_parallel_region,
+        scatter_to_tensor_model_parallel_region,
+    )
+
+    return reduce_from_tensor_model_parallel_region(
+        F.linear(scatter_to_tensor_model_parallel_region(x), embedding.weight)
+    )
+
+
+class _Column(nn.Linear):
+    """Each rank has some outputs."""
+
+    def __init__(self, *sizes: int, bias: bool) -> None:
+        super().__init__(*sizes, bias=bias)
+        _halve(self, "weight", 0)
+        if bias:
+            _halve(self, "bias", 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+        return super().forward(copy_to_tensor_model_parallel_region(x))
+
+
+class _Row(nn.Linear):
+    """Each rank has some inputs, and a copy of the bias."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        _halve(self, "weight", 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+        return reduce_from_tensor_model_parallel_region(F.linear(x, self.weight)) + self.bias
+
+
+class _PartOfBlock(Block):
+    """Each rank has some of the heads, and some of the inner units."""
+
+    def __init__(self) -> None:
+        super().__init__(key_bias=False, mix=None)
+        for name in ("query", "key", "value"):
+            self.attention.add_module(name, _Column(WIDTH, WIDTH, bias=name != "key"))
+        self.attention.out = _Row(WIDTH, WIDTH)
+        self.up, self.down = _Column(WIDTH, 4 * WIDTH, bias=True), _Row(4 * WIDTH, WIDTH)

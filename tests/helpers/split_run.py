@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.helpers.case import Case
 from tests.helpers.gpt_twin import GptTwin
+from tests.helpers.megatron_gpt import megatrons_groups, take_parts
 from tests.helpers.moe_model import expert_name, moe_twin, route_clearly, with_deepspeed_moe
 from tests.helpers.pipeline_model import PipelineTwin, stages_of
 from tests.helpers.sequence_model import shared_model
@@ -45,7 +46,9 @@ def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
     """This rank's part of the model in float32, with the same weights, and the mpu."""
     whole = whole_model(case)
     if case.split.startswith("pipeline"):
-        yield stages_of(whole, case.pipe), None
+        sizes = {"tensor_model_parallel_size": case.tensor, "pipeline_model_parallel_size": case.pipe}
+        with megatrons_groups(**sizes) if case.tensor > 1 else nullcontext():
+            yield stages_of(whole, case.pipe, case.tensor), None
         return
     if case.has_deepspeed_moe:
         yield with_deepspeed_moe(whole, case.expert_rank(dist.get_rank()), case.expert, case.spread), None
@@ -61,43 +64,18 @@ def split_model(case: Case) -> Iterator[tuple[nn.Module, Any]]:
             set_z3_leaf_modules(whole, [type(whole.model.layers[0].mlp)])
         yield whole.float(), None  # AutoTP splits it
         return
-    from megatron.core import parallel_state
+    from tests.helpers.megatron_gpt import megatron_gpt
 
-    from tests.helpers.megatron_gpt import megatron_gpt, on_cpu
+    sizes = {"tensor_model_parallel_size": case.tensor, "pipeline_model_parallel_size": case.pipe}
+    with megatrons_groups(**sizes) as parallel_state:
+        flags = (f in case.split for f in ("sequence", "tied", "head-norms"))
+        model = megatron_gpt(case.tensor, *flags, case.pipe)
+        take_parts(model, whole, parallel_state.get_tensor_model_parallel_rank())
+        if case.stage is not None and "unsummed" not in case.split:
+            from ds_lena.integrations.megatron import sum_partial_gradients
 
-    with on_cpu():
-        parallel_state.initialize_model_parallel(case.tensor, case.pipe)
-        try:
-            flags = (f in case.split for f in ("sequence", "tied", "head-norms"))
-            model = megatron_gpt(case.tensor, *flags, case.pipe)
-            _take_parts(model, whole, parallel_state.get_tensor_model_parallel_rank())
-            if case.stage is not None and "unsummed" not in case.split:
-                from ds_lena.integrations.megatron import sum_partial_gradients
-
-                sum_partial_gradients(model)
-            yield model, parallel_state
-        finally:
-            parallel_state.destroy_model_parallel()
-
-
-@torch.no_grad()
-def _take_parts(model: nn.Module, whole: nn.Module, rank: int) -> None:
-    weights = dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        weight = weights[name_in_whole(name, model)]
-        for dim, (part, size) in enumerate(zip(parameter.shape, weight.shape, strict=True)):
-            if part != size:
-                weight = weight.narrow(dim, rank * part, part)
-        parameter.copy_(weight)
-
-
-def name_in_whole(name: str, model: nn.Module) -> str:
-    """Of a parameter of Megatron's GPT. Each of two stages has one layer, and the last a copy of a tied embedding."""
-    if getattr(model, "pre_process", True):
-        return name
-    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-        return "embedding.word_embeddings.weight"
-    return name.replace("layers.0.", "layers.1.")
+            sum_partial_gradients(model)
+        yield model, parallel_state
 
 
 def join_parts(part: Tensor, whole: torch.Size, group: dist.ProcessGroup) -> Tensor:

@@ -61,7 +61,7 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         _deepspeed(port, arguments),
         cwd=ROOT,
-        env=_environment(ON_CPU),
+        env=environment(ON_CPU),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -79,15 +79,22 @@ def _deepspeed(port: int, arguments: Sequence[str]) -> list[str]:
     return [*launcher(WORLD, port), *arguments]
 
 
-def _environment(more: dict[str, str]) -> dict[str, str]:
+def launcher_of_a_host(hostfile: Path, number: int, first: str, port: int) -> list[str]:
+    """The `deepspeed` command as one starts it on each host by hand. `first`: the address of host 0."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_ssh", "--node_rank", str(number)]
+    return [*command, "--hostfile", str(hostfile), "--master_addr", first, "--master_port", str(port)]
+
+
+def environment(more: dict[str, str]) -> dict[str, str]:
+    """This process's, with `more`. Programs find this repository's packages in it."""
     return os.environ | more | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-def _finish(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _finish(command: list[str], more: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=_environment(environment),
+        env=environment(more),
         capture_output=True,
         text=True,
         timeout=PATIENCE,

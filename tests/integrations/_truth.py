@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,27 @@ Batches = Sequence[Sequence[tuple[Any, ...]]]
 """[rank][backward pass]: the arguments of the model."""
 
 
-def differences(engine: Any, model: nn.Module, windows: Sequence[Batches], divisor: int, **keys: Any) -> list[str]:
+def differences(
+    engine: Any,
+    model: nn.Module,
+    windows: Sequence[Batches],
+    divisor: int,
+    between: Callable[[nn.Module, int], None] = lambda model, update: None,
+    **keys: Any,
+) -> list[str]:
     """Where an engine that has trained ends away from the reference, in its last report and in its weights.
 
-    `model`: as it was at the start. `divisor`: what every loss is divided by. Every rank calls it.
+    `model`: as it was at the start. `divisor`: what every loss is divided by. `between(model, update)`: what was done
+    to the model after each update. Every rank calls it.
     """
     twin = copy.deepcopy(model).double()
     groups = [{"params": [(name, p) for name, p in twin.named_parameters() if p.requires_grad]}]
     wide = [[[tuple(_wide(a) for a in batch) for batch in rank] for rank in window] for window in windows]
     told = [Window(batches, divisor, batch_size=2) for batches in wide]
-    snapshots = list(train(twin, groups, LENA | KEYS | keys, told, Settings()))
+    snapshots = []
+    for update, snapshot in enumerate(train(twin, groups, LENA | KEYS | keys, told, Settings())):
+        snapshots.append(snapshot)
+        between(twin, update)
     return [
         *report_differences(ds_lena.report(engine), snapshots[-1].report, FP32),
         *weight_differences(weights(engine), snapshots, FP32),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 
 from ds_lena.integrations.deepspeed import _internals
 from ds_lena.integrations.deepspeed._internals.engine import EngineView
-from tests.integrations._engines import Net, batch, config, engine, stock_engine, train, without_optimizer
+from tests.integrations._engines import Net, config, engine, train, without_optimizer
 from tests.integrations._ranks import Ranks
 
 ENGINE = (
@@ -335,98 +334,6 @@ def calls_of_step(stage: int, precision: str, **zero: Any) -> tuple[list[list[in
 def test_who_calls_the_inner_step_and_with_what(ranks: Ranks, layout: Any, wanted: Any) -> None:
     for calls in ranks.run(calls_of_step, *layout):
         assert calls == wanted, where()
-
-
-@contextmanager
-def sgd(stage: int, precision: str = "fp32", **more: Any) -> Iterator[Any]:
-    """An engine with stock SGD."""
-    model = Net()
-    more |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    entries = without_optimizer(config(stage, precision), **more)
-    with engine(entries, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)) as made:
-        yield made
-
-
-def way_of_right_tower(made: Any, update: int, used_in: tuple[int, ...]) -> float:
-    """How far an update moves it whose micro-batches `used_in` use it."""
-    before = right_tower(made)
-    for micro in range(2):
-        x, y = batch(update, micro)
-        made.set_gradient_accumulation_boundary(micro == 1)
-        made.backward(made(x, y) if micro in used_in else made(x))
-        made.step()
-    return float((right_tower(made) - before).norm())
-
-
-def way_of_an_unused_tower(stage: int, precision: str = "fp32") -> float:
-    """How far stock SGD moves the right tower in an update that does not use it."""
-    with sgd(stage, precision) as made:
-        train(made, range(1))
-        return way_of_right_tower(made, 1, used_in=())
-
-
-def way_of_a_tower_used_early(stage: int, precision: str) -> float:
-    """How far the first update moves the right tower, if only its first micro-batch uses it."""
-    with sgd(stage, precision) as made:
-        return way_of_right_tower(made, 0, used_in=(0,))
-
-
-def ways_in_fp16(stage: int, updates: int, **fp16: float) -> list[float]:
-    """How far each update moves the right tower."""
-    with sgd(stage, fp16={"enabled": True, **fp16}) as made:
-        return [way_of_right_tower(made, update, used_in=(0, 1)) for update in range(updates)]
-
-
-def right_tower(made: Any) -> torch.Tensor:
-    import deepspeed
-
-    weight = made.module.right[0].weight
-    with deepspeed.zero.GatheredParameters(weight):
-        return weight.detach().clone()
-
-
-def test_zero_3_keeps_the_gradient_of_the_window_before(ranks: Ranks) -> None:
-    assert all(way > 1e-4 for way in ranks.run(way_of_an_unused_tower, 3)), where()
-    assert ranks.run(way_of_an_unused_tower, 2) == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offload_keeps_the_gradient_of_the_window_before(ranks: Ranks, stage: int) -> None:
-    assert all(way > 1e-4 for way in ranks.run(way_of_an_unused_tower, stage, "fp32 + offload")), where()
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_offload_loses_a_gradient_that_the_last_micro_batch_does_not_have(ranks: Ranks, stage: int) -> None:
-    assert ranks.run(way_of_a_tower_used_early, stage, "fp32 + offload") == [0.0, 0.0], where()
-    assert all(way > 1e-4 for way in ranks.run(way_of_a_tower_used_early, stage, "fp32"))
-
-
-def test_fp16_at_zero_0_divides_by_a_loss_scale_that_is_not_in_the_gradients(ranks: Ranks) -> None:
-    wanted = ranks.run(ways_in_fp16, 1, 1, loss_scale=128)[0]
-    for way in ranks.run(ways_in_fp16, 0, 1, loss_scale=128):
-        assert way[0] == pytest.approx(wanted[0] / 128, rel=0.2), where()
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_dynamic_loss_scale_is_raised_before_the_gradients_are_divided_by_it(ranks: Ranks, stage: int) -> None:
-    static = ranks.run(ways_in_fp16, stage, 3, loss_scale=16)[0]
-    for ways in ranks.run(ways_in_fp16, stage, 3, initial_scale_power=4, loss_scale_window=2):
-        halved = [way / wanted for way, wanted in zip(ways, static, strict=True)]
-        assert halved == pytest.approx([1.0, 1.0, 0.5], rel=0.02), where()
-
-
-def wrong_fragments(round_robin: bool) -> int:
-    """For how many parameters DeepSpeed's own fragment map shows another tensor's fp32 values after two updates."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    with stock_engine(config(2, zero={"round_robin_gradients": round_robin}), Net(depth=3)) as made:
-        train(made, range(2))
-        return sum(not torch.equal(safe_get_full_fp32_param(p), p.detach()) for p in made.module.parameters())
-
-
-def test_the_fragment_map_is_wrong_under_round_robin(ranks: Ranks) -> None:
-    assert ranks.run(wrong_fragments, False) == [0, 0]
-    assert all(wrong > 0 for wrong in ranks.run(wrong_fragments, True)), where()
 
 
 def default_clipping() -> float:

@@ -15,7 +15,7 @@ ROWS = {
     "torch_autocast.dtype": "torch_autocast with bf16",
     "zero_optimization.offload_optimizer.ratio": '"offload_optimizer" with a "ratio" below 1',
     "zero_optimization.offload_optimizer.device": "offload_optimizer to the CPU (ZeRO 1, 2)",
-    "compile.deepcompile": '"deepcompile"',
+    "zero_optimization.offload_optimizer.super_offload": '"super_offload"',
 }
 
 

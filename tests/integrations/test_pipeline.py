@@ -47,9 +47,20 @@ def test_a_dual_pipe_is_refused(ranks: Ranks) -> None:
         assert "LENA does not support a DualPipeVModule" in message
 
 
-def test_trust_ratios_with_clipping_at_zero_0_are_refused(ranks: Ranks) -> None:
-    first, second = ranks.run(refused, 0, {"base": "lamb"}, 1.0)
+@pytest.mark.parametrize("base", ["lamb", "lars"])
+def test_trust_ratios_with_clipping_at_zero_0_are_refused(ranks: Ranks, base: str) -> None:
+    first, second = ranks.run(refused, 0, {"base": base}, 1.0)
     assert first == second and "that is split over ranks, at ZeRO 0" in first and "Use ZeRO 1" in first
+
+
+def refused_autotp() -> str:
+    cuts = {"use_default_specs": False, "layer_specs": [{"patterns": ["0.weight$"], "partition_type": "column"}]}
+    return refusal(config(1, tensor_parallel={"autotp_size": WORLD, "partition_config": cuts}), pipeline())
+
+
+def test_autotp_in_a_pipeline_is_refused(ranks: Ranks) -> None:
+    for message in ranks.run(refused_autotp):
+        assert "LENA does not support AutoTP with a PipelineModule" in message
 
 
 @pytest.mark.parametrize(("stage", "base", "clipping"), [(0, "lamb", 0.0), (1, "lamb", 1.0), (0, "adamw", 1.0)])

@@ -11,40 +11,21 @@ import torch.distributed as dist
 from torch import nn
 
 import ds_lena
+from tests.helpers.megatron_gpt import megatrons_groups
 from tests.integrations._engines import Net, config, engine, moved, refusal, train
 from tests.integrations._ranks import WORLD, Ranks
+from tests.integrations._split import TwoParts
 from tests.integrations._truth import numbers
 
 
-class TwoParts:
-    """An mpu of the old kind: both ranks hold parts of one model. `averages`: they also average gradients."""
+class TwoStages(TwoParts):
+    """As Megatron-core's parallel_state with pipeline_model_parallel_size 2."""
 
-    def __init__(self, averages: bool = False) -> None:
-        alone = [dist.new_group([rank]) for rank in range(WORLD)][dist.get_rank()]
-        self.data_parallel_group = dist.group.WORLD if averages else alone
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 1
 
-    def get_model_parallel_world_size(self) -> int:
+    def get_pipeline_model_parallel_world_size(self) -> int:
         return WORLD
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank()
-
-    def get_model_parallel_group(self) -> Any:
-        return dist.group.WORLD
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.data_parallel_group)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.data_parallel_group)
-
-    def get_data_parallel_group(self) -> Any:
-        return self.data_parallel_group
-
-
-class TwoPartsInContext(TwoParts):
-    def get_context_parallel_world_size(self) -> int:
-        return 2
 
 
 def marked(model: nn.Module, **marks: Any) -> nn.Module:
@@ -59,9 +40,19 @@ def refused(stage: int, mpu: type[TwoParts], marks: dict[str, Any], **given: Any
     return refusal(config(stage), marked(Net(), **marks), mpu=mpu(**given))
 
 
+def refused_in_context() -> str:
+    with megatrons_groups(context_parallel_size=WORLD) as parallel_state:
+        return refusal(config(1), Net(), mpu=parallel_state)
+
+
 def test_context_parallelism_is_refused(ranks: Ranks) -> None:
-    for message in ranks.run(refused, 1, TwoPartsInContext, {}):
+    for message in ranks.run(refused_in_context):
         assert "LENA does not support context parallelism" in message and "context_parallel_size" in message
+
+
+def test_stages_without_a_pipeline_module_are_refused(ranks: Ranks) -> None:
+    for message in ranks.run(refused, 1, TwoStages, {}):
+        assert "LENA does not support an mpu with several pipeline stages and a model that is no Pipeline" in message
 
 
 def test_a_model_on_some_ranks_only_is_refused(ranks: Ranks) -> None:

@@ -32,6 +32,7 @@ WRONGLY_SCALED = (
     '"gradient_predivide_factor": 2.0, the number of ranks, at ZeRO-3 or with sequence parallelism '
     "(DeepSpeed scales wrongly there)"
 )
+DEEPCOMPILE = '"deepcompile" (it reduces the gradients inside of the compiled backward pass, where no hook sees them)'
 DYNAMIC_BATCHING = {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 8}}}}
 UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     # what the error calls it, stage, DeepSpeed's entries, what else is given
@@ -55,7 +56,7 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
     ('"dynamic_batching", which makes micro-batches of several sizes', 1, DYNAMIC_BATCHING, {}),
     ('"elastic_checkpoint"', 2, {"zero": {"elastic_checkpoint": True}}, {}),
     ('"load_universal"', 2, {"checkpoint": {"load_universal": True}}, {}),
-    ('"deepcompile"', 2, {"compile": {"deepcompile": True}}, {}),
+    (DEEPCOMPILE, 2, {"compile": {"deepcompile": True}}, {}),
     ('"gradient_allreduce_op": "sum"', 2, {"gradient_allreduce_op": "sum"}, {}),
     (WRONGLY_SCALED, 3, PREDIVIDED, {}),
     ("a model wrapped by DistributedDataParallel", 1, {}, {"model": "in DDP"}),

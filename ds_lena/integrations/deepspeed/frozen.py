@@ -12,7 +12,7 @@ from ...layers import named_parameters
 
 logger = logging.getLogger("ds_lena")
 
-_WHAT_TO_DO = "To train it make a new engine, and load a checkpoint into it."
+_WHAT_TO_DO = "To train it call destroy() on this engine, and give the model to a new one."
 
 
 class Frozen:

@@ -26,6 +26,7 @@ class EngineFacts:
     `forces_cpu_optimizer`: DeepSpeed refuses a client optimizer of others with offload.
     `low_precision_masters`: master weights in fp16 or bf16.
     `experts`: layers of `deepspeed.moe`. `auto_ep`: DeepSpeed is asked to make such layers of the model's own.
+    `stages`: of the pipeline, as the mpu says. `pipelined`: the model is a PipelineModule.
     """
 
     stage: int
@@ -50,6 +51,8 @@ class EngineFacts:
     low_precision_masters: bool
     zenflow: bool
     stages: int
+    pipelined: bool
+    autotp: bool
     dual_pipe: bool
     experts: bool
     auto_ep: bool
@@ -107,6 +110,8 @@ def read_facts(engine: Any) -> EngineFacts:
         ),
         zenflow=bool(engine.zenflow),
         stages=pipe_ranks,
+        pipelined=bool(engine.pipeline_parallelism),
+        autotp=engine.autotp_size() > 1,
         dual_pipe=type(engine.module).__name__ == "DualPipeVModule",
         experts=bool(engine.has_moe_layers),
         auto_ep=bool(getattr(engine._config.expert_parallel_config, "enabled", False)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from ....grad_stats.hooks import GradientHooks, Parts
 from ....grad_stats.placement import Placement, data_parallel
 from ....layouts.layout import Layout
 from .._internals.engine import EngineView, logical_shapes
+from ..exchange import together
 from . import expert, pipeline, sequence, tensor
 
 
@@ -49,6 +51,6 @@ def first_update_check(
 
     def check(squares: Tensor) -> None:
         for each in asked:
-            each(squares)
+            together(view.grid.everything, functools.partial(each, squares))
 
     return check if asked else None

@@ -17,7 +17,6 @@ from ....errors import UnsupportedError
 from ....grad_stats.hooks import GradientHooks
 from ....grad_stats.placement import Placement
 from .._internals.grid import Grid, tied_weights
-from ..exchange import from_all
 
 
 def amend(
@@ -79,16 +78,14 @@ def _sender(first: int, group: dist.ProcessGroup, tag: int) -> Callable[[Tensor]
 
 
 def passes_check(grid: Grid, hooks: GradientHooks, micro_batches: Callable[[], int]) -> Callable[[Tensor], None] | None:
-    """What raises `UnsupportedError` if a stage did not see one backward pass per micro-batch, for the first update."""
+    """What raises `UnsupportedError` unless this stage saw one backward pass per micro-batch, for the first update."""
     if grid.pipe_ranks == 1:
         return None
 
     def check(_: Tensor) -> None:
-        of_ranks = from_all(grid.everything, hooks.passes)
-        wrong = [rank for rank, passes in enumerate(of_ranks) if passes != micro_batches()]
-        if wrong:
+        if hooks.passes != micro_batches():
             raise UnsupportedError(
-                f"LENA: rank {wrong[0]} saw {of_ranks[wrong[0]]} backward passes for {micro_batches()} micro-batches. "
+                f"LENA: rank {dist.get_rank()} saw {hooks.passes} backward passes for {micro_batches()} micro-batches. "
                 "A stage that hands on several tensors has one for each of them, and a stage without trained "
                 "parameters has none. Cut the model (partition_method) so that each stage trains something and hands "
                 "on one floating-point tensor."

@@ -89,6 +89,19 @@ REFUSED: tuple[Feature, ...] = (
         instead="use a PipelineModule",
         test=f"{_PIPELINE}::test_a_dual_pipe_is_refused",
     ),
+    # Names are local to a stage there: layers of two stages would be taken for one.
+    Feature(
+        "an mpu with several pipeline stages and a model that is no PipelineModule",
+        lambda facts: facts.stages > 1 and not facts.pipelined,
+        instead="a PipelineModule, with a PipeModelDataParallelTopology for tensor parallelism beside it",
+        test=f"{_TENSOR}::test_stages_without_a_pipeline_module_are_refused",
+    ),
+    Feature(
+        "AutoTP with a PipelineModule",
+        lambda facts: facts.autotp and facts.pipelined,
+        instead="layers that are split themselves, as Megatron-core's, with a PipeModelDataParallelTopology",
+        test=f"{_PIPELINE}::test_autotp_in_a_pipeline_is_refused",
+    ),
     _refused(
         "a stage of a pipeline that hands on several tensors, or trains nothing",
         "another partition_method",
@@ -225,7 +238,7 @@ REFUSED: tuple[Feature, ...] = (
         keys=("checkpoint.load_universal",),
     ),
     Feature(
-        '"deepcompile"',
+        '"deepcompile" (it reduces the gradients inside of the compiled backward pass, where no hook sees them)',
         lambda facts: facts.deepcompile,
         instead="use engine.compile() without it",
         keys=("compile*",),
@@ -341,7 +354,7 @@ REFUSED: tuple[Feature, ...] = (
     ),
     _refused(
         "parameters in the optimizer's groups that are unfrozen after deepspeed.initialize (others: a warning)",
-        "a new engine, which loads a checkpoint",
+        "destroy() the engine, and give the model to a new one",
         "tests/integrations/test_groups.py::test_a_weight_that_is_unfrozen_after_initialize_is_refused_or_told",
     ),
     _refused(

@@ -15,6 +15,8 @@ _SELECTION = "tests/integrations/test_selection.py"
 _EXPERTS = "tests/parity/test_experts.py"
 _PARAMETERS = "tests/unit/test_optimizer_parameters.py"
 
+_ADAPTERS = "tests/integrations/test_adapters.py"
+_CHANGED_WEIGHTS = "tests/integrations/test_changed_weights.py"
 _WINDOWS = "tests/integrations/test_window.py"
 _TILED = "tests/integrations/test_tiled_loss.py"
 _TWO_ENGINES = "test_the_generators_gradients_in_the_critic_are_dropped"
@@ -315,6 +317,14 @@ SUPPORTED: tuple[Feature, ...] = (
     ),
     _runs(
         _LOOP,
+        "weights that are changed between updates, by zero.GatheredParameters (ZeRO 3)",
+        _ZERO3,
+        _CHANGED_WEIGHTS,
+        "Change the master weight, too, by safe_set_full_fp32_param(). Otherwise DeepSpeed 0.19.8 undoes the change in "
+        "the next update, with any optimizer.",
+    ),
+    _runs(
+        _LOOP,
         "engine.offload_states(), reload_states() between updates (ZeRO 1, 2)",
         _ZERO12,
         _LOOPS,
@@ -348,8 +358,17 @@ SUPPORTED: tuple[Feature, ...] = (
         _MODELS,
         "deepspeed.linear.OptimizedLinear with a LoRAConfig (ZeRO 0-2)",
         _HOOKS,
-        "tests/integrations/test_optimized_linear.py",
+        _ADAPTERS,
         "Tried without quantization and without base_weight_sharding.",
+    ),
+    _runs(_MODELS, "PEFT's LoRA (ZeRO 2, 3)", _HOOKS, _ADAPTERS, "Tried with a module that is built as PEFT's."),
+    _runs(
+        _MODELS,
+        "layers that are unfrozen in the middle of a run, by a new engine",
+        _ATTACH,
+        _CHANGED_WEIGHTS,
+        "Call destroy() on the old one, and give the model to a new one. Its averages, its warm-up and the base rule's "
+        "state start anew: DeepSpeed 0.19.8 does not load a checkpoint with other trained parameters.",
     ),
     _runs(_MODELS, "tied weights, frozen parameters", "layers.py", _LAYOUTS),
     _runs(_MODELS, "parameters unused in some or all micro-batches", _ZERO3, _LAYOUTS),
@@ -403,6 +422,14 @@ SUPPORTED: tuple[Feature, ...] = (
         "The ranks that share a micro-batch add their parts of each gradient up: see layouts.md for what it costs.",
         lambda facts: facts.sequence_ranks > 1,
         ("seq_parallel_communication_data_type",),
+    ),
+    _runs(
+        _PARALLEL,
+        "tensor and pipeline parallelism together: a PipelineModule of split layers (ZeRO 0, 1)",
+        f"{_AXES}/__init__.py",
+        "tests/parity/test_pipeline.py",
+        "With a PipeModelDataParallelTopology. Tried with 2 stages x 2 tensor-parallel ranks, and 2 replicas of that.",
+        lambda facts: facts.stages > 1 and facts.tensor_ranks > 1,
     ),
     _runs(
         _PARALLEL,
