@@ -131,7 +131,9 @@ class Controller:
         table = self._layers(left_out)
         self._layer_of = torch.tensor(table.of_parameter, dtype=torch.long, device=self._device)
         self.hooks.names = names
-        self.hooks.unchanged_up_to = binding.layout.unchanged_up_to()
+        # DDP with static_graph changes gradients at the end of its first pass, and before we hear of that end.
+        self.hooks.unchanged_up_to = binding.layout.unchanged_up_to() if self.is_managed else 0
+        self.hooks.refuses_changes = not self.is_managed
         self.hooks.watch([not out for out in left_out], [placement.join for placement in placements], binding.parts)
         self.hooks.before_pass = None if self.is_managed else _weakly(self._before_plain_pass)
         self.hooks.after_pass = None if self.is_managed else _weakly(self._after_plain_pass)
@@ -265,6 +267,7 @@ class Controller:
         proposal, self._proposal = self._proposal, None
         self.forget_mean()
         self.hooks.clear()
+        self.hooks.unchanged_up_to = self.binding.layout.unchanged_up_to()
         self.binding.layout.clear_gradients()
         if proposal is None:
             return

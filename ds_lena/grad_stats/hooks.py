@@ -50,7 +50,7 @@ class GradientHooks:
     loss calls in its own forward.
     `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
     `unchanged_up_to`: the most elements of a gradient that nobody changes in place until its pass has ended. On a GPU
-    the norms of such gradients are taken in batches.
+    the norms of such gradients are taken in batches. `refuses_changes`: it is an error if someone does, from `watch` on.
     `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
     """
 
@@ -64,6 +64,7 @@ class GradientHooks:
         self.before_part: Callable[[], None] | None = None
         self.has_more_parts: Callable[[Tensor], bool] | None = None
         self.unchanged_up_to = 0
+        self.refuses_changes = False
         self.is_broken_off = False
         self._end: weakref.ref[Callable[[], None]] | None = None
         self._pass_task = self._nested_task = self._part_task = self._ignored_task = backward.NO_TASK
@@ -83,6 +84,7 @@ class GradientHooks:
             shared.begin(self._wanted)
         self._joins = list(joins) if joins is not None else [None] * len(self.parameters)
         self._norms = self.new_norms()
+        self._norms.refuses_changes = self.refuses_changes
         self.sums = self._norms.read().clone()
         self.clear()
 

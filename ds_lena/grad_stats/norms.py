@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import StateError, UnsupportedError
 from ..recorded import Recorded
 
 # torch's CPU kernel for norms adds all squares of a row one after the other in float32. On 40 M normal elements its
@@ -40,16 +40,18 @@ class SquaredNorms:
 
     Squares are added up in float32 or wider, and the sums of blocks in float64. `dtype`: float64 if any tensor is.
     Each norm is computed on its tensor's device, so a gradient that lies on the CPU is not copied. The result is on
-    `device`.
+    `device`. `refuses_changes`: a tensor that was changed while it waited is an error. Who moves gradients to memory of
+    another tensor, as DeepSpeed does, is taken for one who changes them.
     """
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.refuses_changes = False
         self._count = count
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._device = device
         self._buffers: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._on_cpu = device.type == "cpu"
-        self._waiting: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+        self._waiting: dict[torch.dtype, tuple[list[int], list[Tensor], list[int]]] = {}
         self._waiting_elements = self._waiting_stream = 0
         self._found: list[tuple[list[Tensor], list[Tensor]]] = []
         self._square = Recorded(keeps=1)
@@ -95,16 +97,22 @@ class SquaredNorms:
         self._waiting_stream = stream
         batch = self._waiting.get(gradient.dtype)
         if batch is None:
-            batch = self._waiting[gradient.dtype] = [], []
+            batch = self._waiting[gradient.dtype] = [], [], []
         batch[0].append(index)
         batch[1].append(gradient.detach())  # autograd copies a gradient that anyone else holds, and not its alias
+        batch[2].append(gradient._version)
         self._waiting_elements += numel
         if self._waiting_elements > most_elements:
             self._measure_waiting()
 
     def _measure_waiting(self) -> None:
         """Take the norms of the tensors that wait: one call for each type."""
-        for indices, tensors in self._waiting.values():
+        for indices, tensors, versions in self._waiting.values():
+            if self.refuses_changes and versions != [tensor._version for tensor in tensors]:
+                raise StateError(
+                    "LENA: a gradient was changed in place during the backward pass, after LENA's hook had seen it. "
+                    "LENA supports tensor.register_hook() and DistributedDataParallel's hooks for that."
+                )
             slots = self._slots_on(tensors[0].device)
             norms = torch._foreach_norm(tensors, 2, dtype=self._dtype)
             if tensors[0].is_cpu:

@@ -83,6 +83,7 @@ class Case:
     expert: int = 1  # ranks that share the experts of a layer
     sequence: int = 1  # ranks that share a micro-batch
     split: str = ""  # which model they split, see `split_run.py`
+    as_on_a_gpu: bool = False  # on the CPU: norms in batches, and recordings, see `launches.py`
     compiled: str = "nothing"  # or "model" (by torch.compile, before the engine), "engine" (by engine.compile)
     repeat: int = 1  # engines made and run one after the other; the last one counts
     device: str = "cpu"  # or "cuda": of the run and, in bf16 and fp16, of the reference's copy of the model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -79,6 +81,14 @@ class _Kernel:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *_, **__: count(self._name)
+
+
+@contextlib.contextmanager
+def paths_of_a_gpu() -> Iterator[None]:
+    """As `as_on_a_gpu`, within it."""
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_a_gpu(patch)
+        yield
 
 
 def as_on_a_gpu(monkeypatch: Any, with_kernels: bool = False) -> None:

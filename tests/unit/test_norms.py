@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_lena import UnsupportedError
+from ds_lena import StateError, UnsupportedError
 from ds_lena.grad_stats.norms import SquaredNorms, squared_norm, squared_norms
 
 LARGE = 5_000_000
@@ -152,6 +152,26 @@ def test_no_wide_copy_of_a_large_tensor_is_made(normal_numbers, dtype):
     gradient = normal_numbers.to(dtype)
     assert largest_allocation(lambda: gradient.double()) >= 8 * LARGE, "this would be one"
     assert largest_allocation(lambda: squared_norm(gradient)) < gradient.nbytes / 4
+
+
+def test_a_gradient_that_changes_while_it_waits_is_refused():
+    norms = SquaredNorms(1, torch.float32, torch.device("cpu"))
+    norms.refuses_changes = True
+    gradient = torch.ones(3)
+    norms.collect(0, gradient)
+    gradient.mul_(2)
+    with pytest.raises(StateError, match="changed in place"):
+        norms.read()
+
+
+def test_tensors_of_several_types_and_none_wait_together():
+    norms = SquaredNorms(4, torch.float32, torch.device("cpu"))
+    for index, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        norms.collect(index, torch.full((4,), 2.0, dtype=dtype), most_elements=6)
+    norms.collect(3, torch.ones(0))
+    assert norms.read().tolist() == [16, 16, 16, 0]
+    norms.clear()
+    assert norms.read().tolist() == [0, 0, 0, 0]
 
 
 def test_a_sparse_gradient_is_refused():
