@@ -50,7 +50,8 @@ class GradientHooks:
     loss calls in its own forward.
     `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
     `unchanged_up_to`: the most elements of a gradient that nobody changes in place until its pass has ended. On a GPU
-    the norms of such gradients are taken in batches. `refuses_changes`: it is an error if someone does, from `watch` on.
+    the norms of such gradients are taken in batches. `refuses_changes`: it is an error if someone changes one. Set it
+    before `watch`.
     `is_broken_off`: an exception ended the pass before. What it reached is in `sums`, and it counts.
     """
 
