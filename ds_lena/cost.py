@@ -272,8 +272,6 @@ def as_text(job: Job, cost: Cost, machine: Machine) -> str:
     lines += ["", f"Memory of LENA on each rank: {in_bytes(MEMORY_PER_LAYER * job.all_layers)}, nothing per parameter."]
     if machine.crowding(job.ranks) > 1:
         lines.append(f"{machine.crowding(job.ranks):g} ranks share a core; each waits for its turn.")
-    if job.per_replica > 1:
-        lines.append("LENA refuses tensor and pipeline parallelism under DeepSpeed so far; they would cost this.")
     return "\n".join(lines)
 
 

@@ -198,7 +198,6 @@ def test_the_command_prints_the_parts_and_what_to_know(capsys):
     words = "--params 1e9 --ranks 8 --base lamb --machine cpu-2-cores --tensor-parallel 4"
     assert main(words.split()) == 0
     out = capsys.readouterr().out
-    assert "LENA refuses tensor and pipeline parallelism" in out
     assert "4 ranks share a core" in out and "norms for the trust ratio" in out
 
 
