@@ -64,9 +64,10 @@ def lying_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     torch's fused kernels walk through memory and ignore strides. A parameter whose memory has gaps, as a slice of
     columns has, is no memory to walk through: the strides are then those of torch's dense copy of it.
     """
-    is_dense = parameter.is_contiguous() or (
-        parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    )
+    is_contiguous = parameter.is_contiguous()
+    if is_contiguous and tensor.is_contiguous():
+        return tensor
+    is_dense = is_contiguous or (parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last))
     strides = parameter.stride() if is_dense else torch.empty_like(parameter, device="meta").stride()
     if tensor.stride() == strides:
         return tensor
