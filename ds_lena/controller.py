@@ -22,12 +22,12 @@ from .errors import ConfigError, UnsupportedError
 from .grad_stats import backward
 from .grad_stats.agreement import require_agreement, require_average, trace_of
 from .grad_stats.hooks import GradientHooks
-from .grad_stats.norms import squared_norms
+from .grad_stats.norms import SquaredNorms, squared_norms
 from .grad_stats.reduce import Group, default_group, world_size
 from .grad_stats.statistics import GradientStatistics
 from .layers import LayerTable, Member, build_table, matches, nearest_name, unmatched_patterns
 from .parameters import require_supported
-from .recorded import Recorded
+from .recorded import Number, Recorded
 from .schedule import checkpoint
 from .schedule.clock import RunPlan
 from .schedule.schedule import Memory, Proposal, Schedule
@@ -133,11 +133,11 @@ class Controller:
         self.hooks.names = names
         # DDP with static_graph changes gradients at the end of its first pass, and before we hear of that end.
         self.hooks.unchanged_up_to = binding.layout.unchanged_up_to() if self.is_managed else 0
-        self.hooks.refuses_changes = not self.is_managed
+        self.hooks.refuses_changes = binding.layout.shows_changes()
         self.hooks.watch([not out for out in left_out], [placement.join for placement in placements], binding.parts)
         self.hooks.before_pass = None if self.is_managed else _weakly(self._before_plain_pass)
         self.hooks.after_pass = None if self.is_managed else _weakly(self._after_plain_pass)
-        self._mean_norms = self.hooks.new_norms()
+        self._mean_norms, self._norms_now = self.hooks.new_norms(), self.hooks.new_norms()
         self._squares_of_mean = self._mean_norms.read()
         self._has_read_mean = False
         self._versions: dict[int, tuple[int, int]] = {}
@@ -145,7 +145,7 @@ class Controller:
             self.hooks, placements, table.of_parameter, table.count, self._cells, binding.group, self._device
         )
         self.schedule = Schedule(self.config, table, self._device)
-        self._recorded_decision = Recorded(keeps=1)
+        self._recorded_decision, self._loss_scale = Recorded(keeps=2), Number(self._device)
         self._make_update(table, names)
         self._ranks_agree = self.is_managed or world_size(binding.group) == 1
         self._trace = trace_of((), self._device)
@@ -224,7 +224,9 @@ class Controller:
         self._proposal, factor = decision.proposal, decision.factor
         if self._trust is not None:
             clip = self.binding.clip(decision.square_now.sqrt())
-            factor = factor * self._trust.measure(_unscaled(clip, scale), groups, state)
+            if scale != 1.0:  # it is still in the gradient
+                clip = torch.full_like(decision.square_now, 1 / scale) if clip is None else clip / scale
+            factor = factor * self._trust.measure(clip, groups, state)
         self._rates = Rates(factor)
         return self._proposal
 
@@ -234,13 +236,13 @@ class Controller:
         memory = schedule.memory(plan)
         clock = memory.clock
         remembered = clock.k, clock.plan, clock.planned is None, clock.is_resumed and clock.updates
-        key = plan, loss_scale, schedule.base_samples, remembered
-        decision = self._recorded_decision(self._decided, key, reduced, memory)
+        key = plan, schedule.base_samples, remembered
+        decision = self._recorded_decision(self._decided, key, reduced, self._loss_scale.set(loss_scale), memory)
         counted = replace(decision.proposal.clock, updates=clock.updates + 1)
         return replace(decision, proposal=replace(decision.proposal, clock=counted))
 
-    def _decided(self, key: tuple[Any, ...], reduced: Tensor, memory: Memory) -> Decision:
-        plan, loss_scale, *_ = key
+    def _decided(self, key: tuple[Any, ...], reduced: Tensor, loss_scale: Tensor, memory: Memory) -> Decision:
+        plan, *_ = key
         measured, square_now = self._statistics.of(reduced, loss_scale)
         proposal = self.schedule.propose(measured, plan, memory)
         return Decision(proposal, square_now, proposal.factor[self._layer_of])
@@ -297,7 +299,7 @@ class Controller:
 
         What a user makes of it later moves the weights, and is not in the statistics.
         """
-        self._squares_of_mean = self._squares()
+        self._squares_of_mean = self._squares(self._mean_norms)
         self._has_read_mean = True
 
     def forget_mean(self) -> None:
@@ -306,10 +308,10 @@ class Controller:
 
     def _squares_now(self) -> Tensor:
         """Of the averaged gradient that an engine will clip. Only trust ratios ask whether it has been changed."""
-        return self._squares() if self.is_managed and self._trust is not None else self._squares_of_mean
+        return self._squares(self._norms_now) if self.is_managed and self._trust is not None else self._squares_of_mean
 
-    def _squares(self) -> Tensor:
-        return squared_norms(self.binding.layout.gradients(), self._mean_norms)
+    def _squares(self, norms: SquaredNorms) -> Tensor:
+        return squared_norms(self.binding.layout.gradients(), norms)
 
     # -- plain PyTorch ------------------------------------------------------------------------------------------------
 
@@ -425,10 +427,3 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
             alive()
 
     return call
-
-
-def _unscaled(clip: Tensor | None, loss_scale: float) -> Tensor | None:
-    """`clip`, divided by the loss scale that is still in the gradient."""
-    if loss_scale == 1.0:
-        return clip
-    return torch.tensor(1 / loss_scale) if clip is None else clip / loss_scale

@@ -26,8 +26,8 @@ class Recorded:
     """Calls of one `function(key, *inputs)`, which waits for no device. Inputs and result: tensors, or dataclasses with
     tensors.
 
-    `key`: all that the function reads beside tensors. A result on CUDA is overwritten by the call after the next one.
-    It may be an input of the next call.
+    `key`: all that the function reads beside tensors. A result on CUDA is overwritten by a later call, but not by one
+    that has it among its inputs.
     `keeps`: the first so many input tensors keep their memory from call to call. The others are copied, unless they are
     results of this function.
     """
@@ -46,14 +46,14 @@ class Recorded:
         tensors = [self._lasting(place, tensor) for place, tensor in enumerate(tensors)]
         known = key, tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
         if known not in self._recordings:
-            if len(self._recordings) >= MOST_RECORDINGS:
-                self._is_off = True
-                return function(key, *inputs)
             try:
+                if len(self._recordings) >= MOST_RECORDINGS:
+                    raise RuntimeError(f"its settings have changed {MOST_RECORDINGS} times")
                 self._recordings[known] = self._record(function, key, with_tensors(inputs, iter(tensors)), tensors)
             except RuntimeError as error:
                 self._is_off = True
-                logger.warning("LENA: its decision cannot be recorded as a CUDA graph, and takes longer: %s", error)
+                self._recordings.clear()
+                logger.warning("LENA: a part of its update is no longer one CUDA graph, and takes longer: %s.", error)
                 return function(key, *inputs)
         graph, result = self._recordings[known]
         graph.replay()
@@ -74,21 +74,37 @@ class Recorded:
         """The graph, and its result. It is written to one of two sets of tensors, of which no input is a part."""
         given = {id(tensor) for tensor in tensors}
         free = [results for results in self._results if given.isdisjoint(map(id, results))]
-        if len(self._results) == 2 and not free:
+        is_new = len(self._results) < 2
+        if not is_new and not free:
             raise RuntimeError("the inputs are results of two calls")
 
         def run() -> T:
             found = function(key, *inputs)
-            if len(self._results) < 2:
+            if is_new:
                 return with_tensors(found, (tensor.clone() for tensor in tensors_in(found)))  # an input is no result
             for result, new in zip(free[0], tensors_in(found), strict=True):
                 result.copy_(new)
             return with_tensors(found, iter(free[0]))
 
         graph, result = capture(run, tensors[0].device)
-        if len(self._results) < 2:
+        if is_new:
             self._results.append(list(tensors_in(result)))
         return graph, result
+
+
+class Number:
+    """A number on a device, () float64, which is sent only when it has changed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._there = torch.zeros((), dtype=torch.float64, device=device)
+        self._value = 0.0
+
+    def set(self, value: float) -> Tensor:
+        """The tensor, always the same one, with this value."""
+        if value != self._value:
+            self._there.fill_(value)
+            self._value = value
+        return self._there
 
 
 def can_record(tensors: Sequence[Tensor]) -> bool:

@@ -180,7 +180,6 @@ UPDATE_PATH = {
 HARMLESS = {
     "grad_stats.agreement: bool(square_of_mean > ROUNDING * mean_square)": "once a run",
     "grad_stats.reduce: both.tolist()": "once a run",
-    "grad_stats.statistics: float(passes)": "a Python number",
     **{f"{INTERNALS}.{name}: int(self._zero.reduce_bucket_size)": "a Python number" for name in ("zero12", "zero3")},
     "update.kernels.table: int(counts.sum())": "on the CPU, and once for each table",
     **{f"update.rules.{name}: bool(group['momentum'])": "a Python number" for name in ("sgd", "lars")},

@@ -101,6 +101,7 @@ class GradientHooks:
         self.passes = 0
         self.last_pass = [0] * len(self.parameters)
         self._parts: dict[int, Tensor] = {}
+        self._norms.forget_waiting()
         self._has_begun = False
 
     def reached(self) -> list[int]:

@@ -6,12 +6,14 @@ waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from .. import recorded
 from ..errors import StateError, UnsupportedError
 from ..recorded import Recorded
 
@@ -54,6 +56,7 @@ class SquaredNorms:
         self._waiting: dict[torch.dtype, tuple[list[int], list[Tensor], list[int]]] = {}
         self._waiting_elements = self._waiting_stream = 0
         self._found: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._total = torch.zeros(count, dtype=torch.float64, device=device)
         self._square = Recorded(keeps=1)
         self._add_squares = Recorded(keeps=2)
         _, self._slots = self._add_buffer(device)
@@ -89,11 +92,11 @@ class SquaredNorms:
         """
         _require_dense(gradient)
         numel, stream = gradient.numel(), _raw_stream(gradient)
-        if not numel:
+        if not 0 < numel <= MOST_ELEMENTS:  # a large one costs its batch memory: its blocks times the tensors
+            self.write(index, gradient)
             return
         if stream != self._waiting_stream and self._waiting:
-            with torch.cuda.stream(torch.cuda.ExternalStream(self._waiting_stream, gradient.device)):
-                self._measure_waiting()
+            self._measure_waiting()
         self._waiting_stream = stream
         batch = self._waiting.get(gradient.dtype)
         if batch is None:
@@ -106,19 +109,26 @@ class SquaredNorms:
             self._measure_waiting()
 
     def _measure_waiting(self) -> None:
-        """Take the norms of the tensors that wait: one call for each type."""
+        """Take the norms of the tensors that wait, on the stream that made them: one call for each type."""
         for indices, tensors, versions in self._waiting.values():
             if self.refuses_changes and versions != [tensor._version for tensor in tensors]:
+                self.forget_waiting()
                 raise StateError(
                     "LENA: a gradient was changed in place during the backward pass, after LENA's hook had seen it. "
-                    "LENA supports tensor.register_hook() and DistributedDataParallel's hooks for that."
+                    "Change it by tensor.register_hook(), whose result LENA sees, or after the pass. An autograd "
+                    "function must not write into the gradient that it is given."
                 )
+            with _on_stream(self._waiting_stream, tensors[0]):
+                norms = torch._foreach_norm(tensors, 2, dtype=self._dtype)
+                if tensors[0].is_cpu:
+                    norms = torch._foreach_mul(norms, norms)  # as `write` has them there
             slots = self._slots_on(tensors[0].device)
-            norms = torch._foreach_norm(tensors, 2, dtype=self._dtype)
-            if tensors[0].is_cpu:
-                norms = torch._foreach_mul(norms, norms)  # as `write` has them there
             self._found.append(([slots[i] for i in indices], list(norms)))
         self._waiting, self._waiting_elements = {}, 0
+
+    def forget_waiting(self) -> None:
+        """Let go of the tensors that wait."""
+        self._waiting, self._waiting_elements, self._found = {}, 0, []
 
     def _write_found(self) -> None:
         self._measure_waiting()
@@ -129,20 +139,19 @@ class SquaredNorms:
 
     def clear(self) -> None:
         """Set all norms to 0."""
-        self._waiting, self._waiting_elements, self._found = {}, 0, []
+        self.forget_waiting()
         for written, _ in self._buffers.values():
             written.zero_()
 
     def read(self) -> Tensor:
-        """(count,) float64 on the result's device: the squared norms. On a GPU the call after the next one overwrites
-        it.
-        """
+        """(count,) float64 on the result's device: the squared norms. The next call overwrites it."""
         self._write_found()
-        if list(self._buffers) == [self._device] and not self._on_cpu:
-            return self._square(_squares, None, self._buffers[self._device][0])
-        total = torch.zeros(self._count, dtype=torch.float64, device=self._device)
-        self.add_to(total)
-        return total
+        written = self._buffers[self._device][0]
+        if len(self._buffers) == 1 and recorded.can_record([written]):
+            return self._square(_squares, None, written)
+        self._total.zero_()
+        self.add_to(self._total)
+        return self._total
 
     def add_to(self, total: Tensor, times: int = 1) -> None:
         """Add `times` the squared norms to `total` (count,), float64 on the result's device (modified in place).
@@ -151,22 +160,32 @@ class SquaredNorms:
         """
         self._write_found()
         for device, (written, _) in self._buffers.items():
-            if device.type == "cpu":
-                total.add_(written.to(self._device, torch.float64), alpha=times)
-            elif device == self._device:
+            if device == self._device:
                 self._add_squares(_add_squares, times, written, total)
             else:
-                total.add_(written.double().square().to(self._device), alpha=times)
+                total.add_(_squares(None, written).to(self._device), alpha=times)
 
 
-def _squares(_: None, norms: Tensor) -> Tensor:
-    return norms.double().square()
+def _squares(_: None, written: Tensor) -> Tensor:
+    """Of what is written: squared norms on the CPU, elsewhere norms."""
+    return written.double() if written.is_cpu else written.double().square()
 
 
-def _add_squares(times: int, norms: Tensor, total: Tensor) -> tuple[()]:
-    wide = norms.double()
-    total.addcmul_(wide, wide, value=times)
+def _add_squares(times: int, written: Tensor, total: Tensor) -> tuple[()]:
+    total.add_(_squares(None, written), alpha=times)
     return ()
+
+
+@contextlib.contextmanager
+def _on_stream(raw: int, tensor: Tensor) -> Iterator[None]:
+    """Work on a stream, if it is not the present one, which then waits for it."""
+    if raw == _raw_stream(tensor):
+        yield
+        return
+    stream = torch.cuda.ExternalStream(raw, tensor.device)
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(tensor.device).wait_stream(stream)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..recorded import Recorded
+from ..recorded import Number, Recorded
 from .hooks import GradientHooks
 from .measurement import Measurement
 from .placement import Placement
@@ -49,7 +49,7 @@ class GradientStatistics:
         def vector(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
-        self._own = Recorded(keeps=3)
+        self._own, self._passes = Recorded(keeps=4), Number(device)
         self._cells = len(cells)
         self._cell_of = torch.tensor(cell_of, dtype=torch.long, device=device)
         self._counted = vector([float(p.counted) for p in placements])
@@ -65,26 +65,26 @@ class GradientStatistics:
         `squares_of_mean`, `squares_now` (P,): this rank's share of the squared norms of the averaged gradient, as it
         was averaged, and as it may have been changed since.
         """
-        own = self._own(self._own_share, self._hooks.passes, self._hooks.sums, squares_of_mean, squares_now)
+        passes = self._passes.set(self._hooks.passes)
+        own = self._own(self._own_share, None, passes, self._hooks.sums, squares_of_mean, squares_now)
         return sum_over(own, self._group)
 
-    def _own_share(self, passes: int, sums: Tensor, squares_of_mean: Tensor, squares_now: Tensor) -> Tensor:
+    def _own_share(self, _: None, passes: Tensor, sums: Tensor, squares_of_mean: Tensor, squares_now: Tensor) -> Tensor:
         cells = self._cells
         squares = self._by_cell(sums * self._weights)[:cells]
         mean = self._by_cell(squares_of_mean * self._counted)[:cells]
-        now = (squares_now * self._counted).sum().reshape(1)
-        return torch.cat((squares.new_full((1,), float(passes)), squares, mean, now))
+        now = (squares_now * self._counted).sum()
+        return torch.cat((passes.unsqueeze(0), squares, mean, now.unsqueeze(0)))
 
-    def of(self, reduced: Tensor, loss_scale: float = 1.0) -> tuple[Measurement, Tensor]:
+    def of(self, reduced: Tensor, loss_scale: Tensor | float = 1.0) -> tuple[Measurement, Tensor]:
         """The statistics of each layer, and the squared norm () now of the averaged gradient of all parameters,
         excluded ones too.
 
-        `loss_scale`: the factor that is still in all gradients of this window.
+        `loss_scale`, a number or (): the factor that is still in all gradients of this window.
         """
         cells = self._cells
         n = reduced[0] / self._ranks_of_micro_batch
-        if loss_scale != 1.0:
-            reduced = reduced / loss_scale**2
+        reduced = reduced / loss_scale**2
         mean_square = reduced[1 : cells + 1] * (n / self._spread_of_cell)
         square_of_mean = reduced[cells + 1 : -1]
         return self._fold(n, mean_square, square_of_mean), reduced[-1]

@@ -67,6 +67,13 @@ class Layout(Protocol):
         """
         return 0
 
+    def shows_changes(self) -> bool:
+        """Whether the version of a local gradient tells that someone has changed it.
+
+        It does not where the wrapper moves gradients to memory of another tensor.
+        """
+        return False
+
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         """Those of the parameters that backward has reached in this window whose gradient is gone, by zero_grad()."""
         return []

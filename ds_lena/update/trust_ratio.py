@@ -7,7 +7,7 @@ is thrown away leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,10 @@ class TrustRatios:
         self._where = {cut.parameter: (flat, cut) for flat, segments in layout.segments() for cut in segments}
         has_ratio = [len(placement.shape) > 1 for placement in placements]
         self._measured_here = [has and p.counted for has, p in zip(has_ratio, placements, strict=True)]
+        self._measured_in: dict[int, list[int]] = {}
+        for i, group_of in enumerate(groups_of):
+            if self._measured_here[i] and i in self._where:
+                self._measured_in.setdefault(group_of, []).append(i)
         self._has_ratio = torch.tensor(has_ratio, dtype=torch.bool, device=device)
         self._launcher = Launcher(trust.kernel)
         self._squares = torch.zeros(2, count, dtype=torch.float64, device=device)
@@ -95,12 +99,12 @@ class TrustRatios:
         """Add the squares of both norms of all pieces to `squares` (2, count) (modified in place), by one kernel for
         each group. Returns the pieces that it cannot measure.
         """
-        left: list[tuple[int, Tensor | None]] = []
+        given, left = dict(pieces), []
         for number, group in enumerate(groups):
-            own = [piece for piece in pieces if self._groups_of[piece[0]] == number]
-            if own:
-                rows = [self._row(index, gradient, group, state) for index, gradient in own]
-                left += [own[i] for i in self._launch(number, own, rows, clip, group, squares)]
+            own = self._measured_in.get(number, [])
+            rows = [self._row(i, given[i], group, state) if i in given else [] for i in own]
+            if any(rows):
+                left += [(own[i], given[own[i]]) for i in self._launch(number, rows, clip, group, squares)]
         return left
 
     def _row(self, index: int, gradient: Tensor | None, group: Mapping[str, Any], state: State) -> list[Tensor | None]:
@@ -116,23 +120,19 @@ class TrustRatios:
     def _launch(
         self,
         number: int,
-        own: Sequence[tuple[int, Tensor | None]],
         rows: Sequence[Sequence[Tensor | None]],
         clip: Tensor | None,
         group: Mapping[str, Any],
         squares: Tensor,
     ) -> list[int]:
-        """Measure pieces of one group. Returns the positions of those that are left."""
-        indices = tuple(index for index, _ in own)
+        """Measure the pieces of one group. Returns the positions of those that are left."""
 
-        def pieces() -> list[Piece]:
-            return [
-                (i, 0, self._where[index][1].length, 2 * self._places[index] + self._decays[index])
-                for i, index in enumerate(indices)
-            ]
+        def pieces() -> Iterator[Piece]:
+            for i, index in enumerate(self._measured_in[number]):
+                yield i, 0, self._where[index][1].length, 2 * self._places[index] + self._decays[index]
 
-        device = rows[0][0].device  # type: ignore[union-attr]
-        table = self._launcher.table((number, indices), pieces, device)
+        device = next(tensor for row in rows for tensor in row if tensor is not None).device
+        table = self._launcher.table(number, pieces, device)
         found = torch.zeros(len(table.chunks), 2, device=device)
         given = None if clip is None else clip.to(device, torch.float32)
         left = self._launcher.launch(table, rows, group, found, given, HAS_CLIP=clip is not None)

@@ -19,7 +19,6 @@ import ds_lena
 from tests.helpers.case import SCHEDULES, Case, Window
 from tests.helpers.grids import one_autocast, one_grid
 from tests.helpers.groups import parameter_groups, stock_optimizer
-from tests.helpers.launches import paths_of_a_gpu
 from tests.helpers.model import TinyTransformer, build, initial_weights
 from tests.helpers.split_run import join_parts, of_all_experts, of_all_stages, split_model, whole_model
 
@@ -32,7 +31,7 @@ EVERY_MICRO_BATCH = ("engine", "torch backward", "offload states")  # loops that
 def run(case: Case) -> Result:
     """The reports after every update and the fp32 weights at the end."""
     for _ in range(case.repeat):
-        with paths_of_a_gpu() if case.as_on_a_gpu else nullcontext(), _engine(case) as engine:
+        with _engine(case) as engine:
             reports = [_update(case, engine, update, window) for update, window in enumerate(case.plan)]
             params = {name: master.cpu() for name, master in _masters(case, engine).items()}
     return {"reports": reports, "params": params}

@@ -13,17 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 import ds_lena
 from tests.helpers.case import SCHEDULES, Case
 from tests.helpers.groups import case_groups
-from tests.helpers.launches import paths_of_a_gpu
 from tests.helpers.model import build
 
 
 def run(case: Case) -> dict[str, Any]:
     """The reports after every update and the weights at the end."""
-    with paths_of_a_gpu() if case.as_on_a_gpu else nullcontext():
-        return _train(case)
-
-
-def _train(case: Case) -> dict[str, Any]:
     model = build(case.model, torch.float32).to(case.device)
     wrapped: nn.Module = model
     if case.world > 1:

@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from benchmarks.command import leave
 from tests.helpers import deepspeed_run, megatron_run, plain_run
 from tests.helpers.case import Case
 from tests.helpers.launch import result_path, started_path
+from tests.helpers.launches import paths_of_a_gpu
 
 FAILED = 3  # exit status after a failed case
 
@@ -53,7 +55,8 @@ def main(folder: Path, first: int) -> int:
 def _attempt(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
-        return {"result": _runner(case).run(case)}
+        with paths_of_a_gpu() if case.as_on_a_gpu else nullcontext():
+            return {"result": _runner(case).run(case)}
     except Exception:
         return {"error": traceback.format_exc()}
 

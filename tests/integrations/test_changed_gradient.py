@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ds_lena
+from tests.helpers.launches import paths_of_a_gpu
 from tests.integrations._engines import Net, batch, config, engine, train
 from tests.integrations._ranks import Ranks
 
@@ -122,10 +124,18 @@ def test_it_moves_the_weights_and_is_not_in_the_statistics(ranks: Ranks, stage: 
             torch.testing.assert_close(now, part if stage == 3 and part.numel() % 2 else HALF * part, **bounds)
 
 
+def both_as_on_a_gpu(*given: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    with paths_of_a_gpu():
+        return both(*given)
+
+
+@pytest.mark.parametrize("run", [both, both_as_on_a_gpu])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_trust_ratios_are_those_of_the_gradient_that_is_clipped(ranks: Ranks, stage: int) -> None:
+def test_trust_ratios_are_those_of_the_gradient_that_is_clipped(
+    ranks: Ranks, stage: int, run: Callable[..., Any]
+) -> None:
     """Both are clipped to the same gradient."""
-    for (report, gone), (changed, same) in ranks.run(both, stage, "fp32", LAMB, 0.01):
+    for (report, gone), (changed, same) in ranks.run(run, stage, "fp32", LAMB, 0.01):
         assert changed == report
         assert any(bool(part.any()) for part in gone)
         torch.testing.assert_close(same, gone, rtol=1e-3, atol=1e-6)

@@ -34,6 +34,7 @@ ONE_AND_TWO: Cases = [
     megatron("dp2-per-token", loop="per token", accumulation=4, config=SHARDED),
     megatron("dp2-groups-lamb", loop="two groups", base="lamb", lena=TWO_GROUPS, config=SHARDED),
     megatron("dp2-again", loop="again"),
+    megatron("dp2-gpu-paths", config=SHARDED | OVERLAP, as_on_a_gpu=True),
     megatron("tp2", tensor=2),
     megatron("tp2-sequence-lamb-sharded", tensor=2, model="megatron-sequence", base="lamb", config=SHARDED),
     megatron("tp2-sequence-bf16", tensor=2, model="megatron-sequence", precision="bf16", accumulation=4),

@@ -1,8 +1,10 @@
 """The Triton kernels, in Triton's interpreter on the CPU, against the rules in float64."""
 
+import gc
 import importlib
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ds_lena.config import LenaConfig
 from ds_lena.grad_stats.placement import data_parallel
 from ds_lena.layouts.layout import Segment
 from ds_lena.layouts.plain import PlainLayout
+from ds_lena.optimizer import controller_of
 from ds_lena.update.apply import Applier, Rates
 from ds_lena.update.kernels import launch, table
 from ds_lena.update.rules import RULES
@@ -240,15 +243,22 @@ def test_a_whole_training_is_that_of_the_loop(monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_where_a_kernel_is_refused_the_loop_moves_and_says_so_once(monkeypatch, caplog):
-    class Refusing:
-        TYPES = launch.programs().TYPES
+class Refusing:
+    """Triton on a device that it does not know."""
 
-        def __getattr__(self, name):
-            raise RuntimeError("no such device")
+    TYPES = dict.fromkeys(NARROW)
 
+    def __getattr__(self, name):
+        raise RuntimeError("no such device")
+
+
+@pytest.fixture
+def refusing(monkeypatch):
     monkeypatch.setattr(launch, "programs", lambda: Refusing())
     launch._tell.cache_clear()
+
+
+def test_where_a_kernel_is_refused_the_loop_moves_and_says_so_once(refusing, caplog):
     ours, loop = Run("adamw", [[20, 3]], torch.float32), Run("adamw", [[20, 3]], torch.float32)
     applier = Applier(ours.rule, ours.cuts)
     with caplog.at_level(logging.WARNING, "ds_lena"):
@@ -258,6 +268,46 @@ def test_where_a_kernel_is_refused_the_loop_moves_and_says_so_once(monkeypatch, 
     assert torch.equal(ours.flats[0], loop.flats[0])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no such device" in caplog.text
+
+
+def test_a_refused_kernel_keeps_nothing_alive(refusing):
+    run = Run("adamw", [[20]], torch.float32)
+    run.update(Applier(run.rule, run.cuts))
+    flat = weakref.ref(run.flats[0])
+    del run
+    gc.collect()
+    assert flat() is None
+
+
+@pytest.mark.parametrize("what", ["one of two moments in another type", "a count in another type"])
+def test_a_state_that_a_kernel_would_misread_moves_by_the_loop(what):
+    run = Run("adamw", [[20]], torch.float32)
+    (flat,) = run.flats
+    state = {"exp_avg": torch.zeros(20), "exp_avg_sq": torch.zeros(20), "step": torch.zeros(())}
+    if what == "a count in another type":
+        state["step"] = state["step"].double()
+    else:
+        state["exp_avg_sq"] = state["exp_avg_sq"].bfloat16()
+    run.state[flat] = state
+    row = [flat, flat.grad, *state.values()]
+    launcher = Applier(run.rule, run.cuts)._launcher
+    made = launcher.table("key", lambda: table.pieces_of(0, run.cuts[flat]), flat.device)
+    before = flat.clone()
+    assert launcher.launch(made, [row], run.group, torch.ones(1)) == [0]
+    assert torch.equal(flat, before)
+
+
+@pytest.mark.parametrize("base", ["adamw", "lamb"])
+def test_tables_do_not_grow_with_the_sets_of_tensors_that_have_a_gradient(base):
+    weights = [torch.nn.Parameter(torch.ones(3, 3)) for _ in range(4)]
+    optimizer = LENA([(str(i), weight) for i, weight in enumerate(weights)], base=base, total_steps=100)
+    for update in range(8):
+        optimizer.zero_grad()
+        sum(weight.square().sum() for i, weight in enumerate(weights) if (update >> i) % 2 == 0).backward()
+        optimizer.step()
+    controller = controller_of(optimizer)
+    launchers = [controller._applier._launcher, *([controller._trust._launcher] if base == "lamb" else [])]
+    assert [len(launcher._tables) for launcher in launchers] == [1] * len(launchers)
 
 
 def test_chunks_cover_each_element_once_and_far_ones_too():

@@ -7,6 +7,7 @@ from torch import nn
 from ds_lena import LENA, report
 from ds_lena.grad_stats import norms
 from ds_lena.optimizer import controller_of
+from ds_lena.recorded import Recorded
 from tests.helpers import launches
 from tests.helpers.launches import Launches, as_on_a_gpu
 
@@ -86,3 +87,44 @@ def test_norms_in_batches_are_those_taken_one_by_one(monkeypatch):
         torch.testing.assert_close(one, other)
     for one, other in zip(reports_of_batches, reports, strict=True):
         assert one["layers"].keys() == other["layers"].keys()
+
+
+def test_recordings_do_not_grow_with_the_number_of_passes(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    model = Chain(2)
+    optimizer = LENA(model.named_parameters(), lr=0.05, total_steps=100)
+    for passes in range(1, 40):
+        optimizer.zero_grad()
+        for _ in range(passes):
+            model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    controller = controller_of(optimizer)
+    used = controller._statistics._own, controller._recorded_decision, controller._mean_norms._square
+    assert all(1 <= len(recorded._recordings) <= 6 for recorded in used)
+
+
+def test_a_function_whose_key_always_changes_is_called_as_it_is(monkeypatch, caplog):
+    as_on_a_gpu(monkeypatch)
+    recorded, three = Recorded(), torch.tensor(3.0)
+    for key in range(100):
+        assert float(recorded(lambda key, tensor: tensor * key, key, three)) == 3 * key
+    assert not recorded._recordings
+    assert caplog.text.count("no longer one CUDA graph") == 1
+
+
+def test_a_result_that_is_an_input_is_not_overwritten(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    recorded, tensor = Recorded(), torch.tensor(1.0)
+    for power in range(1, 9):
+        before, tensor = tensor, recorded(lambda _, tensor: 2 * tensor, None, tensor)
+        assert (float(before), float(tensor)) == (2 ** (power - 1), 2**power)
+
+
+def test_tensors_that_wait_are_bounded():
+    """Beside the one that comes last."""
+    squares = norms.SquaredNorms(50, torch.float32, torch.device("cpu"))
+    held = []
+    for index in range(50):
+        squares.collect(index, torch.ones(10), most_elements=35)
+        held.append(sum(tensor.numel() for _, tensors, _ in squares._waiting.values() for tensor in tensors))
+    assert max(held) <= 35

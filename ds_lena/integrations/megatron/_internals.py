@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -160,6 +161,10 @@ class MegatronLayout(Layout):
                 gradient: Tensor = self._parameters[segment.parameter].main_grad  # type: ignore[attr-defined]
                 piece = gradient.view(-1).narrow(0, segment.offset, segment.length)
                 yield segment.parameter, piece.view_as(flat)
+
+    def unchanged_up_to(self) -> int:
+        """Megatron adds a gradient to `main_grad`, and drops it."""
+        return sys.maxsize
 
     def loss_scale(self) -> float:
         """Of this window: it is asked for before Megatron divides by it, and changes it."""

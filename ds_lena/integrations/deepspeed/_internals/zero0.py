@@ -38,6 +38,9 @@ class Zero0Layout(Layout):
     def unchanged_up_to(self) -> int:
         return sys.maxsize  # gradients are reduced after the pass
 
+    def shows_changes(self) -> bool:
+        return True
+
     def thrown_away(self, reached: Sequence[int]) -> list[int]:
         held = {i for i, parameter, _ in self._masters if parameter.grad is not None}
         return [i for i in reached if i not in held]  # DeepSpeed leaves out a parameter without elements
