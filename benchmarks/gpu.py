@@ -111,8 +111,7 @@ def smoke(args: argparse.Namespace) -> int:
     """Fails if nothing works; a fault in one place is for the other parts to show."""
     report = Report(args, ["LENA", "result"])
     device = join()
-    cases = list(itertools.product(LENA, ("plain", 2), ("fp32", "bf16")))
-    cases += itertools.product(("adamw", "lamb"), (0, 1, 3), ("bf16",))
+    cases = list(itertools.product(("adamw", "lamb"), ("plain", 2), ("bf16",)))
     for base, stage, precision in cases:
         name = f"{base}, {f'ZeRO-{stage}' if stage != 'plain' else 'plain PyTorch'}, {precision}"
         try:

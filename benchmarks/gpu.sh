@@ -31,7 +31,7 @@ run() { # part, seconds after which no case begins, seconds after which it is en
 
 timeout --kill-after=5 120 python3 -m benchmarks.gpu build --out "$out" $quick >"$out/build.log" 2>&1 &
 building=$!
-if ! run smoke 30 40; then
+if ! run smoke 30 60; then
     echo "LENA does not train here, see above: the rest is left out" >&2
     kill $building
     exit 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..segments import Cut
 
-BLOCK = 2048
+BLOCK = 1024
 """The most elements of a chunk."""
 
 Piece = tuple[int, int, int, int]
