@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu PART --out OUT [--seconds 100] [--quick]
 
-    smoke     LENA trains: every base rule in plain PyTorch and ZeRO-2, AdamW and LAMB at every stage
+    smoke     LENA trains: AdamW and LAMB in plain PyTorch and at ZeRO-2
     parity    the tests of tests/parity/test_gpu.py, against the float64 reference
     table     whole updates and their steps beside DeepSpeed's FusedAdam, and how often the host waits for the GPU
     profile   launches, and what takes longest, at ZeRO-2

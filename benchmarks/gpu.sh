@@ -39,9 +39,9 @@ fi
 run parity 80 90
 wait $building
 tail -n 1 "$out/build.log"
-run table 130 150
+run table 185 205
 run profile 25 35
-run step 25 30
+run step 25 40
 echo "$SECONDS s in all; results in $out"
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}" >&2
