@@ -36,7 +36,8 @@ class TensorParts:
     def __getattr__(self, name: str) -> Any:
         if name == "initialize_sequence_parallel":
             raise AttributeError(name)
-        alone = dist.group.WORLD if "data" not in name or "sequence" in name else self.alone
+        is_alone = "pipe" in name or ("data" in name and "sequence" not in name)
+        alone = self.alone if is_alone else dist.group.WORLD
         given = {"group": alone, "size": dist.get_world_size(alone), "rank": dist.get_rank(alone)}
         return lambda: given[name.rpartition("_")[2]]
 
@@ -83,6 +84,11 @@ def test_a_mesh_is_refused(ranks: Ranks) -> None:
         for message in ranks.run(refused, 1, mpu=None, **given):
             assert "LENA does not support sequence parallelism by mesh_param" in message
             assert "mpu=parallel_state_sp" in message
+
+
+def test_a_size_alone_is_refused(ranks: Ranks) -> None:
+    for message in ranks.run(refused, 1, mpu=None, sequence_parallel_size=WORLD):
+        assert 'LENA does not support "sequence_parallel_size" without "data_parallel_size"' in message
 
 
 def drift_of_stock(mesh: bool) -> float:

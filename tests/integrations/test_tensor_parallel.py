@@ -50,6 +50,18 @@ def test_context_parallelism_is_refused(ranks: Ranks) -> None:
         assert "LENA does not support context parallelism" in message and "context_parallel_size" in message
 
 
+def refused_beside_groups(**sizes: int) -> str:
+    with megatrons_groups(**sizes):
+        return refusal(config(1), Net())
+
+
+@pytest.mark.parametrize("size", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_groups_of_megatron_that_the_engine_does_not_know_are_refused(ranks: Ranks, size: str) -> None:
+    for message in ranks.run(refused_beside_groups, **{size: WORLD}):
+        assert "LENA does not support parallel groups of Megatron-core of which the engine does not know" in message
+        assert "mpu=parallel_state" in message
+
+
 def test_stages_without_a_pipeline_module_are_refused(ranks: Ranks) -> None:
     for message in ranks.run(refused, 1, TwoStages, {}):
         assert "LENA does not support an mpu with several pipeline stages and a model that is no Pipeline" in message

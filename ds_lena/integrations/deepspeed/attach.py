@@ -140,7 +140,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
     layout = layout_of(view, {id(parameter): i for i, parameter in enumerate(parameters)})
     if layout is None:
         raise UnsupportedError(
-            f"LENA does not support the optimizer wrapper {type(view.wrapper).__name__} yet. "
+            f"LENA does not support the optimizer wrapper {type(view.wrapper).__name__}. "
             "Nearest supported choice: ZeRO 0-3 in fp32 or bf16."
         )
     grid = view.grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .grid import sequence_parallel_ranks, stages, tensor_parallel_ranks, ulysses_is_set_up
+from .grid import megatrons_parts, sequence_parallel_ranks, stages, tensor_parallel_ranks, ulysses_is_set_up
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class EngineFacts:
     `forces_cpu_optimizer`: DeepSpeed refuses a client optimizer of others with offload.
     `low_precision_masters`: master weights in fp16 or bf16.
     `experts`: layers of `deepspeed.moe`. `auto_ep`: DeepSpeed is asked to make such layers of the model's own.
+    `only_sequence_size`: the JSON says over how many ranks a sequence goes, and no groups are made for it.
+    `unknown_parts`: Megatron-core has made groups for more parts of a model than the engine's.
     `stages`: of the pipeline, as the mpu says. `pipelined`: the model is a PipelineModule.
     """
 
@@ -59,6 +62,8 @@ class EngineFacts:
     sequence_ranks: int
     averages_apart: bool
     unknown_sequence: bool
+    only_sequence_size: bool
+    unknown_parts: bool
     context_parallel: bool
     tensor_ranks: int
     other_ranks: bool
@@ -118,6 +123,8 @@ def read_facts(engine: Any) -> EngineFacts:
         sequence_ranks=sequence_ranks,
         averages_apart=sequence_ranks > 1 and _averages_apart(engine),
         unknown_sequence=sequence_ranks == 1 and ulysses_is_set_up(),
+        only_sequence_size=sequence_ranks == 1 and _has_only_sequence_size(engine._config._param_dict),
+        unknown_parts=megatrons_parts() > parts,
         context_parallel=context_ranks() > 1,
         tensor_ranks=tensor_ranks,
         other_ranks=parts > 1 and engine.seq_dp_world_size * parts != dist.get_world_size(),
@@ -139,6 +146,10 @@ def read_facts(engine: Any) -> EngineFacts:
 def _averages_apart(engine: Any) -> bool:
     averaging = dist.get_process_group_ranks(engine.seq_data_parallel_group)
     return not set(dist.get_process_group_ranks(engine.seq_parallel_group)) <= set(averaging)
+
+
+def _has_only_sequence_size(entries: Mapping[str, Any]) -> bool:
+    return entries.get("sequence_parallel_size", 1) != 1 and "data_parallel_size" not in entries
 
 
 def _device(offload: Any) -> str:

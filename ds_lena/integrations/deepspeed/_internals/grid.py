@@ -93,6 +93,14 @@ def ulysses_is_set_up() -> bool:
     return mpu is not None and mpu._SEQUENCE_PARALLEL_GROUP is not None
 
 
+def megatrons_parts() -> int:
+    """Into how many parts Megatron-core's groups split a model. 1 if there are no such groups."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return 1
+    return int(state.get_tensor_model_parallel_world_size() * state.get_pipeline_model_parallel_world_size())
+
+
 def stages(engine: Any) -> int:
     """The number of stages of the pipeline."""
     from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size

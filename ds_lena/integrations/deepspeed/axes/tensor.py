@@ -81,8 +81,14 @@ def copies_check(
         if differ:
             raise StateError(
                 f'LENA: the gradient of "{names[differ[0]]}" is not the same on all tensor-parallel '
-                f"ranks, which hold copies of it: their copies drift apart, with any optimizer. {what_to_do} If it is "
-                "no copy but a part of a tensor, set tensor_model_parallel = True on the parameter."
+                f"ranks, which hold copies of it: their copies drift apart, with any optimizer. Its squared norms are "
+                f"{_shown(of_ranks[:, differ[0]])}. Give these ranks the same data and the same first weights. If each "
+                f"has only a part of the gradient: {what_to_do} If it is no copy but a part of a tensor, set "
+                "tensor_model_parallel = True on the parameter."
             )
 
     return check
+
+
+def _shown(squares: Tensor) -> str:
+    return ", ".join(f"{square:.6g}" for square in squares.tolist())

@@ -27,7 +27,7 @@ def refuse_unsupported(facts: EngineFacts) -> None:
     for feature in REFUSED:
         if feature.is_on(facts):
             what = feature.what.format(predivide=facts.predivide)
-            raise UnsupportedError(f"LENA does not support {what} yet. Nearest supported choice: {feature.instead}.")
+            raise UnsupportedError(f"LENA does not support {what}. Nearest supported choice: {feature.instead}.")
     if not any(feature.is_on(facts) for feature in STAGES):
         raise UnsupportedError(
             f"LENA does not support ZeRO {facts.stage} with these types of weights and gradients. Nearest supported "

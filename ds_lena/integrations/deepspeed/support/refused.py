@@ -158,6 +158,19 @@ REFUSED: tuple[Feature, ...] = (
         keys=("sequence_parallel_size", "data_parallel_size"),
     ),
     Feature(
+        '"sequence_parallel_size" without "data_parallel_size" (DeepSpeed makes no groups for it, and takes the ranks '
+        "of a sequence for replicas)",
+        lambda facts: facts.only_sequence_size,
+        instead="leave it out; for sequence parallelism give deepspeed.initialize mpu=parallel_state_sp",
+        test=f"{_SEQUENCE}::test_a_size_alone_is_refused",
+    ),
+    Feature(
+        "parallel groups of Megatron-core of which the engine does not know",
+        lambda facts: facts.unknown_parts,
+        instead="give deepspeed.initialize mpu=parallel_state of megatron.core",
+        test=f"{_TENSOR}::test_groups_of_megatron_that_the_engine_does_not_know_are_refused",
+    ),
+    Feature(
         "sequence-parallel ranks of which the engine does not know",
         lambda facts: facts.unknown_sequence,
         instead="give deepspeed.initialize mpu=parallel_state_sp, and leave out tensor_parallel",
