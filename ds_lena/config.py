@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .keys import BASES, KEYS, bases_of, group_keys, not_negative, number_in
 
 _CHOOSES = "LENA takes torch's fused kernels by itself, where there are any. Leave the key out."
-_OF_TORCH = {
+_OF_OTHERS = {
     "foreach": _CHOOSES,
     "fused": _CHOOSES,
     "amsgrad": "LENA has no AMSGrad. Leave the key out.",
@@ -24,8 +24,9 @@ _OF_TORCH = {
     "capturable": "An update of LENA cannot be captured in a CUDA graph. Leave the key out.",
     "differentiable": "An update of LENA cannot be differentiated. Leave the key out.",
     "dampening": "LENA has no dampening. Leave the key out.",
+    "max_grad_norm": 'LENA does not clip. Set "gradient_clipping" of DeepSpeed, or clip in the training loop.',
 }
-"""Arguments of torch's optimizers that LENA does not have, and what is so."""
+"""Arguments of other optimizers that LENA does not have, and what is so."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class LenaConfig:
         config._check_combinations()
         return config
 
+    def compared(self) -> dict[str, Any]:
+        """All keys with their values, which have to be the same on all ranks. They may lie on any device."""
+        return {entry.name: number_in(getattr(self, entry.name)) for entry in fields(self) if entry.compare}
+
     def _check_combinations(self) -> None:
         if self.warmup_cap is not None and self.warmup_cap < self.warmup_fraction:
             raise ConfigError(
@@ -124,7 +129,7 @@ def _check_value(name: str, value: Any) -> None:
     if name not in KEYS:
         close = difflib.get_close_matches(name.lower(), KEYS, n=1)
         hint = f'Did you mean "{close[0]}"? ' if close else ""
-        hint = f"{_OF_TORCH[name]} " if name in _OF_TORCH else hint
+        hint = f"{_OF_OTHERS[name]} " if name in _OF_OTHERS else hint
         raise ConfigError(f'LENA: unknown key "{name}" (value {value!r}). {hint}Known keys: {", ".join(sorted(KEYS))}.')
     key = KEYS[name]
     if key.accepts(value) or (value is None and bases_of(name)):

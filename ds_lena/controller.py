@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -382,7 +382,7 @@ class Controller:
         """
         if not self._ranks_agree:
             told = [(placement.name, tuple(placement.shape)) for placement in self.binding.placements]
-            keys = [getattr(self.config, field.name) for field in fields(self.config) if field.compare]
+            keys = self.config.compared()
             require_agreement((keys, self._watched.left_out, told), self._trace, self.binding.group)
 
     # -- warnings -----------------------------------------------------------------------------------------------------

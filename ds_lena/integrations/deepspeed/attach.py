@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...binding import Binding
-from ...config import unknown_total_steps
+from ...config import LenaConfig, unknown_total_steps
 from ...controller import Controller
 from ...errors import ConfigError, StateError, UnsupportedError
 from ...layers import named_parameters
@@ -26,7 +27,7 @@ from ._internals.cpu_adam import adamw_on_cpu
 from ._internals.engine import EngineView
 from ._internals.select import layout_of
 from .axes import first_update_check, parts_of, placements_of
-from .exchange import members_of_all, together
+from .exchange import members_of_all, require_same_keys, together
 from .frozen import Frozen
 from .monitor import write_model
 from .support import in_use, refuse_unsupported
@@ -51,7 +52,9 @@ def _configure(
     named_in_json = client_optimizer is None and view.optimizer_name == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(view.facts)
-        if not named_in_json:
+        if named_in_json:  # a wrong key on one rank would leave the others in DeepSpeed's own collectives
+            together(view.grid.everything, lambda: LenaConfig.from_keys(view.optimizer_keys))
+        else:
             _require_welcome(view)
             watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
@@ -87,17 +90,20 @@ def attach(view: EngineView, lena: LENA) -> None:
     engine, controller = view.engine, controller_of(lena)
     refuse_unsupported(view.facts)  # checked again: a callable that makes a LENA has not been checked before
     logger.info("LENA under DeepSpeed, with what is exact: %s.", "; ".join(in_use(view.facts)))
-    _check_micro_batch_size(view, controller)
-    _require_decided_for_experts(view, controller)
 
     def bind() -> Binding:
+        require_same_keys(view.grid.everything, controller.config)
+        _check_micro_batch_size(view, controller)
+        _require_decided_for_experts(view, controller)
         binding = _binding(view, controller)
         _check_layout(view, binding, controller.parameters)
         _require_known_norm(view, controller)
         ownership.require_free(engine, view.module, controller.parameters)
         return binding
 
-    binding = together(view.grid.everything, bind) if view.grid.shares_micro_batches else bind()
+    binding = together(view.grid.everything, bind)
+    # It may make a group of ranks, which none of them may miss.
+    binding = replace(binding, parts=parts_of(view, binding.placements, binding.order))
     ownership.take(engine, controller.parameters)
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
@@ -161,7 +167,6 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         order=order,
         group=grid.everything,
         members_of_all=functools.partial(members_of_all, grid.everything) if grid.shares_micro_batches else list,
-        parts=parts_of(view, placements, order),
         check=first_update_check(view, controller.hooks, parameters, placements),
         run=run,
         clip=view.clip_coefficient,

@@ -1,4 +1,8 @@
-"""What the ranks of one model tell each other once, when LENA is attached, so that all of them know or refuse alike."""
+"""What the ranks of one model tell each other once, when LENA is attached, so that all of them know or refuse alike.
+
+All exchanges go over one group, that of all ranks, and come in the same order on each of them. So a rank that fails
+can tell all others at their next exchange, whichever that is.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,84 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ...config import LenaConfig
 from ...errors import ConfigError, LenaError
 from ...layers import Member
 
 T = TypeVar("T")
 
 
+NAMED = 8
+"""Ranks that an error names; of more it gives the number."""
+
+
+class _KnownToAll(Exception):
+    """Carries an error that all ranks have received in the same exchange."""
+
+    def __init__(self, error: LenaError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 def from_all(group: dist.ProcessGroup, mine: T) -> list[T]:
-    """What each rank of the group gives, in the order of its ranks."""
+    """What each rank of the group gives, in the order of its ranks. Call it within `together` of the same group.
+
+    If a rank gives an error instead, because it failed before, every rank ends its `together` with that error.
+    """
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
+    for other in found:
+        if isinstance(other, LenaError):
+            raise _KnownToAll(other)
     return found
 
 
+def from_some(everything: dist.ProcessGroup, some: dist.ProcessGroup, mine: T) -> list[T]:
+    """What each rank of the group `some` gives, in the order of its ranks. All ranks of `everything` call it."""
+    found = from_all(everything, mine)
+    return [found[dist.get_group_rank(everything, rank)] for rank in dist.get_process_group_ranks(some)]
+
+
 def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
-    """Run `action` on every rank of the group. If it fails with an error of LENA on one, all ranks raise that error."""
-    result, error = None, None
+    """Run `action` on every rank of the group. If it fails with an error of LENA on one, all ranks raise that error.
+
+    Exchanges within `action` go over the same group, in the same order on all ranks.
+    """
     try:
-        result = action()
-    except LenaError as raised:
-        error = raised
-    failed = [other for other in from_all(group, error) if other is not None]
-    if failed:
-        raise failed[0]
+        try:
+            result, error = action(), None
+        except LenaError as raised:
+            result, error = None, raised
+        from_all(group, error)
+    except _KnownToAll as known:
+        raise known.error from None
     return result  # type: ignore[return-value]
+
+
+def require_same_keys(group: dist.ProcessGroup, config: LenaConfig) -> None:
+    """Compare the checked keys of all ranks.
+
+    Raises:
+        ConfigError: the first key that is not the same on all of them. It is the same error on every rank.
+    """
+    of_ranks = from_all(group, config.compared())
+    numbers = dist.get_process_group_ranks(group)
+    for key in of_ranks[0]:
+        holders: dict[Any, list[int]] = {}
+        for number, keys in zip(numbers, of_ranks, strict=True):
+            holders.setdefault(keys[key], []).append(number)
+        if len(holders) > 1:
+            found = ", ".join(f"{value!r} on {_ranks(held)}" for value, held in holders.items())
+            raise ConfigError(
+                f'LENA: "{key}" is not the same on all ranks: {found}. Give all ranks the same keys. If a script '
+                "computes a key, compute it on one rank and broadcast it."
+            )
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    if len(numbers) > NAMED:
+        return f"{len(numbers)} ranks ({', '.join(map(str, numbers[:NAMED]))}, …)"
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def members_of_all(group: dist.ProcessGroup, mine: Sequence[Member]) -> list[Member]:

@@ -25,7 +25,7 @@ from ...schedule import carrier
 from ...schedule.clock import RunPlan
 from ..deepspeed._internals.grid import Grid
 from ..deepspeed.axes import pipeline, tensor
-from ..deepspeed.exchange import members_of_all, together
+from ..deepspeed.exchange import members_of_all, require_same_keys, together
 from . import _internals
 from .refused import refuse_unsupported
 from .steps import StepInGroups
@@ -44,6 +44,7 @@ def attach(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> No
     _internals.warn_of_version()
     wrapper, lena = together(everything, functools.partial(_make, optimizer, chunks, keys))
     chunk, controller = chunks[0], controller_of(lena)
+    together(everything, functools.partial(require_same_keys, everything, controller.config))
     binding = together(everything, functools.partial(_bind, wrapper, chunk, controller))
     controller.manage(binding, drops_empty_groups=False)
 

@@ -54,6 +54,11 @@ class EngineView:
         return self._engine.optimizer_name()
 
     @property
+    def optimizer_keys(self) -> Mapping[str, Any]:
+        """The optimizer's keys in the JSON."""
+        return self._engine.optimizer_params() or {}
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return torch.device(self._engine.device)

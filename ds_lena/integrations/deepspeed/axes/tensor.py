@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor
 
-from ....errors import StateError, UnsupportedError
+from ....errors import ConfigError, StateError, UnsupportedError
 from ....grad_stats.placement import Placement
 from ....grad_stats.reduce import sum_over
 from ...megatron.partial import ADDS_UP, gradients_are_partial
 from .._internals.grid import Grid, is_part, partition_dim
-from ..exchange import from_all
+from ..exchange import from_all, from_some
 
 TOLERANCE = 1e-3
 """Between the squared norms of a gradient on the ranks that hold copies of one tensor, relative."""
@@ -34,10 +34,16 @@ def amend(grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placeme
 
 
 def parts_and_copies(grid: Grid, parameters: Sequence[Tensor], placements: Sequence[Placement]) -> list[Placement]:
-    """Give parts the shape of the whole tensor, and have the first tensor-parallel rank count for the copies."""
+    """Give parts the shape of the whole tensor, and have the first tensor-parallel rank count for the copies.
+
+    Raises:
+        ConfigError: the tensor-parallel ranks have parameters of other names.
+    """
     if grid.tensor_ranks == 1:
         return list(placements)
-    shapes = from_all(grid.tensor, [tuple(placement.shape) for placement in placements])
+    of_ranks = from_some(grid.everything, grid.tensor, [(each.name, tuple(each.shape)) for each in placements])
+    _require_same_names([[name for name, _ in rank] for rank in of_ranks])
+    shapes = [[shape for _, shape in rank] for rank in of_ranks]
     amended = []
     for i, (parameter, placement) in enumerate(zip(parameters, placements, strict=True)):
         if is_part(parameter):
@@ -46,6 +52,21 @@ def parts_and_copies(grid: Grid, parameters: Sequence[Tensor], placements: Seque
         else:
             amended.append(replace(placement, counted=grid.tensor_rank == 0))
     return amended
+
+
+def _require_same_names(of_ranks: Sequence[Sequence[str]]) -> None:
+    for rank, names in enumerate(of_ranks):
+        for number, (first, other) in enumerate(zip_longest(of_ranks[0], names)):
+            if first != other:
+                raise ConfigError(
+                    f"LENA: the tensor-parallel ranks have other parameters. Parameter {number} of the optimizer is "
+                    f"{_quoted(first)} on tensor-parallel rank 0, and {_quoted(other)} on rank {rank}. Build the same "
+                    "modules on all of them, freeze the same parameters, and give them in the same order."
+                )
+
+
+def _quoted(name: str | None) -> str:
+    return "none" if name is None else f'"{name}"'
 
 
 def _whole(shapes: Sequence[Sequence[int]], dim: int | None) -> torch.Size:
