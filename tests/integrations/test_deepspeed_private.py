@@ -54,6 +54,7 @@ ENGINE = (
     "mpu",
     "optimizer",
     "optimizer_name",
+    "optimizer_params",
     "pipeline_parallelism",
     "postscale_gradients",
     "seq_data_parallel_group",
@@ -92,6 +93,7 @@ ZERO_1_2 = (
     "partition_gradients",
     "partition_size",
     "real_dp_process_group",
+    "reduce_bucket_size",
     "round_robin_bit16_groups",
     "round_robin_bit16_offsets",
     "single_partition_of_fp32_groups",
@@ -136,6 +138,7 @@ ZERO_3 = (
     "fp32_partitioned_groups_flat",
     "grad_partitions_flat_buffer",
     "micro_step_id",
+    "reduce_bucket_size",
 )
 ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor", "partition_numel")
 UNFUSED = ("clip_grad", "fp16_groups", "fp32_groups")
