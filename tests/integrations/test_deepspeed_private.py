@@ -158,6 +158,7 @@ LAYOUTS = {
 }
 ELSEWHERE = {
     "DeepSpeedEngine",  # deepspeed.runtime.engine
+    "_param_dict",  # engine._config
     "data_efficiency_config",  # engine._config
     "device",  # of an offload configuration
     "ratio",
