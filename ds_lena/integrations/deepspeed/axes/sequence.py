@@ -18,6 +18,7 @@ from ....grad_stats.hooks import Parts
 from ....grad_stats.placement import Placement
 from ....layouts.layout import Layout
 from .._internals.grid import Grid
+from ..exchange import from_all
 
 ELEMENTS = 2**23
 """In one bucket, if no tensor has more."""
@@ -49,14 +50,19 @@ def parts_of(
         return None
     sizes = [placement.shape.numel() for placement in placements]
     on_the_way = ON_THE_WAY if stage else None
-    return Buckets(_own_group(grid.sequence), sizes, order[::-1], dtype, device, on_the_way)
+    return Buckets(_own_group(grid), sizes, order[::-1], dtype, device, on_the_way)
 
 
-def _own_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The same ranks in a group of LENA's own. The model's own collectives may come before or after LENA's."""
-    if group not in _own_groups:
-        _own_groups[group] = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-    return _own_groups[group]
+def _own_group(grid: Grid) -> dist.ProcessGroup:
+    """The same ranks in a group of LENA's own. The model's own collectives may come before or after LENA's.
+
+    All ranks make all groups: torch may find the addresses of an earlier group with the same ranks if only some do.
+    """
+    if grid.sequence not in _own_groups:
+        mine = tuple(dist.get_process_group_ranks(grid.sequence))
+        made = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(from_all(grid.everything, mine)))}
+        _own_groups[grid.sequence] = made[mine]
+    return _own_groups[grid.sequence]
 
 
 class Buckets(Parts):
