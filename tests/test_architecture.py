@@ -43,7 +43,8 @@ FLOORS = (
     {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "axes",
                                                    "frozen", "monitor", "window", "support.refused",
                                                    "support.supported", "support.without_effect")},
-    {"integrations.deepspeed.support", "integrations.deepspeed._internals.select", "integrations.megatron.attach"},
+    {"integrations.deepspeed.support", "integrations.deepspeed._internals.zero3_nvme", "integrations.megatron.attach"},
+    {"integrations.deepspeed._internals.select"},
     {"integrations.deepspeed", "integrations.deepspeed.attach", "integrations.megatron"},
     {"_registration"},
     {"__init__"},
@@ -88,6 +89,7 @@ MAY_IMPORT = {
        for name in ("zero0", "zero12", "zero3", "bf16", "flat")},
     **{f"{INTERNALS}.{name}_offload": {"errors", "layouts.layout", f"{INTERNALS}.flat", f"{INTERNALS}.{name}"}
        for name in ("zero12", "zero3")},
+    f"{INTERNALS}.zero3_nvme": {"layouts.layout", f"{INTERNALS}.zero3_offload"},
     f"{INTERNALS}.loss_scale": set(),
     f"{INTERNALS}.cpu_adam": {"update.rules", "update.rules.adamw", "update.rules.common"},
     f"{INTERNALS}.grid": set(),
@@ -125,7 +127,9 @@ PRIVATE_NAMES = (
     "ds_numel", "ds_shape",
     "accumulated_grads_in_cpu", "norm_for_param_grads", "reset_cpu_buffers", "_wait_for_offload_copies",
     "_offload_accumulated_param_ids", "_finalize_cpu_offload_gradient_accumulation",
-    "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation", "_update_scale",
+    "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation", "_update_scale", "swap_optimizer",
+    "_swappable_optimizer_subgroup", "_optimizer_states_and_gradient_swap_in", "_release_swap_buffers",
+    "optimizer_swapper", "swap_params_info", "swapped_gradients", "unswapped_gradients",
     "create_adam", "adam_update",
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ lie on several ranks. Each wrapper has one class: `plain.py` here, DeepSpeed's i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -36,8 +36,11 @@ class Layout(Protocol):
     A parameter is known by its number in the optimizer.
     """
 
-    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
-        """Each tensor that `step()` gets, with the pieces of parameters in it, in the order of memory."""
+    def segments(self) -> Iterable[tuple[Tensor, list[Segment]]]:
+        """Each tensor that `step()` gets, with the pieces of parameters in it, in the order of memory.
+
+        A tensor that is not in memory is brought there until the next one is asked for.
+        """
         ...
 
     def gradients(self) -> GradientPieces:

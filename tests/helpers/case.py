@@ -103,6 +103,10 @@ class Case:
         return self.windows or (Window(self.accumulation),) * UPDATES
 
     @property
+    def is_on_nvme(self) -> bool:
+        return self.zero.get("offload_optimizer", {}).get("device") == "nvme"
+
+    @property
     def data_ranks(self) -> int:
         return self.world // (self.tensor * self.pipe * self.sequence)
 

@@ -20,6 +20,7 @@ from tests.helpers.case import SCHEDULES, Case, Window
 from tests.helpers.grids import one_autocast, one_grid
 from tests.helpers.groups import parameter_groups, stock_optimizer
 from tests.helpers.model import TinyTransformer, build, initial_weights
+from tests.helpers.nvme import placed
 from tests.helpers.split_run import join_parts, of_all_experts, of_all_stages, split_model, whole_model
 
 Result = dict[str, Any]
@@ -39,6 +40,10 @@ def run(case: Case) -> Result:
 
 @contextmanager
 def _engine(case: Case) -> Iterator[Any]:
+    if case.is_on_nvme:
+        with one_autocast(), placed(case) as on_nvme:
+            yield from _engine_of(on_nvme, _model(on_nvme), None)
+        return
     if not case.split and "zero_hpz_partition_size" not in case.zero:  # a grid of its own costs new groups of ranks
         with one_autocast():
             yield from _engine_of(case, _model(case), None)

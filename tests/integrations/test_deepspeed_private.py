@@ -118,6 +118,13 @@ OFFLOAD_3 = (
     "norm_for_param_grads",
     "offload_optimizer",
     "reset_cpu_buffers",
+    "swap_optimizer",
+)
+NVME = (
+    "_optimizer_states_and_gradient_swap_in",
+    "_release_swap_buffers",
+    "_swappable_optimizer_subgroup",
+    "optimizer_swapper",
 )
 LOSS_SCALE = ("_update_scale", "loss_scale", "step")
 BF16 = (
@@ -154,7 +161,7 @@ LAYOUTS = {
     (3, "fp32"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
     (3, "bf16"): ("DeepSpeedZeroOptimizer_Stage3", ZERO_3, ZERO_3_PARAMETER),
     (1, "fp32 + offload"): ("DeepSpeedZeroOptimizer", (*ZERO_1_2, *OFFLOAD_1_2, *LOSS_SCALE), ()),
-    (3, "fp32 + offload"): ("DeepSpeedZeroOptimizer_Stage3", (*ZERO_3, *OFFLOAD_3, *LOSS_SCALE), ("ds_id",)),
+    (3, "fp32 + offload"): ("DeepSpeedZeroOptimizer_Stage3", (*ZERO_3, *OFFLOAD_3, *NVME, *LOSS_SCALE), ("ds_id",)),
 }
 ELSEWHERE = {
     "DeepSpeedEngine",  # deepspeed.runtime.engine
@@ -191,6 +198,7 @@ PINNED = {
     *UNFUSED,
     *OFFLOAD_1_2,
     *OFFLOAD_3,
+    *NVME,
     *LOSS_SCALE,
     *ELSEWHERE,
     "grad_accum",

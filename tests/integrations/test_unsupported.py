@@ -23,6 +23,7 @@ def _offload(device: str = "cpu", **entries: Any) -> dict[str, Any]:
     return {"offload_optimizer": {"device": device, **entries}}
 
 
+NVME = _offload("nvme", nvme_path="/nonexistent")
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
     "in DDP": lambda: nn.parallel.DistributedDataParallel(Net()),
@@ -45,7 +46,7 @@ UNSUPPORTED: list[tuple[str, int, dict[str, Any], dict[str, str]]] = [
         {"zero": _offload(), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         {},
     ),
-    ('"offload_optimizer" to NVMe', 3, {"zero": _offload(device="nvme", nvme_path="/nonexistent")}, {}),
+    ('"offload_optimizer" to NVMe below ZeRO 3', 2, {"zero": NVME}, {}),
     ('"offload_param" to NVMe', 3, {"zero": {"offload_param": {"device": "nvme", "nvme_path": "/nonexistent"}}}, {}),
     ('"offload_optimizer" with a "ratio" below 1', 3, {"zero": _offload(ratio=0.5)}, {}),
     ('"super_offload"', 3, {"zero": _offload(super_offload=True)}, {}),
@@ -74,6 +75,13 @@ def test_it_is_refused_by_name_on_every_rank(
 ) -> None:
     for message in ranks.run(refusal_of_layout, stage, entries, **given):
         assert message.startswith(f"UnsupportedError: LENA does not support {what}. Nearest supported choice: ")
+
+
+@pytest.mark.parametrize("base", ["lamb", "lars"])
+def test_trust_ratios_are_refused_on_nvme(ranks: Ranks, base: str) -> None:
+    for message in ranks.run(refusal_of_layout, 3, {"zero": NVME, "lena": {"base": base}}):
+        assert message.startswith(f'UnsupportedError: LENA does not support "base": "{base}" with "offload_optimizer"')
+        assert '"device": "cpu"' in message
 
 
 def test_what_is_refused_is_welcome_when_it_is_off(ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ import torch
 from tests.helpers.case import Case
 from tests.helpers.check import reference
 from tests.helpers.launch import Outcome, launch
+from tests.helpers.nvme import why_not_on_nvme
 
 
 class Runs:
@@ -19,6 +20,8 @@ class Runs:
 
     def __init__(self, selected: list[Case], folder: Path) -> None:
         self._selected = [case for case in selected if case.device == "cpu" or torch.cuda.is_available()]
+        if any(case.is_on_nvme for case in selected) and why_not_on_nvme():
+            self._selected = [case for case in self._selected if not case.is_on_nvme]
         self._folder = folder
         self._outcomes: dict[str, Outcome] = {}
 

@@ -20,6 +20,7 @@ from ...layers import named_parameters
 from ...optimizer import LENA, controller_of, dormant, watch_anew
 from ...schedule import carrier
 from ...schedule.clock import RunPlan
+from ...update.rules import RULES
 from .. import _transformers_internals as hf
 from . import ownership
 from ._internals import SEEN_WITH, loss_scale, seam
@@ -53,9 +54,10 @@ def _configure(
     if named_in_json or isinstance(client_optimizer, LENA):
         refuse_unsupported(view.facts)
         if named_in_json:  # a wrong key on one rank would leave the others in DeepSpeed's own collectives
-            together(view.grid.everything, lambda: LenaConfig.from_keys(view.optimizer_keys))
+            together(view.grid.everything, lambda: _require_fit(view, LenaConfig.from_keys(view.optimizer_keys)))
         else:
             _require_welcome(view)
+            _require_fit(view, controller_of(client_optimizer).config)
             watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, view.module, given)
@@ -89,6 +91,7 @@ def attach(view: EngineView, lena: LENA) -> None:
     """
     engine, controller = view.engine, controller_of(lena)
     refuse_unsupported(view.facts)  # checked again: a callable that makes a LENA has not been checked before
+    _require_fit(view, controller.config)
     logger.info("LENA under DeepSpeed, with what is exact: %s.", "; ".join(in_use(view.facts)))
 
     def bind() -> Binding:
@@ -152,7 +155,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
     grid = view.grid
     names, order = _names(view.module, controller)
     placements = placements_of(view, layout, names, parameters)
-    on_cpu = view.facts.offload_optimizer == "cpu"
+    on_cpu = view.facts.offload_optimizer != "none"
 
     def run() -> RunPlan:
         return RunPlan(
@@ -196,6 +199,16 @@ def _require_welcome(view: EngineView) -> None:
         raise ConfigError(
             'LENA: a client optimizer with "offload_optimizer" needs "zero_force_ds_cpu_optimizer": false at the top '
             "of DeepSpeed's configuration. Or name LENA in its optimizer entry, which needs nothing more."
+        )
+
+
+def _require_fit(view: EngineView, config: LenaConfig) -> None:
+    """Refuse trust ratios on NVMe."""
+    if view.facts.offload_optimizer == "nvme" and RULES[config.base].trust is not None:
+        raise UnsupportedError(
+            f'LENA does not support "base": "{config.base}" with "offload_optimizer" to NVMe. Trust ratios need all '
+            "weights, gradients and moments before the first of them moves, and DeepSpeed has them in memory for one "
+            'sub-group at a time. Nearest supported choice: "device": "cpu", or "base": "adamw" or "sgd".'
         )
 
 

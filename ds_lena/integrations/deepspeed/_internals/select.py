@@ -11,6 +11,7 @@ from .engine import EngineView
 from .grid import experts
 from .zero0 import Zero0Layout
 from .zero3 import Zero3Layout
+from .zero3_nvme import Zero3NvmeLayout
 from .zero3_offload import Zero3OffloadLayout
 from .zero12 import Zero12Layout
 from .zero12_offload import Zero12OffloadLayout
@@ -21,6 +22,8 @@ def _zero12(wrapper: Any, index: Mapping[int, int]) -> Layout:
 
 
 def _zero3(wrapper: Any, index: Mapping[int, int]) -> Layout:
+    if wrapper.swap_optimizer:
+        return Zero3NvmeLayout(wrapper, index)
     return (Zero3OffloadLayout if wrapper.offload_optimizer else Zero3Layout)(wrapper, index)
 
 

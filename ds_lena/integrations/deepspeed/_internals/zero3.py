@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ class Zero3Layout(Layout):
                 position += part
             self._segments.append(segments)
 
-    def segments(self) -> list[tuple[Tensor, list[Segment]]]:
+    def segments(self) -> Iterable[tuple[Tensor, list[Segment]]]:
         flats = self._zero.fp32_partitioned_groups_flat
         return [(flat, [s for s in cut if s.length]) for flat, cut in zip(flats, self._segments, strict=True)]
 

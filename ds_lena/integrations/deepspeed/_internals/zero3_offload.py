@@ -10,20 +10,22 @@ class Zero3OffloadLayout(KeptGradients, Zero3Layout):
     """`DeepSpeedZeroOptimizer_Stage3` with `offload_optimizer`. The averaged gradient is the flat tensor's `.grad`."""
 
     def _write_missed(self) -> set[int]:
-        """DeepSpeed 0.19.8 leaves out the same as with `Zero12OffloadLayout`."""
+        """DeepSpeed 0.19.8 leaves out the same as with `Zero12OffloadLayout`.
+
+        What the window does not use is written too: it is zero in the buffer of sums, see `clear_gradients`.
+        """
         from deepspeed.accelerator import get_accelerator
 
         zero = self._zero
-        reached = zero._offload_boundary_param_ids
-        parameters = [parameter for group in zero.fp16_groups for parameter in group]
-        written = [p for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads]
-        missed = [p for p in parameters if p.ds_id in reached and zero.get_param_id(p) not in zero.norm_for_param_grads]
+        here = {segment.parameter for segments in self._segments for segment in segments if segment.length}
+        parameters = [p for group in zero.fp16_groups for p in group if self._index[id(p)] in here]
+        missed = {p.ds_id for p in parameters if zero.get_param_id(p) not in zero.norm_for_param_grads}
         if missed:
-            zero._offload_boundary_param_ids = {p.ds_id for p in missed}
+            reached, zero._offload_boundary_param_ids = zero._offload_boundary_param_ids, missed
             zero._finalize_offload_gradient_accumulation()
             zero._offload_boundary_param_ids = reached
             get_accelerator().synchronize()  # it starts copies to the CPU, and waits for none
-        return {self._index[id(p)] for p in (*written, *missed)}
+        return here
 
     def discard(self) -> None:
         super().discard()

@@ -20,7 +20,6 @@ def _refused(what: str, instead: str, test: str, keys: Keys = ()) -> Feature:
 
 
 _ON_CPU = 'set its "device" to "cpu"'
-_NVME_OPTIMIZER = ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
 _NVME_PARAM = ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")
 
 REFUSED: tuple[Feature, ...] = (
@@ -47,13 +46,14 @@ REFUSED: tuple[Feature, ...] = (
         instead="leave out one of them",
     ),
     Feature(
-        '"offload_optimizer" to NVMe',
-        lambda facts: facts.offload_optimizer == "nvme",
-        instead=_ON_CPU,
-        keys=(
-            *(f"zero_optimization.offload_optimizer.{name}" for name in _NVME_OPTIMIZER),
-            "aio*",
-        ),
+        '"offload_optimizer" to NVMe below ZeRO 3',
+        lambda facts: facts.offload_optimizer == "nvme" and facts.stage < 3,
+        instead=f"{_ON_CPU}, where DeepSpeed has it there all the same; or use ZeRO 3",
+    ),
+    _refused(
+        '"offload_optimizer" to NVMe with base lamb or lars',
+        f'{_ON_CPU}, or "base" to "adamw" or "sgd"',
+        "tests/integrations/test_unsupported.py::test_trust_ratios_are_refused_on_nvme",
     ),
     Feature(
         '"offload_param" to NVMe',

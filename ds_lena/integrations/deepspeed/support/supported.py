@@ -8,6 +8,7 @@ from .feature import PRECISIONS, Feature, IsOn, Keys, not_a_fact
 _LAYOUTS = "tests/parity/test_layouts.py"
 _IN_FP16 = "tests/parity/test_fp16.py"
 _OFFLOAD = "tests/parity/test_offload.py"
+_NVME = ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
 _LOOPS = "tests/parity/test_loops.py"
 _MATRIX = "tests/parity/test_matrix.py"
 _PLAIN = "tests/parity/test_plain.py"
@@ -128,6 +129,15 @@ SUPPORTED: tuple[Feature, ...] = (
         _OFFLOAD,
         _STALE,
         lambda facts: facts.offload_optimizer == "cpu" and facts.stage == 3,
+    ),
+    _runs(
+        _OPTIONS,
+        "offload_optimizer to NVMe (ZeRO 3), with base adamw or sgd",
+        f"{_INTERNALS}/zero3_nvme.py",
+        "tests/parity/test_nvme.py",
+        _STALE,
+        lambda facts: facts.offload_optimizer == "nvme",
+        (*_zero(*(f"offload_optimizer.{name}" for name in _NVME)), "aio*"),
     ),
     _runs(
         _OPTIONS,
