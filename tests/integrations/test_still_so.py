@@ -197,3 +197,10 @@ def wrong_fragments(round_robin: bool) -> int:
 def test_the_fragment_map_is_wrong_under_round_robin(ranks: Ranks) -> None:
     assert ranks.run(wrong_fragments, False) == [0, 0]
     still(all(wrong > 0 for wrong in ranks.run(wrong_fragments, True)), "what Zero12Layout does in its place")
+
+
+def test_no_optimizer_state_is_loaded_from_a_checkpoint_with_the_optimizer_on_nvme() -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    skips = "if load_zero_checkpoint and not self.zero_nvme_offload_optimizer():"
+    still(skips in inspect.getsource(DeepSpeedEngine.load_checkpoint), "attach.py: _refuse_load")

@@ -36,6 +36,12 @@ from .window import Window
 
 logger = logging.getLogger("ds_lena")
 
+_NO_CHECKPOINT = (
+    'with "offload_optimizer" to NVMe DeepSpeed 0.19.8 loads no state of an optimizer from a checkpoint, and not all '
+    "weights. So load_checkpoint() is refused: a run goes from its start to its end in one engine. Use "
+    'engine.save_16bit_model() to keep the weights, or "device": "cpu" to go on from checkpoints.'
+)
+
 
 def install(engine_module: ModuleType) -> None:
     """Attach every LENA that an engine gets, from the JSON or from the client.
@@ -138,6 +144,9 @@ def attach(view: EngineView, lena: LENA) -> None:
 
     if view.facts.fp16:
         loss_scale.change_after_step(view.wrapper)
+    if view.facts.offload_optimizer == "nvme":
+        logger.warning("LENA: %s", _NO_CHECKPOINT)
+        view.before_load(_refuse_load)
     view.around_model_step(before, after)
     view.before_destroy(release)
     view.after_scheduler(check_schedule)
@@ -210,6 +219,10 @@ def _require_fit(view: EngineView, config: LenaConfig) -> None:
             "weights, gradients and moments before the first of them moves, and DeepSpeed has them in memory for one "
             'sub-group at a time. Nearest supported choice: "device": "cpu", or "base": "adamw" or "sgd".'
         )
+
+
+def _refuse_load() -> None:
+    raise UnsupportedError(f"LENA: {_NO_CHECKPOINT}")
 
 
 def _require_open(controller: Controller) -> None:

@@ -164,13 +164,20 @@ class EngineView:
 
     def before_destroy(self, action: Callable[[], None]) -> None:
         """Call `action()` before the engine is destroyed."""
-        original = self._engine.destroy
+        self._before("destroy", action)
 
-        def destroy(*args: Any, **kwargs: Any) -> Any:
+    def before_load(self, action: Callable[[], None]) -> None:
+        """Call `action()` before `load_checkpoint` loads one."""
+        self._before("load_checkpoint", action)
+
+    def _before(self, method: str, action: Callable[[], None]) -> None:
+        original = getattr(self._engine, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
             action()
             return original(*args, **kwargs)
 
-        self._engine.destroy = destroy
+        setattr(self._engine, method, call)
 
 
 def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None:

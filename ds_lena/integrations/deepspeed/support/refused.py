@@ -51,6 +51,11 @@ REFUSED: tuple[Feature, ...] = (
         instead=f"{_ON_CPU}, where DeepSpeed has it there all the same; or use ZeRO 3",
     ),
     _refused(
+        'load_checkpoint() with "offload_optimizer" to NVMe (DeepSpeed loads no moments there)',
+        _ON_CPU,
+        "tests/integrations/test_nvme.py::test_a_checkpoint_is_refused_and_it_is_said_at_the_start",
+    ),
+    _refused(
         '"offload_optimizer" to NVMe with base lamb or lars',
         f'{_ON_CPU}, or "base" to "adamw" or "sgd"',
         "tests/integrations/test_unsupported.py::test_trust_ratios_are_refused_on_nvme",
