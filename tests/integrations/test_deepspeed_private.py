@@ -306,6 +306,19 @@ def test_the_names_of_experts_are_there() -> None:
     assert all(is_moe_param(p) and p.group_name == "a group" for p in layer.parameters()), where()
 
 
+def test_the_optimizer_on_nvme_takes_gradients_from_memory() -> None:
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerStateSwapInfo, OptimizerSwapper
+
+    assert "self.swap_params_info = {}" in inspect.getsource(OptimizerSwapper.__init__), where()
+    flat = torch.zeros(4)
+    flat.ds_id = "0_1"
+    info = OptimizerStateSwapInfo(flat, 4, "folder", None)
+    info.swapped_gradients, info.unswapped_gradients = {}, {1: torch.ones(2)}
+    assert info.has_gradients(), where()
+    info.read_unswapped_gradients(flat)
+    assert flat.tolist() == [0, 1, 1, 0], where()
+
+
 # -- facts -------------------------------------------------------------------------------------------------------------
 
 

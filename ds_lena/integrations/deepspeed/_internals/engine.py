@@ -164,20 +164,21 @@ class EngineView:
 
     def before_destroy(self, action: Callable[[], None]) -> None:
         """Call `action()` before the engine is destroyed."""
-        self._before("destroy", action)
+        self._before(self._engine, "destroy", action)
 
     def before_load(self, action: Callable[[], None]) -> None:
         """Call `action()` before `load_checkpoint` loads one."""
-        self._before("load_checkpoint", action)
+        self._before(self._engine, "load_checkpoint", action)
 
-    def _before(self, method: str, action: Callable[[], None]) -> None:
-        original = getattr(self._engine, method)
+    @staticmethod
+    def _before(owner: Any, method: str, action: Callable[[], None]) -> None:
+        original = getattr(owner, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             action()
             return original(*args, **kwargs)
 
-        setattr(self._engine, method, call)
+        setattr(owner, method, call)
 
 
 def write_events(engine: Any, values: Callable[[], Mapping[str, float]]) -> None:
