@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import ds_lena
 from ds_lena.config import LenaConfig
-from ds_lena.integrations.deepspeed.exchange import from_all, from_some, require_same_keys, together
+from ds_lena.integrations.deepspeed.exchange import from_all, from_some, members_of_all, require_same_keys, together
 from ds_lena.integrations.megatron import wrap
+from ds_lena.layers import Member
 from tests.helpers.case import Case
 from tests.helpers.megatron_gpt import megatrons_groups
 from tests.helpers.megatron_run import AsOnGpu, made
@@ -162,6 +163,44 @@ def test_wrap_compares_the_keys(ranks: Ranks) -> None:
     assert '"gain_power" is not the same on all ranks: ' in first[0] and '"layer" is not the same on all' in first[1]
 
 
+def refusal_of_groups(stage: int, kind: str, differing: dict[str, Any]) -> str:
+    """The second of two groups has these options on rank 1, too."""
+    model, mine = Net(), differing if dist.get_rank() == 1 else {}
+    first, *others = model.parameters()
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "weight_decay": 0.2} | mine]
+    if kind == "json":
+        return refusal(config(stage), model, model_parameters=groups)
+    return refusal(without_optimizer(config(stage)), model, optimizer=ds_lena.LENA(groups, **LENA))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_groups_that_differ_are_refused_on_every_rank(ranks: Ranks, stage: int) -> None:
+    for kind in ("json", "client"):
+        first, second = ranks.run(refusal_of_groups, stage, kind, {"weight_decay": 0.1})
+        assert first == second
+        told = '"weight_decay" of parameter group 1 is not the same on all ranks: 0.2 on rank 0, 0.1 on rank 1. Give'
+        assert told in first
+    first, second = ranks.run(refusal_of_groups, stage, "json", {"lena": False})
+    assert first == second and 'the ranks of one model disagree on "' in first
+    assert ranks.run(refusal_of_groups, stage, "json", {"betas": [0.9, 0.999]}) == ["", ""]  # given, and the default
+
+
+def test_other_parameters_on_a_rank_are_refused(ranks: Ranks) -> None:
+    names = [("a", "b"), ("a",)]
+    first, second = ranks.run(members_that_differ, names)
+    assert first == second and first.startswith('LENA: rank 1 does not train "b", and another rank does. Give all')
+    assert ranks.run(members_that_differ, [("a", "b"), ("b", "a")]) == ["a b", "a b"]
+
+
+def members_that_differ(names: list[tuple[str, ...]]) -> str:
+    mine = [Member(name, 4, left_out=False) for name in names[dist.get_rank()]]
+    group = dist.group.WORLD
+    try:
+        return " ".join(member.name for member in members_of_all(group, False, mine))
+    except ds_lena.ConfigError as error:
+        return str(error)
+
+
 def refusal_of_many() -> str:
     """As `require_same_keys` says it for 20 ranks, of which the odd ones have another value."""
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +208,7 @@ def refusal_of_many() -> str:
         patch.setattr(dist, "get_process_group_ranks", lambda _: list(range(20)))
 
         def gather(found: list[Any], mine: Any, group: Any) -> None:
-            found[:] = [mine | {"layer": "model"} if rank % 2 else mine for rank in range(20)]
+            found[:] = [mine | {'"layer"': "model"} if rank % 2 else mine for rank in range(20)]
 
         patch.setattr(dist, "all_gather_object", gather)
         with pytest.raises(ds_lena.ConfigError) as raised:

@@ -58,12 +58,18 @@ def _configure(
     view = EngineView(engine)
     named_in_json = client_optimizer is None and view.optimizer_name == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
-        refuse_unsupported(view.facts)
-        if named_in_json:  # a wrong key on one rank would leave the others in DeepSpeed's own collectives
-            together(view.grid.everything, lambda: _require_fit(view, LenaConfig.from_keys(view.optimizer_keys)))
-        else:
-            _require_welcome(view)
-            _require_fit(view, controller_of(client_optimizer).config)
+
+        def check() -> None:
+            refuse_unsupported(view.facts)
+            if named_in_json:
+                _require_fit(view, LenaConfig.from_keys(view.optimizer_keys))
+            else:
+                _require_welcome(view)
+                _require_fit(view, controller_of(client_optimizer).config)
+
+        # What is wrong on one rank alone would leave the others in DeepSpeed's own collectives.
+        together(view.grid.everything, check)
+        if not named_in_json:
             watch_anew(client_optimizer)
         given = model_parameters if named_in_json else controller_of(client_optimizer).parameters
         ownership.require_free(engine, view.module, given)
@@ -101,7 +107,8 @@ def attach(view: EngineView, lena: LENA) -> None:
     logger.info("LENA under DeepSpeed, with what is exact: %s.", "; ".join(in_use(view.facts)))
 
     def bind() -> Binding:
-        require_same_keys(view.grid.everything, controller.config)
+        same_groups = [] if view.grid.is_split else lena.param_groups
+        require_same_keys(view.grid.everything, controller.config, same_groups)
         _check_micro_batch_size(view, controller)
         _require_decided_for_experts(view, controller)
         binding = _binding(view, controller)
@@ -178,7 +185,7 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
         placements=placements,
         order=order,
         group=grid.everything,
-        members_of_all=functools.partial(members_of_all, grid.everything) if grid.shares_micro_batches else list,
+        members_of_all=functools.partial(members_of_all, grid.everything, grid.is_split),
         check=first_update_check(view, controller.hooks, parameters, placements),
         run=run,
         clip=view.clip_coefficient,

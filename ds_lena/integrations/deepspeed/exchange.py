@@ -6,13 +6,15 @@ can tell all others at their next exchange, whichever that is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from ...config import LenaConfig
 from ...errors import ConfigError, LenaError
+from ...keys import group_keys, number_in
 from ...layers import Member
 
 T = TypeVar("T")
@@ -65,22 +67,32 @@ def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def require_same_keys(group: dist.ProcessGroup, config: LenaConfig) -> None:
-    """Compare the checked keys of all ranks.
+def require_same_keys(
+    group: dist.ProcessGroup, config: LenaConfig, param_groups: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Compare the checked keys of all ranks, and those of the parameter groups where all ranks have the same groups.
 
     Raises:
         ConfigError: the first key that is not the same on all of them. It is the same error on every rank.
     """
-    of_ranks = from_all(group, config.compared())
+    of_groups = {
+        f'"{key}" of parameter group {number}': number_in(groups[key])
+        for number, groups in enumerate(param_groups)
+        for key in group_keys(config.base)
+        if key in groups
+    }
+    mine = {f'"{key}"': value for key, value in config.compared().items()} | of_groups
+    of_ranks = from_all(group, mine)
     numbers = dist.get_process_group_ranks(group)
-    for key in of_ranks[0]:
+    for key in {key: None for keys in of_ranks for key in keys}:
         holders: dict[Any, list[int]] = {}
         for number, keys in zip(numbers, of_ranks, strict=True):
-            holders.setdefault(keys[key], []).append(number)
+            value = keys.get(key, "nothing")
+            holders.setdefault(tuple(value) if isinstance(value, list) else value, []).append(number)
         if len(holders) > 1:
             found = ", ".join(f"{value!r} on {_ranks(held)}" for value, held in holders.items())
             raise ConfigError(
-                f'LENA: "{key}" is not the same on all ranks: {found}. Give all ranks the same keys. If a script '
+                f"LENA: {key} is not the same on all ranks: {found}. Give all ranks the same keys. If a script "
                 "computes a key, compute it on one rank and broadcast it."
             )
 
@@ -91,18 +103,29 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def members_of_all(group: dist.ProcessGroup, mine: Sequence[Member]) -> list[Member]:
-    """The parameters of all ranks, each name once.
+def members_of_all(group: dist.ProcessGroup, is_split: bool, mine: Sequence[Member]) -> list[Member]:
+    """The parameters of all ranks, each name once. Ranks of a model that is not split hold the same ones.
 
     Raises:
         ConfigError: ranks disagree on a parameter. It is the same error on every rank.
     """
+    digest = hashlib.sha256(repr(mine).encode()).digest()
+    if len(set(from_all(group, digest))) == 1:
+        return list(mine)
     found: dict[str, Member] = {}
-    for rank, members in enumerate(from_all(group, list(mine))):
+    of_ranks = from_all(group, list(mine))
+    for rank, members in enumerate(of_ranks):
         for member in members:
             if found.setdefault(member.name, member) != member:
                 raise ConfigError(
                     f'LENA: the ranks of one model disagree on "{member.name}": rank {rank} of the model has '
                     f"{member}, another one {found[member.name]}. Give all ranks the same parameter groups and keys."
                 )
+    for rank, members in enumerate(of_ranks):
+        missing = found.keys() - {member.name for member in members}
+        if missing and not is_split:
+            raise ConfigError(
+                f'LENA: rank {rank} does not train "{min(missing)}", and another rank does. Give all ranks the same '
+                "parameter groups, and freeze the same parameters."
+            )
     return list(found.values())

@@ -146,7 +146,7 @@ def _bind(wrapper: Any, chunk: Any, controller: Controller) -> Binding:
         placements=placements,
         order=[index[id(parameter)] for parameter in chunk.parameters() if id(parameter) in index],
         group=grid.everything,
-        members_of_all=functools.partial(members_of_all, grid.everything),
+        members_of_all=functools.partial(members_of_all, grid.everything, grid.is_split),
         check=tensor.copies_check(grid, parameters, placements, FINALIZE),
         run=run,
         clip=functools.partial(_internals.clip_coefficient, wrapper),
