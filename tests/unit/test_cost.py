@@ -194,7 +194,7 @@ def test_the_memory_of_a_layer_is_within_its_bound():
 def test_the_command_prints_the_parts_and_what_to_know(capsys):
     assert main(["--params", "70e9", "--ranks", "1024", "--stage", "3"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("tensors 856", "NOT measured", "all-reduce", "13.7 kB", "together", "0.72%"))
+    assert all(word in out for word in ("tensors 856", "one H200", "all-reduce", "13.7 kB", "together", "0.72%"))
     words = "--params 1e9 --ranks 8 --base lamb --machine cpu-2-cores --tensor-parallel 4"
     assert main(words.split()) == 0
     out = capsys.readouterr().out
