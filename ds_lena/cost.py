@@ -136,13 +136,15 @@ class Machine:
 CONSTANTS = {entry.name: entry for entry in fields(Machine) if entry.name != "note"}
 MACHINES = {
     "cpu-2-cores": Machine(
-        hook_s=6.7e-6, norm_s=6.1e-6, call_s=8e-6, update_s=710e-6, layer_s=0.37e-6, memory_bandwidth=10.5e9, flops=118e9, collective_s=74e-6, hop_inside_s=125e-6, hop_between_s=125e-6,
-        bandwidth_inside=2e9, bandwidth_between=2e9, ranks_per_node=1 << 30, cores=2, turn_s=580e-6,
+        hook_s=6.7e-6, norm_s=6.1e-6, call_s=8e-6, update_s=710e-6, layer_s=0.37e-6, memory_bandwidth=10.5e9,
+        flops=118e9, collective_s=74e-6, hop_inside_s=125e-6, hop_between_s=125e-6, bandwidth_inside=2e9,
+        bandwidth_between=2e9, ranks_per_node=1 << 30, cores=2, turn_s=580e-6,
         note="2 cores of a Xeon, gloo, fp32; measured by us",
     ),
     "h100": Machine(
-        hook_s=21e-6, norm_s=0.0, call_s=3e-9, update_s=700e-6, layer_s=0.0, memory_bandwidth=3.35e12, flops=0.4 * 989e12, collective_s=6.8e-6, hop_inside_s=0.6e-6,
-        hop_between_s=5e-6, bandwidth_inside=450e9, bandwidth_between=50e9, ranks_per_node=8, cores=0, turn_s=0.0,
+        hook_s=21e-6, norm_s=0.0, call_s=3e-9, update_s=700e-6, layer_s=0.0, memory_bandwidth=3.35e12,
+        flops=0.4 * 989e12, collective_s=6.8e-6, hop_inside_s=0.6e-6, hop_between_s=5e-6, bandwidth_inside=450e9,
+        bandwidth_between=50e9, ranks_per_node=8, cores=0, turn_s=0.0,
         note="host costs measured by us on one H200, the rest published figures",
     ),
 }  # fmt: skip

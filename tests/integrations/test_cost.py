@@ -99,10 +99,10 @@ def network_of_attaching() -> tuple[int, int]:
     return len(calls.names), len(stock.names)
 
 
-def test_making_an_engine_has_three_small_exchanges_of_its_own(ranks: Ranks) -> None:
-    """Keys and errors. Each is an all_gather of a length, and one of bytes."""
+def test_making_an_engine_has_four_small_exchanges_of_its_own(ranks: Ranks) -> None:
+    """Keys, a digest of the parameters, and errors. Each is an all_gather of a length, and one of bytes."""
     for ours, stock in ranks.run(network_of_attaching):
-        assert ours == stock + 2 * 3
+        assert ours == stock + 2 * 4
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
