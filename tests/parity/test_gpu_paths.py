@@ -18,11 +18,11 @@ USED = {"usage": "always", "model": ModelOptions(spare=False)}
 ON = {"as_on_a_gpu": True, "clipping": 0.5}
 CASES = [
     *stages((0, 1, 2, 3), "gpu-paths", full_at=(), **ON),
-    *stages((0, 2), "gpu-paths-lamb", full_at=(1, 3), base="lamb", **ON),
+    *stages((2,), "gpu-paths-lamb", full_at=(0, 1, 3), base="lamb", **ON),
     *stages((2, 3), "gpu-paths-small-buckets", full_at=(1,), zero=SMALL_BUCKETS, **ON),
-    *stages((2, 3), "gpu-paths-overlap", zero={"overlap_comm": True}, **ON),
+    *stages((2,), "gpu-paths-overlap", full_at=(3,), zero={"overlap_comm": True}, **ON),
     *stages((2,), "gpu-paths-not-contiguous", full_at=(1, 3), zero={"contiguous_gradients": False}, **ON),
-    *stages((2, 3), "gpu-paths-bf16", full_at=(0, 1), precision="bf16", **ON),
+    *stages((3,), "gpu-paths-bf16", full_at=(0, 1, 2), precision="bf16", **ON),
     *stages((1,), "gpu-paths-immediate", precision="bf16-fp32", config=IMMEDIATE, **ON),
     *stages((1,), "gpu-paths-bf16-fp32", full_at=(2, 3), precision="bf16-fp32", **ON),
     *stages((2,), "gpu-paths-fp16", full_at=(1, 3), precision="fp16", **ON),

@@ -23,9 +23,9 @@ TWO_RANKS = [
     *piped((0, 1), "pipeline-tied"),
     *piped((1,), "pipeline-tied", "-clipped", clipping=0.5),
     *piped((1,), "pipeline-tied", "-lamb", base="lamb", clipping=0.5),
-    *piped((0,), "pipeline", "-lars", base="lars", full_at=(1,)),
+    *piped((), "pipeline", "-lars", base="lars", full_at=(0, 1)),
     *piped((1,), "pipeline", "-sgd-module", base="sgd", layer="module", full_at=(0,)),
-    *piped((1,), "pipeline-tied", "-model", layer="model", full_at=(0,)),
+    *piped((), "pipeline-tied", "-model", layer="model", full_at=(0, 1)),
     *piped((1,), "pipeline-tied", "-once", accumulation=1, lena={"smoothing": 0.5}, full_at=(0,)),
     *piped((1,), "pipeline-tied", "-bf16", precision="bf16"),
     *piped((1,), "pipeline-tied", "-bf16-fp32", precision="bf16-fp32"),
@@ -33,7 +33,7 @@ TWO_RANKS = [
 ]
 FOUR_RANKS = [
     *piped((1,), "pipeline-tied", "-4", world=4, clipping=0.5),
-    *piped((0,), "pipeline-tied", "-4", world=4),
+    *piped((), "pipeline-tied", "-4", world=4, full_at=(0,)),
     *piped((0,), "pipeline", "-4-stages", world=4, pipe=4, full_at=(1,)),
 ]
 

@@ -25,13 +25,13 @@ GPT, LLAMA = "ulysses-gpt", "ulysses-llama"
 TWO_RANKS = [
     *shared((0, 1, 2, 3), GPT),
     *shared((2,), GPT, "-once", accumulation=1, lena={"smoothing": 0.5}, full_at=(0, 1, 3)),
-    *shared((3,), GPT, "-four-times", accumulation=4, full_at=(0, 1, 2)),
+    *shared((), GPT, "-four-times", accumulation=4, full_at=(0, 1, 2, 3)),
     *shared((3,), GPT, "-lamb", base="lamb", full_at=(0, 1, 2)),
     *shared((), GPT, "-lars", base="lars", clipping=0.0, full_at=(0, 1, 2, 3)),
     *shared((1,), GPT, "-sgd-module", base="sgd", layer="module", full_at=(0, 2, 3)),
     *shared((), GPT, "-block", layer="block", full_at=(1,)),
     *shared((), GPT, "-model", layer="model", full_at=(2,)),
-    *shared((0, 2, 3), GPT, "-bf16", precision="bf16", full_at=(1,)),
+    *shared((0, 2), GPT, "-bf16", precision="bf16", full_at=(1, 3)),
     *shared((), GPT, "-bf16-not-clipped", precision="bf16", clipping=0.0, full_at=(0,)),
     *shared((2,), GPT, "-bf16-fp32", precision="bf16-fp32", full_at=(3,)),
     *shared((2,), GPT, "-fp16", precision="fp16", full_at=(1, 3)),
@@ -46,11 +46,11 @@ TWO_RANKS = [
     *shared((), LLAMA, "-bf16", precision="bf16", full_at=(1, 3)),
 ]
 FOUR_RANKS = [
-    *shared((1, 3), GPT, "-4", world=4, full_at=(0, 2)),
+    *shared((3,), GPT, "-4", world=4, full_at=(0, 1, 2)),
     *shared((), GPT, "-4-lamb", world=4, base="lamb", full_at=(0, 1, 2, 3)),
     *shared((), GPT, "-4-bf16", world=4, precision="bf16", full_at=(0, 3)),
     *shared((), GPT, "-sp4", world=4, sequence=4, full_at=(0, 2, 3)),
-    *shared((2,), LLAMA, "-4", world=4, full_at=(0, 1, 3)),
+    *shared((), LLAMA, "-4", world=4, full_at=(0, 1, 2, 3)),
 ]
 
 
