@@ -15,7 +15,8 @@ from .schedule import Schedule
 
 logger = logging.getLogger("ds_lena")
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""An engine adds "pieces": for each tensor of the optimizer its `[name, start, length, offset]`. Version 1 has none."""
 _VECTORS = ("weight", "progress", "gain", "warmup", "capped")
 
 
@@ -50,10 +51,10 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
 
 def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
     """Raise `StateError` if a run with these keys cannot resume from the saved state."""
-    if saved.get("version") != STATE_VERSION:
+    if saved.get("version") not in (1, STATE_VERSION):
         raise StateError(
-            f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads version "
-            f"{STATE_VERSION}. Load it with the ds_lena that wrote it."
+            f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads versions 1 "
+            f"to {STATE_VERSION}. Load it with the ds_lena that wrote it."
         )
     if saved["variant"] != config.variant:
         raise StateError(

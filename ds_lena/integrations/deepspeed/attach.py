@@ -31,6 +31,7 @@ from .axes import first_update_check, parts_of, placements_of
 from .exchange import members_of_all, require_same_keys, together
 from .frozen import Frozen
 from .monitor import write_model
+from .reshard import Resharding
 from .support import in_use, refuse_unsupported
 from .window import Window
 
@@ -123,6 +124,7 @@ def attach(view: EngineView, lena: LENA) -> None:
     ownership.take(engine, controller.parameters)
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
+    Resharding(view, controller, lena)
     window = Window(view, controller)
     frozen = Frozen(view.module, {id(parameter) for group in lena.param_groups for parameter in group["params"]})
 

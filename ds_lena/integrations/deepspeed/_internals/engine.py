@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any
 
@@ -136,6 +138,23 @@ class EngineView:
         self._after(self._engine, "zero_grad", lambda _: action())
         if self.wrapper is not self.optimizer:
             self._after(self.wrapper, "zero_grad", lambda _: action())
+
+    def around_load(self, loading: Callable[[str, str | None], AbstractContextManager[None]]) -> None:
+        """Run `load_checkpoint` within `loading(folder, tag)` where it loads the optimizer's state."""
+        original = self._engine.load_checkpoint
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            asked = given.arguments
+            if not asked["load_optimizer_states"] or asked["load_module_only"]:
+                return original(*args, **kwargs)
+            with loading(asked["load_dir"], asked["tag"]):
+                return original(*args, **kwargs)
+
+        self._engine.load_checkpoint = load_checkpoint
 
     def after_load(self, action: Callable[[], None]) -> None:
         """Call `action()` after `load_checkpoint` has loaded one."""

@@ -1,0 +1,173 @@
+"""What DeepSpeed writes into the files of a checkpoint, and where an engine loads it from them.
+
+`state_dict()` of a live wrapper has the form of a saved one, so both are read alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....layers import without_compiled
+
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+_MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
+_INNER = ("base_optimizer_state", "optimizer_state_dict")
+_GLOBAL = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The optimizer's part of one file, or of a live engine.
+
+    `outer`: what the wrapper saves. `inner`: what the optimizer in it saves. `masters[i]`: the tensor whose state is
+    `inner["state"][i]`; None if nothing is known of it.
+    """
+
+    outer: dict[str, Any]
+    inner: dict[str, Any]
+    masters: list[Tensor | None]
+
+    def with_state(self, inner: dict[str, Any], masters: list[Tensor], of: Shard) -> dict[str, Any]:
+        """What this wrapper would save with another state and other masters. Its other entries are those of `of`."""
+        if self.outer is self.inner:
+            return inner
+        known = {key: of.outer[key] for key in _GLOBAL if key in self.outer and key in of.outer}
+        flat: list[Any] = masters
+        if "fp32_groups" in self.outer:
+            rest = iter(masters)
+            flat = [[next(rest) for _ in group] for group in self.outer["fp32_groups"]]
+        return self.outer | known | {_key(_MASTERS, self.outer): flat, _key(_INNER, self.outer): inner}
+
+
+def shard_of(outer: dict[str, Any], weights: Mapping[str, Tensor]) -> Shard:
+    """Read what a wrapper saves. `weights`: the model's, by name. Without a wrapper they are the master weights.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is in another form.
+    """
+    if "param_groups" in outer:
+        inner, numbers = outer, [i for group in outer["param_groups"] for i in group["params"]]
+        pieces = (outer.get("lena") or {}).get("pieces") or [[] for _ in numbers]
+        names = [tensor[0][0] if tensor else None for tensor in pieces]
+        return Shard(outer, inner, [None if name is None else weights[name] for name in names])
+    masters = outer[_key(_MASTERS, outer)]
+    if "fp32_groups" in outer:
+        masters = [master for group in masters for master in group]
+    return Shard(outer, outer[_key(_INNER, outer)], list(masters))
+
+
+def _key(keys: tuple[str, ...], outer: Mapping[str, Any]) -> str:
+    return next(key for key in keys if key in outer)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one checkpoint. `optimizer`: by rank; at ZeRO 0 it is `model`. `model`: that of the first rank."""
+
+    optimizer: dict[int, Path]
+    model: Path
+
+    def model_of(self, rank: int) -> Path:
+        """The file with the frozen weights of one rank, of those that ZeRO-3 cuts."""
+        return self.model.with_name(self.model.name.replace("pp_rank_0_", f"pp_rank_{rank}_"))
+
+
+def files_in(folder: Path) -> Files | None:
+    """The files in the folder of a tag, None if there is no model in it."""
+    found = {int(match[1]): path for path in folder.glob("*.pt") if (match := _OPTIMIZER_FILE.fullmatch(path.name))}
+    whole, cut = folder / "mp_rank_00_model_states.pt", folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    model = cut if cut.exists() else whole
+    return Files(found or {0: model}, model) if model.exists() else None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint. Its tensors stay on disk until they are used."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+
+
+def weights_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's weights and buffers, by name. At ZeRO-3 the weights are empty."""
+    return {without_compiled(name): value for name, value in model_file["module"].items()}
+
+
+def optimizer_in(file: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Shard:
+    """The optimizer's part of a file. Raises what `shard_of` does."""
+    is_zero = "module" not in file
+    return shard_of(file["optimizer_state_dict" if is_zero else "optimizer"], weights)
+
+
+def ranks_in(model_file: Mapping[str, Any]) -> int:
+    """The number of ranks that the checkpoint was saved by."""
+    return int(model_file["dp_world_size"])
+
+
+def frozen_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
+    """This rank's parts of frozen weights, by name. At ZeRO 0 and 1 none are apart from the model's weights."""
+    return {without_compiled(name): value for name, value in (model_file["frozen_param_fragments"] or {}).items()}
+
+
+def window_of(parameter: Tensor) -> tuple[int, int]:
+    """The elements of a parameter that this rank holds, (first, number), from 0 elements on."""
+    if not hasattr(parameter, "ds_tensor"):
+        return 0, parameter.numel()
+    part = parameter.partition_numel()  # type: ignore[attr-defined]
+    first = part * torch.distributed.get_rank(parameter.ds_process_group)
+    return first, max(0, min(part, parameter.ds_numel - first))
+
+
+def write_window(parameter: Tensor, values: Tensor) -> None:
+    """Set the elements of a parameter that this rank holds."""
+    held: Tensor = getattr(parameter, "ds_tensor", parameter)
+    if held is parameter:
+        parameter.data.copy_(values.reshape(parameter.shape))
+    else:
+        held.data.reshape(-1).narrow(0, 0, values.numel()).copy_(values)
+
+
+@contextmanager
+def loading(engine: Any, files: Files, load_module: Callable[[], None], state: dict[str, Any]) -> Iterator[None]:
+    """Within it `load_checkpoint` of the engine takes counts and schedules of `files`, and the optimizer's `state`.
+
+    `load_module()`: sets buffers and frozen weights.
+    """
+    wrapper = engine.optimizer
+    load_state = wrapper.load_state_dict
+
+    def load_zero(*_: Any, **__: Any) -> bool:
+        ranks = torch.distributed.get_world_size(wrapper.dp_process_group)
+        load_state([state] * ranks, load_optimizer_states=True, load_from_fp32_weights=True)
+        if hasattr(wrapper, "update_lp_params"):  # ZeRO 3 does so by itself
+            wrapper.update_lp_params()
+        return True
+
+    def load_plain(_: Any, **keys: Any) -> None:
+        load_state(state, **keys)
+
+    instead = {
+        (engine, "_get_all_ckpt_names"): lambda *_: [str(files.model)],
+        (engine, "load_module_state_dict"): lambda *_, **__: load_module(),
+        (engine, "_load_zero_checkpoint"): load_zero,
+        **({} if engine.zero_optimization() else {(wrapper, "load_state_dict"): load_plain}),
+    }
+    for (owner, name), function in instead.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for owner, name in instead:
+            delattr(owner, name)
+
+
+def write_masters(wrapper: Any, masters: Mapping[int, Tensor], live: list[Tensor]) -> None:
+    """At ZeRO 0, where a wrapper does not do so: set weights from the masters. By number; `live`: what step() moves."""
+    low = [p for group in getattr(wrapper, "fp16_groups", ()) for p in group] or live
+    for number, master in masters.items():
+        low[number].data.copy_(master)
