@@ -154,11 +154,15 @@ DEFAULT = [
 ]
 
 
-@pytest.mark.parametrize(("saved", "loaded"), rest(CASES, DEFAULT))
+def named(case: Case) -> str:
+    return "-".join(map(str, case))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), rest(CASES, DEFAULT), ids=named)
 def test_from_two_ranks_to_one(ranks: Ranks, one: Ranks, tmp_path: Path, saved: Case, loaded: Case) -> None:
     check(ranks.run(save, str(tmp_path), *saved), one.run(load, str(tmp_path), *loaded), ROUNDING[saved[1]])
 
 
-@pytest.mark.parametrize(("saved", "loaded"), rest(CASES, DEFAULT))
+@pytest.mark.parametrize(("saved", "loaded"), rest(CASES, DEFAULT), ids=named)
 def test_from_one_rank_to_two(ranks: Ranks, one: Ranks, tmp_path: Path, saved: Case, loaded: Case) -> None:
     check(one.run(save, str(tmp_path), *saved), ranks.run(load, str(tmp_path), *loaded), ROUNDING[saved[1]])
