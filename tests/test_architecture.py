@@ -19,7 +19,8 @@ FLOORS = (
     {"config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
      "grad_stats.measurement",
      "layouts.layout", "update.rules.common"},
-    {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "update.segments",
+    {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "layouts.pieces",
+     "update.segments",
      "update.rules.adamw", "update.rules.sgd"},
     {"update.kernels.table"},
     {"update.kernels.launch"},
@@ -33,6 +34,7 @@ FLOORS = (
     {"integrations.transformers",
      *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.cpu_adam", "_internals.grid",
                                                      "_internals.flat", "_internals.loss_scale", "exchange",
+                                                     "_internals.saved",
                                                      "_internals.seam", "ownership")),
      *(f"integrations.megatron.{name}" for name in ("refused", "steps"))},
     {"integrations.deepspeed._internals.facts", "integrations.megatron._internals",
@@ -41,7 +43,7 @@ FLOORS = (
      *(f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                      "_internals.zero12", "_internals.zero3", "support.feature"))},
     {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "axes",
-                                                   "frozen", "monitor", "window", "support.refused",
+                                                   "frozen", "monitor", "window", "reshard", "support.refused",
                                                    "support.supported", "support.without_effect")},
     {"integrations.deepspeed.support", "integrations.deepspeed._internals.zero3_nvme", "integrations.megatron.attach"},
     {"integrations.deepspeed._internals.select"},
@@ -85,6 +87,7 @@ MAY_IMPORT = {
     # where memory is: no statistics, no facts of the run
     "layouts.layout": set(),
     "layouts.plain": {"layouts.layout"},
+    "layouts.pieces": {"errors"},
     **{f"{INTERNALS}.{name}": {"errors", "layouts.layout", INTERNALS, f"{INTERNALS}.flat"}
        for name in ("zero0", "zero12", "zero3", "bf16", "flat")},
     **{f"{INTERNALS}.{name}_offload": {"errors", "layouts.layout", f"{INTERNALS}.flat", f"{INTERNALS}.{name}"}
@@ -92,6 +95,7 @@ MAY_IMPORT = {
     f"{INTERNALS}.zero3_nvme": {"layouts.layout", f"{INTERNALS}.zero3_offload"},
     f"{INTERNALS}.loss_scale": set(),
     f"{INTERNALS}.cpu_adam": {"update.rules", "update.rules.adamw", "update.rules.common"},
+    f"{INTERNALS}.saved": {"layers"},
     f"{INTERNALS}.grid": set(),
     f"{INTERNALS}.facts": {f"{INTERNALS}.grid"},
     f"{INTERNALS}.engine": {f"{INTERNALS}.facts", f"{INTERNALS}.grid"},
@@ -131,6 +135,8 @@ PRIVATE_NAMES = (
     "_swappable_optimizer_subgroup", "_optimizer_states_and_gradient_swap_in", "_release_swap_buffers",
     "optimizer_swapper", "swap_params_info", "swapped_gradients", "unswapped_gradients",
     "create_adam", "adam_update",
+    "_get_all_ckpt_names", "load_module_state_dict", "_load_zero_checkpoint", "update_lp_params", "fp32_flat_groups",
+    "base_optimizer_state", "frozen_param_fragments",
 )  # fmt: skip
 
 PRIVATE_TO_MEGATRON = (

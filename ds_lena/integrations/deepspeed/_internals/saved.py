@@ -114,11 +114,11 @@ def frozen_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
     return {without_compiled(name): value for name, value in (model_file["frozen_param_fragments"] or {}).items()}
 
 
-def window_of(parameter: Tensor) -> tuple[int, int]:
+def window_of(parameter: Any) -> tuple[int, int]:
     """The elements of a parameter that this rank holds, (first, number), from 0 elements on."""
     if not hasattr(parameter, "ds_tensor"):
         return 0, parameter.numel()
-    part = parameter.partition_numel()  # type: ignore[attr-defined]
+    part = parameter.partition_numel()
     first = part * torch.distributed.get_rank(parameter.ds_process_group)
     return first, max(0, min(part, parameter.ds_numel - first))
 
