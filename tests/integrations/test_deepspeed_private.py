@@ -24,6 +24,8 @@ ENGINE = (
     "_config",
     "_configure_lr_scheduler",
     "_configure_optimizer",
+    "_get_all_ckpt_names",
+    "_load_zero_checkpoint",
     "_take_model_step",
     "autotp_size",
     "basic_optimizer",
@@ -47,6 +49,7 @@ ENGINE = (
     "is_gradient_accumulation_boundary",
     "is_deepcompile_enabled",
     "load_checkpoint",
+    "load_module_state_dict",
     "load_universal_checkpoint",
     "lr_scheduler",
     "module",
@@ -66,6 +69,7 @@ ENGINE = (
     "was_step_applied",
     "zero_force_ds_cpu_optimizer",
     "zero_grad",
+    "zero_optimization",
     "zenflow",
     "zero_optimization_stage",
 )
@@ -89,6 +93,8 @@ ZERO_1_2 = (
     "averaged_gradients",
     "bit16_groups",
     "clip_grad",
+    "dp_process_group",
+    "load_state_dict",
     "overlap_comm",
     "partition_gradients",
     "partition_size",
@@ -97,6 +103,8 @@ ZERO_1_2 = (
     "round_robin_bit16_groups",
     "round_robin_bit16_offsets",
     "single_partition_of_fp32_groups",
+    "state_dict",
+    "update_lp_params",
 )
 OFFLOAD_1_2 = (
     "_epilogue_ran_this_backward",
@@ -130,17 +138,20 @@ LOSS_SCALE = ("_update_scale", "loss_scale", "step")
 BF16 = (
     "bf16_groups",
     "clip_grad",
+    "dp_process_group",
     "fp32_groups_flat_partition",
     "fp32_groups_gradient_flat_partition",
     "fp32_groups_has_gradients",
     "immediate_grad_update",
     "real_dp_process_group",
+    "update_lp_params",
 )
 ZERO_3 = (
     "_coalesce_grad_reduction",
     "_epilogue_ran_this_backward",
     "averaged_gradients",
     "clip_grad",
+    "dp_process_group",
     "fp16_groups",
     "fp32_partitioned_groups_flat",
     "grad_partitions_flat_buffer",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,95 @@ def test_from_two_ranks_to_one(ranks: Ranks, one: Ranks, tmp_path: Path, saved: 
 @pytest.mark.parametrize(("saved", "loaded"), rest(CASES, DEFAULT), ids=named)
 def test_from_one_rank_to_two(ranks: Ranks, one: Ranks, tmp_path: Path, saved: Case, loaded: Case) -> None:
     check(one.run(save, str(tmp_path), *saved), ranks.run(load, str(tmp_path), *loaded), ROUNDING[saved[1]])
+
+
+# -- one number of ranks, another order of memory ---------------------------------------------------------------------
+
+REORDERED: list[tuple[int, str, dict[str, Any], dict[str, Any]]] = [
+    (2, "fp32", {}, {"round_robin_gradients": True}),
+    (1, "bf16", {"round_robin_gradients": True}, {}),
+    (3, "fp32", {}, {"sub_group_size": 40}),
+    (3, "fp32", {"sub_group_size": 40}, {"sub_group_size": 90}),
+]
+
+
+@pytest.mark.parametrize(("stage", "precision", "old", "new"), REORDERED)
+def test_to_another_order_of_memory(
+    ranks: Ranks, tmp_path: Path, stage: int, precision: str, old: dict[str, Any], new: dict[str, Any]
+) -> None:
+    case = (str(tmp_path), stage, precision, "adamw")
+    check(ranks.run(save, *case, **old), ranks.run(load, *case, **new), ROUNDING[precision])
+
+
+# -- bad files --------------------------------------------------------------------------------------------------------
+
+
+def refused(folder: str, stage: int) -> tuple[str, bool, int]:
+    """The error of loading, whether every tensor stayed as it was, and the engine's count of updates."""
+    model = Model(seed=1)
+    with engine(entries(stage, "fp32", "adamw", {}), model, model_parameters=groups(model)) as made:
+        train(made, range(1))
+        before, message = whole(made), ""
+        try:
+            made.load_checkpoint(folder)
+        except ds_lena.StateError as error:
+            message = str(error)
+        return message, differing(before, whole(made)) == [], made.global_steps
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = torch.load(path, weights_only=False)
+    change(content["optimizer_state_dict"]["base_optimizer_state"])
+    torch.save(content, path)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "of rank 1 is not there"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 3]), "cannot be read"),
+    "text": (lambda path: path.write_text("a text"), "cannot be read"),
+    "another pickle": (lambda path: torch.save([1, 2], path), "cannot be read"),
+    "another save": (lambda path: edit(path, lambda base: base["lena"].update(update=2)), "different saves"),
+    "no LENA": (lambda path: edit(path, lambda base: base.pop("lena")), "holds no LENA state"),
+    "LENA a string": (lambda path: edit(path, lambda base: base.update(lena="text")), "holds no LENA state"),
+    "no map": (lambda path: edit(path, lambda base: base["lena"].pop("pieces")), "cannot be read"),
+    "a gap": (lambda path: edit(path, lambda base: base["lena"]["pieces"][0].pop()), "lacks elements"),
+    "twice": (
+        lambda path: edit(path, lambda base: base["lena"]["pieces"][0].append([*base["lena"]["pieces"][0][0]])),
+        "twice",
+    ),
+    "foreign": (
+        lambda path: edit(path, lambda base: base["lena"]["pieces"][0].append(["other.weight", 0, 1, 0])),
+        '"other.weight", which this model does not train',
+    ),
+    "no moments": (lambda path: edit(path, lambda base: base["state"].pop(0)), 'lacks "exp_avg" of'),
+    "one moment": (lambda path: edit(path, lambda base: base["state"][0].pop("exp_avg")), 'lacks "exp_avg" of'),
+    "short": (
+        lambda path: edit(path, lambda base: base["state"][0].update(exp_avg=torch.zeros(3))),
+        'lacks "exp_avg" of',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def good(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two ranks."""
+    folder = tmp_path_factory.mktemp("good")
+    ranks.run(save, str(folder), 2, "fp32", "adamw")
+    return folder
+
+
+@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("stage", rest([1, 3], [3]))
+def test_a_bad_file_is_named_by_every_rank_and_nothing_changes(
+    ranks: Ranks, good: Path, tmp_path: Path, stage: int, fault: str
+) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    (file,) = folder.rglob("*zero_pp_rank_1_*optim_states.pt")
+    spoil, told = BAD[fault]
+    spoil(file)
+    (message, is_kept, steps), other = ranks.run(refused, str(folder), stage)
+    assert told in message and (file.name in message or fault in ("missing", "a gap"))
+    assert message == other[0]
+    assert is_kept and other[1] and steps == 1

@@ -96,9 +96,21 @@ class Resharding:
         weights: dict[str, Tensor] = dict(named_parameters(self._view.module))
         own = saved.shard_of(self._view.wrapper.state_dict(), weights)
         kinds = set(from_all(self._everything, "foreign" if files is None else self._kind(files, own)))
-        if kinds <= {"same"} or kinds <= {"foreign"} or files is None:
+        if kinds <= {"foreign"} or files is None:
+            return None
+        if kinds <= {"same"}:
+            self._check_own(files, own)
             return None
         return self._resharded(files, own)
+
+    def _check_own(self, files: saved.Files, own: saved.Shard) -> None:
+        """Each rank loads its own file: all of them are whole and of one save, or every rank says which is not."""
+        model = _reading(files.model, lambda: saved.read_file(files.model))
+        path = files.optimizer.get(dist.get_rank(self._everything), files.model)
+        found = self._found([path], model)
+        _check(path, found.first, copies(pieces_from(own.inner["lena"]["pieces"]), found.maps, self._sizes), found.keys)
+        of_ranks = from_all(self._everything, (str(path), found.numbers))
+        _require_one_save(of_ranks)
 
     def _kind(self, files: saved.Files, own: saved.Shard) -> str:
         """How the file of this rank, or the first one, stands to what the engine would save.
@@ -127,19 +139,22 @@ class Resharding:
     def _resharded(self, files: saved.Files, own: saved.Shard) -> Loaded:
         model = _reading(files.model, lambda: saved.read_file(files.model))
         paths = self._paths(files, _reading(files.model, lambda: saved.ranks_in(model)))
-        maps, first = self._maps(paths, model)
+        found = self._found(paths, model)
+        first = found.first
         pieces = pieces_from(own.inner["lena"]["pieces"])
-        plan = copies(pieces, maps, self._sizes)
+        plan = copies(pieces, found.maps, self._sizes)
         if len(first.inner["param_groups"]) != len(own.inner["param_groups"]):
             raise StateError(
                 f"LENA: {files.model.parent} was saved with {len(first.inner['param_groups'])} parameter groups, and "
                 f"this optimizer has {len(own.inner['param_groups'])}. Make the groups as in the saved run."
             )
-        masters = self._own_masters(own)
+        masters = self._own_masters()
         filled = _Filled(masters, pieces)
         for file, wanted in plan.items():
             if wanted:
-                filled.take(Path(file), self._shard(Path(file), model), wanted)
+                path, shard = Path(file), self._shard(Path(file), model)
+                _check(path, shard, {file: wanted}, found.keys)
+                filled.take(path, shard, wanted)
         groups = [
             old | {key: new[key] for key in ("params", "param_names") if key in new}
             for old, new in zip(first.inner["param_groups"], own.inner["param_groups"], strict=True)
@@ -153,7 +168,7 @@ class Resharding:
             buffers=self._buffers(files, model),
         )
 
-    def _own_masters(self, own: saved.Shard) -> list[Tensor]:
+    def _own_masters(self) -> list[Tensor]:
         """The tensors that hold the engine's master weights, by number, with their padding."""
         if self._view.facts.stage:
             return [flat for flat, _ in self._controller.binding.layout.segments()]
@@ -171,27 +186,26 @@ class Resharding:
             )
         return [files.optimizer[rank] for rank in range(ranks)]
 
-    def _maps(self, paths: list[Path], model: Mapping[str, Any]) -> tuple[dict[str, list[list[Piece]]], saved.Shard]:
-        """The pieces in each file, and what the first one holds, after a look at all of them."""
+    def _found(self, paths: list[Path], model: Mapping[str, Any]) -> _Found:
+        """What is in the files, after a look at all of them."""
         maps: dict[str, list[list[Piece]]] = {}
-        first, known = None, ""
+        keys: set[str] = set()
+        numbers: list[tuple[str, str]] = []
+        first = None
         for path in paths:
             shard = self._shard(path, model)
+            first = first or shard
             lena = shard.inner.get("lena")
             if not isinstance(lena, dict):
                 raise StateError(f"LENA: {path} holds no LENA state. Restore it, or load an earlier checkpoint.")
             checkpoint.require_loadable(lena, self._controller.config)
             maps[str(path)] = _reading(path, lambda lena=lena: pieces_from(lena["pieces"]))  # type: ignore[misc]
-            numbers = json.dumps({key: value for key, value in lena.items() if key != "pieces"}, sort_keys=True)
-            if first is None:
-                first, known = shard, numbers
-            elif numbers != known:
-                raise StateError(
-                    f"LENA: {path} and {paths[0]} are of different saves: LENA's state in them differs. Restore the "
-                    "one that was replaced, or load an earlier checkpoint."
-                )
+            keys |= _reading(path, lambda shard=shard: saved.state_keys(shard))  # type: ignore[misc]
+            own = {key: value for key, value in lena.items() if key != "pieces"}
+            numbers.append((str(path), json.dumps(own, sort_keys=True)))
+        _require_one_save(numbers)
         assert first is not None, "there is a file at least"
-        return maps, first
+        return _Found(maps, first, keys, numbers[0][1])
 
     def _frozen(self, files: saved.Files, model: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """This rank's part of each frozen weight, with the saved values."""
@@ -219,10 +233,9 @@ class Resharding:
         for file, wanted in copies(own, held, sizes).items():
             content, names = sources[file](), list(sizes)
             for copy in wanted:
-                source = content[names[copy.source]].reshape(-1)
-                if values[copy.target].dtype != source.dtype:
-                    values[copy.target] = values[copy.target].to(source.dtype)
-                values[copy.target].narrow(0, copy.start, copy.length).copy_(source.narrow(0, copy.begin, copy.length))
+                source = content[names[copy.source]]
+                values[copy.target] = values[copy.target].to(source.dtype)
+                _copy(copy, source, values[copy.target])
         return [(parameter, value) for (_, parameter), value in zip(found, values, strict=True)]
 
     def _buffers(self, files: saved.Files, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,11 +258,55 @@ def _part(name: str, size: int, held: Tensor | None, rank: int) -> list[Piece]:
     return [Piece(name, 0, length, offset)] if length > 0 else []
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What is in the optimizer files: the pieces in each, what the first one holds, the names in the base rule's state,
+    and LENA's own state as text, which is the same in all of them.
+    """
+
+    maps: dict[str, list[list[Piece]]]
+    first: saved.Shard
+    keys: set[str]
+    numbers: str
+
+
+def _require_one_save(of_files: list[tuple[str, str]]) -> None:
+    """Raise `StateError` if LENA's state is not the same in all files. `of_files`: each with its state as text."""
+    first, known = of_files[0]
+    for path, numbers in of_files[1:]:
+        if numbers != known:
+            raise StateError(
+                f"LENA: {path} and {first} are of different saves: LENA's state in them differs. Restore the one that "
+                "was replaced, or load an earlier checkpoint."
+            )
+
+
+def _check(path: Path, shard: saved.Shard, plan: Mapping[str, list[Copy]], keys: set[str]) -> None:
+    """Raise `StateError` if a file lacks something of what is to be copied from it."""
+    for copy in plan[str(path)]:
+        state = shard.inner["state"].get(copy.source, {})
+        lacking = sorted(keys - state.keys())
+        if lacking and (state or not shard.may_lack_state):
+            what = f'"{lacking[0]}"'
+        elif not _reaches(shard.masters[copy.source], copy):
+            what = "the master weights"
+        else:
+            short = sorted(key for key, value in state.items() if key != "step" and not _reaches(value, copy))
+            if not short:
+                continue
+            what = f'"{short[0]}"'
+        raise StateError(f'LENA: {path} lacks {what} of "{copy.name}". Restore it, or load an earlier checkpoint.')
+
+
+def _reaches(tensor: object, copy: Copy) -> bool:
+    return isinstance(tensor, Tensor) and tensor.numel() >= copy.begin + copy.length
+
+
 class _Filled:
     """Master weights and the base rule's state in the engine's layout, filled from one file after the other."""
 
     def __init__(self, like: list[Tensor], pieces: list[list[Piece]]) -> None:
-        self._like, self._pieces = like, pieces
+        self._like = like
         self.masters = [
             torch.zeros(tensor.shape, dtype=tensor.dtype) if held else tensor.detach()
             for tensor, held in zip(like, pieces, strict=True)
@@ -258,20 +315,16 @@ class _Filled:
         self._steps: dict[int, tuple[float, str, Path]] = {}
 
     def take(self, path: Path, shard: saved.Shard, wanted: list[Copy]) -> None:
-        state = shard.inner["state"]
         for copy in wanted:
-            master = shard.masters[copy.source]
-            _copy(path, copy, "the master weights", master, self.masters[copy.target])
-            if state and copy.source not in state and shard.outer is not shard.inner:
-                raise StateError(f'LENA: {path} lacks the optimizer state of "{copy.name}".')
-            for key, value in state.get(copy.source, {}).items():
+            _copy(copy, shard.masters[copy.source], self.masters[copy.target])
+            for key, value in shard.inner["state"].get(copy.source, {}).items():
                 if key == "step":
                     self._take_step(path, copy, value)
                     continue
                 target = self.state.setdefault(copy.target, {})
                 if key not in target:
                     target[key] = torch.zeros(self._like[copy.target].shape, dtype=value.dtype)
-                _copy(path, copy, f'"{key}"', value, target[key])
+                _copy(copy, value, target[key])
 
     def _take_step(self, path: Path, copy: Copy, step: Any) -> None:
         number = float(step)
@@ -284,12 +337,9 @@ class _Filled:
         self.state.setdefault(copy.target, {})["step"] = torch.as_tensor(step).clone()
 
 
-def _copy(path: Path, copy: Copy, what: str, source: Tensor | None, target: Tensor) -> None:
-    if source is None or source.numel() < copy.begin + copy.length:
-        raise StateError(f'LENA: {path} lacks {what} of "{copy.name}". Restore it, or load an earlier checkpoint.')
-    target.view(-1).narrow(0, copy.start, copy.length).copy_(
-        source.detach().reshape(-1).narrow(0, copy.begin, copy.length)
-    )
+def _copy(copy: Copy, source: Any, target: Tensor) -> None:
+    values = source.detach().reshape(-1).narrow(0, copy.begin, copy.length)
+    target.view(-1).narrow(0, copy.start, copy.length).copy_(values)
 
 
 def _reading(path: Path, read: Callable[[], T]) -> T:

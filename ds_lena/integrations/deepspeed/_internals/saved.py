@@ -35,6 +35,11 @@ class Shard:
     inner: dict[str, Any]
     masters: list[Tensor | None]
 
+    @property
+    def may_lack_state(self) -> bool:
+        """Whether a parameter that never had a gradient has no state. In a flat tensor it has one of zeros."""
+        return not any(key in self.outer for key in _MASTERS[:2])
+
     def with_state(self, inner: dict[str, Any], masters: list[Tensor], of: Shard) -> dict[str, Any]:
         """What this wrapper would save with another state and other masters. Its other entries are those of `of`."""
         if self.outer is self.inner:
@@ -62,6 +67,11 @@ def shard_of(outer: dict[str, Any], weights: Mapping[str, Tensor]) -> Shard:
     if "fp32_groups" in outer:
         masters = [master for group in masters for master in group]
     return Shard(outer, outer[_key(_INNER, outer)], list(masters))
+
+
+def state_keys(shard: Shard) -> set[str]:
+    """The names in the state of any tensor."""
+    return {key for state in shard.inner["state"].values() for key in state}
 
 
 def _key(keys: tuple[str, ...], outer: Mapping[str, Any]) -> str:
