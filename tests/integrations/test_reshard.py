@@ -20,7 +20,7 @@ from tests.helpers.marks import rest
 from tests.integrations._engines import Net, config, engine
 from tests.integrations._ranks import Ranks
 
-ROUNDING = {"fp32": 1e-4, "bf16": 3e-2, "bf16-fp32": 3e-2}
+ROUNDING = {"fp32": 1e-4, "bf16": 3e-2, "bf16-fp32": 3e-2, "fp16": 1e-2}
 """By how much three updates may differ, relatively: gradients of other ranks are added up in another order."""
 MICROS, SAVED_AFTER, MORE = 4, 3, 3  # micro-batches of all ranks in an update; updates
 
@@ -150,8 +150,18 @@ CASES: list[tuple[Case, Case]] = [
     *(((old, "bf16-fp32", "adamw"), (1, "bf16-fp32", "adamw")) for old in (2, 3)),
 ]
 """(saved, loaded): ZeRO stage, precision, base rule."""
-DEFAULT = [
+DEFAULT: list[tuple[Case, Case]] = [
     ((2, "fp32", "adamw"), (2, "fp32", "adamw")),
+    ((3, "bf16", "adamw"), (1, "bf16-fp32", "adamw")),
+    ((1, "bf16-fp32", "lars"), (2, "bf16", "lars")),
+    ((0, "bf16", "lamb"), (3, "bf16", "lamb")),
+    ((3, "fp32", "sgd"), (0, "fp32", "sgd")),
+]  # every wrapper and every rule
+OFFLOADED = [
+    ((2, "fp32 + offload", "adamw"), (3, "fp32", "adamw")),
+    ((3, "bf16", "adamw"), (1, "bf16 + offload", "adamw")),
+    ((3, "fp32 + offload", "lamb"), (3, "fp32 + offload", "lamb")),
+    ((2, "fp16", "adamw"), (3, "fp16", "adamw")),
 ]
 
 
@@ -159,14 +169,33 @@ def named(case: Case) -> str:
     return "-".join(map(str, case))
 
 
-@pytest.mark.parametrize(("saved", "loaded"), rest(CASES, DEFAULT), ids=named)
+@pytest.mark.parametrize(("saved", "loaded"), rest([*CASES, *OFFLOADED], DEFAULT), ids=named)
 def test_from_two_ranks_to_one(ranks: Ranks, one: Ranks, tmp_path: Path, saved: Case, loaded: Case) -> None:
-    check(ranks.run(save, str(tmp_path), *saved), one.run(load, str(tmp_path), *loaded), ROUNDING[saved[1]])
+    check(ranks.run(save, str(tmp_path), *saved), one.run(load, str(tmp_path), *loaded), ROUNDING[saved[1].split()[0]])
 
 
-@pytest.mark.parametrize(("saved", "loaded"), rest(CASES, DEFAULT), ids=named)
+@pytest.mark.parametrize(("saved", "loaded"), rest([*CASES, *OFFLOADED], DEFAULT), ids=named)
 def test_from_one_rank_to_two(ranks: Ranks, one: Ranks, tmp_path: Path, saved: Case, loaded: Case) -> None:
-    check(one.run(save, str(tmp_path), *saved), ranks.run(load, str(tmp_path), *loaded), ROUNDING[saved[1]])
+    check(one.run(save, str(tmp_path), *saved), ranks.run(load, str(tmp_path), *loaded), ROUNDING[saved[1].split()[0]])
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four ranks, of which some own nothing of the small group."""
+    started = Ranks(tmp_path_factory.mktemp("four"), world=4)
+    yield started
+    started.stop()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [((2, "fp32", "adamw"), (3, "fp32", "adamw")), ((1, "bf16", "lars"), (0, "bf16", "lars"))]
+)
+def test_between_two_ranks_and_four(ranks: Ranks, four: Ranks, tmp_path: Path, saved: Case, loaded: Case) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    rounding = ROUNDING[saved[1]]
+    check(ranks.run(save, str(there), *saved), four.run(load, str(there), *loaded), rounding)
+    check(four.run(save, str(back), *loaded), ranks.run(load, str(back), *saved), rounding)
 
 
 # -- one number of ranks, another order of memory ---------------------------------------------------------------------
