@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,9 @@ logger = logging.getLogger("ds_lena")
 
 STATE_VERSION = 2
 """An engine adds "pieces": for each tensor of the optimizer its `[name, start, length, offset]`. Version 1 has none."""
+_COUNTS = ("update", "skipped", "nonfinite")
+_AMOUNTS = ("n", "done", "planned_for")
+_OR_NONE = ("planned", "base_in_micro_batches", "base_samples", "total_steps", "planned_n", "micro_batch_size")
 _VECTORS = ("weight", "progress", "gain", "warmup", "capped")
 
 
@@ -66,6 +71,48 @@ def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
             f'LENA: the checkpoint was written with "base": "{saved["base"]}", this run has "{config.base}", '
             'whose state is another. Set "base" as in the checkpoint, or load the model\'s weights only.'
         )
+
+    _require_whole(saved)
+
+
+def _require_whole(saved: dict[str, Any]) -> None:
+    """Raise `StateError` if something is missing, or is not the number that it should be."""
+
+    def require(holder: object, key: str, where: str, is_right: Callable[[Any], bool]) -> None:
+        if not isinstance(holder, dict) or key not in holder or not is_right(holder[key]):
+            found = repr(holder[key])[:80] if isinstance(holder, dict) and key in holder else "nothing"
+            raise StateError(
+                f'LENA: the checkpoint\'s LENA state is damaged: {where}"{key}" is {found}. Restore the file, or '
+                "load an earlier checkpoint."
+            )
+
+    for key in _COUNTS:
+        require(saved, key, "", lambda value: type(value) is int and value >= 0)
+    for key in _AMOUNTS:
+        require(saved, key, "", _is_amount)
+    for key in _OR_NONE:
+        require(saved, key, "", lambda value: value is None or _is_amount(value))
+    require(saved, "layers", "", lambda layers: isinstance(layers, dict))
+    for name, layer in saved["layers"].items():
+        require(
+            layer, "averages", f'in layer "{name}" ', lambda row: isinstance(row, list) and all(map(_is_finite, row))
+        )
+        for key in _VECTORS:
+            require(layer, key, f'in layer "{name}" ', _is_finite)
+    if len({len(layer["averages"]) for layer in saved["layers"].values()}) > 1:
+        raise StateError(
+            "LENA: the checkpoint's LENA state is damaged: its layers have different numbers of averages. Restore the "
+            "file, or load an earlier checkpoint."
+        )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_amount(value: object) -> bool:
+    """Infinite is allowed: a run without an end is planned so."""
+    return isinstance(value, (int, float)) and value >= 0
 
 
 def load(schedule: Schedule, saved: dict[str, Any]) -> None:

@@ -42,11 +42,13 @@ class Model(nn.Module):
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weights, and biases with another learning rate and decay."""
-    named = list(model.named_parameters())
+    """Weights; biases with another learning rate and decay; three elements, of which some of four ranks get none."""
+    named = dict(model.named_parameters())
+    few = named.pop("net.right.4.bias")
     return [
-        {"params": [p for name, p in named if "bias" not in name]},
-        {"params": [p for name, p in named if "bias" in name], "lr": 3e-2, "weight_decay": 0.1},
+        {"params": [p for name, p in named.items() if "bias" not in name]},
+        {"params": [p for name, p in named.items() if "bias" in name], "lr": 3e-2, "weight_decay": 0.1},
+        {"params": [few], "lr": 2e-2},
     ]
 
 

@@ -276,6 +276,31 @@ def test_a_checkpoint_of_another_version_is_refused(version):
         checkpoint.load(new(), checkpoint.to_dict(trained()) | {"version": version})
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state.update(update=-5), '"update" is -5'),
+        (lambda state: state.update(update=2.5), '"update" is 2.5'),
+        (lambda state: state.pop("done"), '"done" is nothing'),
+        (lambda state: state.update(n=math.nan), '"n" is nan'),
+        (lambda state: state.update(planned="soon"), "\"planned\" is 'soon'"),
+        (lambda state: state.update(layers=[]), '"layers" is []'),
+        (lambda state: state["layers"].update(a=None), 'in layer "a" "averages" is nothing'),
+        (lambda state: state["layers"]["a"]["averages"].__setitem__(0, math.nan), 'in layer "a" "averages" is [nan'),
+        (lambda state: state["layers"]["b"].pop("gain"), 'in layer "b" "gain" is nothing'),
+        (lambda state: state["layers"]["b"]["averages"].pop(), "different numbers of averages"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_nothing_changes(change, told):
+    state, schedule = checkpoint.to_dict(trained()), new()
+    before = report_of(schedule)
+    change(state)
+    with pytest.raises(StateError) as raised:
+        checkpoint.load(schedule, state)
+    assert told in str(raised.value)
+    assert report_of(schedule) == before
+
+
 def test_a_checkpoint_of_the_other_variant_is_refused():
     with pytest.raises(StateError, match=r'"variant": "default", this run has "authors-code"'):
         resumed(trained(), variant="authors-code")

@@ -358,6 +358,14 @@ SUPPORTED: tuple[Feature, ...] = (
         keys=("checkpoint",),
     ),
     _runs(
+        _LOOP,
+        "loading at another world size, ZeRO stage, sub_group_size or round_robin_gradients",
+        "integrations/deepspeed/reshard.py",
+        "tests/integrations/test_reshard.py",
+        "`engine.load_checkpoint` of the ordinary checkpoint; master weights and the base rule's state are bit-equal. "
+        "Not with tensor or pipeline parallelism or experts.",
+    ),
+    _runs(
         _MODELS,
         "base rules adamw, sgd, lamb and lars",
         "update/trust_ratio.py",
