@@ -95,7 +95,7 @@ MAY_IMPORT = {
     f"{INTERNALS}.zero3_nvme": {"layouts.layout", f"{INTERNALS}.zero3_offload"},
     f"{INTERNALS}.loss_scale": set(),
     f"{INTERNALS}.cpu_adam": {"update.rules", "update.rules.adamw", "update.rules.common"},
-    f"{INTERNALS}.saved": {"layers"},
+    f"{INTERNALS}.saved": {"errors", "layers"},
     f"{INTERNALS}.grid": set(),
     f"{INTERNALS}.facts": {f"{INTERNALS}.grid"},
     f"{INTERNALS}.engine": {f"{INTERNALS}.facts", f"{INTERNALS}.grid"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
@@ -218,6 +219,13 @@ def test_to_another_order_of_memory(
     check(ranks.run(save, *case, **old), ranks.run(load, *case, **new), ROUNDING[precision])
 
 
+def test_files_of_an_older_save_are_left_alone(ranks: Ranks, one: Ranks, tmp_path: Path) -> None:
+    """By more ranks and at another stage, in the folder of the same tag."""
+    ranks.run(save, str(tmp_path), 3, "fp32", "adamw")
+    newer = one.run(save, str(tmp_path), 2, "fp32", "adamw")
+    check(newer, ranks.run(load, str(tmp_path), 3, "fp32", "adamw"), ROUNDING["fp32"])
+
+
 # -- bad files --------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +257,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "another save": (lambda path: edit(path, lambda base: base["lena"].update(update=2)), "different saves"),
     "no LENA": (lambda path: edit(path, lambda base: base.pop("lena")), "holds no LENA state"),
     "LENA a string": (lambda path: edit(path, lambda base: base.update(lena="text")), "holds no LENA state"),
+    "NaN": (
+        lambda path: edit(path, lambda base: next(iter(base["lena"]["layers"].values()))["averages"].append(math.nan)),
+        '"averages" is [',
+    ),
+    "negative": (lambda path: edit(path, lambda base: base["lena"].update(update=-5)), '"update" is -5'),
     "no map": (lambda path: edit(path, lambda base: base["lena"].pop("pieces")), "cannot be read"),
     "a gap": (lambda path: edit(path, lambda base: base["lena"]["pieces"][0].pop()), "lacks elements"),
     "twice": (

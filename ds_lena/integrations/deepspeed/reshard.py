@@ -92,7 +92,8 @@ class Resharding:
         if tag is None:
             latest = folder / "latest"
             tag = latest.read_text().strip() if latest.is_file() else None
-        files = None if tag is None else saved.files_in(folder / tag)
+        place = folder / (tag or "")
+        files = None if tag is None else _reading(place, lambda: saved.files_in(place))
         weights: dict[str, Tensor] = dict(named_parameters(self._view.module))
         own = saved.shard_of(self._view.wrapper.state_dict(), weights)
         kinds = set(from_all(self._everything, "foreign" if files is None else self._kind(files, own)))
@@ -198,7 +199,10 @@ class Resharding:
             lena = shard.inner.get("lena")
             if not isinstance(lena, dict):
                 raise StateError(f"LENA: {path} holds no LENA state. Restore it, or load an earlier checkpoint.")
-            checkpoint.require_loadable(lena, self._controller.config)
+            try:
+                checkpoint.require_loadable(lena, self._controller.config)
+            except StateError as error:
+                raise StateError(f"{error} The file is {path}.") from error
             maps[str(path)] = _reading(path, lambda lena=lena: pieces_from(lena["pieces"]))  # type: ignore[misc]
             keys |= _reading(path, lambda shard=shard: saved.state_keys(shard))  # type: ignore[misc]
             own = {key: value for key, value in lena.items() if key != "pieces"}
@@ -346,6 +350,8 @@ def _reading(path: Path, read: Callable[[], T]) -> T:
     """What `read()` returns. Whatever ends it is an error that names the file."""
     try:
         return read()
+    except StateError:
+        raise
     except Exception as error:
         raise StateError(
             f"LENA: {path} cannot be read as a file of a checkpoint ({type(error).__name__}: {error}). Restore it, or "

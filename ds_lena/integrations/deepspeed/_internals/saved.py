@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....errors import StateError
 from ....layers import without_compiled
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -91,10 +92,23 @@ class Files:
 
 
 def files_in(folder: Path) -> Files | None:
-    """The files in the folder of a tag, None if there is no model in it."""
+    """The files in the folder of a tag, None if there is no model in it.
+
+    DeepSpeed leaves files of an older save there. The newer one may be by fewer ranks, or at another stage.
+
+    Raises:
+        StateError: it is not clear which files are the newer ones.
+    """
     found = {int(match[1]): path for path in folder.glob("*.pt") if (match := _OPTIMIZER_FILE.fullmatch(path.name))}
     whole, cut = folder / "mp_rank_00_model_states.pt", folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    if whole.exists() and found and read_file(whole)["optimizer"] is not None:
+        raise StateError(
+            f"LENA: {folder} holds the files of two saves, at ZeRO 0 and above. Move those of one of them away: "
+            "*optim_states.pt are of the one above."
+        )
     model = cut if cut.exists() else whole
+    if whole.exists() and cut.exists() and found:
+        model = cut if _MASTERS[1] in read_file(min(found.items())[1])["optimizer_state_dict"] else whole
     return Files(found or {0: model}, model) if model.exists() else None
 
 
