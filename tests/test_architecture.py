@@ -43,10 +43,11 @@ FLOORS = (
      *(f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                      "_internals.zero12", "_internals.zero3", "support.feature"))},
     {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "axes",
-                                                   "frozen", "monitor", "window", "reshard", "support.refused",
+                                                   "frozen", "monitor", "window", "reading", "support.refused",
                                                    "support.supported", "support.without_effect")},
     {"integrations.deepspeed.support", "integrations.deepspeed._internals.zero3_nvme", "integrations.megatron.attach"},
-    {"integrations.deepspeed._internals.select"},
+    {"integrations.deepspeed._internals.select", "integrations.deepspeed.filling"},
+    {"integrations.deepspeed.reshard"},
     {"integrations.deepspeed", "integrations.deepspeed.attach", "integrations.megatron"},
     {"_registration"},
     {"__init__"},
@@ -136,7 +137,8 @@ PRIVATE_NAMES = (
     "optimizer_swapper", "swap_params_info", "swapped_gradients", "unswapped_gradients",
     "create_adam", "adam_update",
     "_get_all_ckpt_names", "load_module_state_dict", "_load_zero_checkpoint", "update_lp_params", "fp32_flat_groups",
-    "base_optimizer_state", "frozen_param_fragments",
+    "base_optimizer_state", "frozen_param_fragments", "_restore_from_bit16_weights", "refresh_fp32_params",
+    "_get_zero_ckpt_name", "_get_ckpt_name", "_get_optimizer_ckpt_name", "_get_zero_param_shapes", "checkpoint_mp_rank",
 )  # fmt: skip
 
 PRIVATE_TO_MEGATRON = (

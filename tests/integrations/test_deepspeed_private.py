@@ -25,12 +25,17 @@ ENGINE = (
     "_configure_lr_scheduler",
     "_configure_optimizer",
     "_get_all_ckpt_names",
+    "_get_ckpt_name",
+    "_get_optimizer_ckpt_name",
+    "_get_zero_ckpt_name",
+    "_get_zero_param_shapes",
     "_load_zero_checkpoint",
     "_take_model_step",
     "autotp_size",
     "basic_optimizer",
     "communication_data_type",
     "bfloat16_enabled",
+    "checkpoint_mp_rank",
     "config",
     "destroy",
     "bf16_master_weights_and_gradients",
@@ -55,6 +60,7 @@ ENGINE = (
     "module",
     "monitor",
     "mpu",
+    "mp_world_size",
     "optimizer",
     "optimizer_name",
     "optimizer_params",
@@ -88,6 +94,7 @@ ZERO_CONFIG = (
 )
 ZERO_1_2 = (
     "_coalesce_grad_reduction",
+    "_restore_from_bit16_weights",
     "_use_compact_grad_partition_buffer",
     "all_grad_tensors",
     "averaged_gradients",
@@ -136,6 +143,7 @@ NVME = (
 )
 LOSS_SCALE = ("_update_scale", "loss_scale", "step")
 BF16 = (
+    "_restore_from_bit16_weights",
     "bf16_groups",
     "clip_grad",
     "dp_process_group",
@@ -147,6 +155,7 @@ BF16 = (
     "update_lp_params",
 )
 ZERO_3 = (
+    "_restore_from_bit16_weights",
     "_coalesce_grad_reduction",
     "_epilogue_ran_this_backward",
     "averaged_gradients",
@@ -159,7 +168,7 @@ ZERO_3 = (
     "reduce_bucket_size",
 )
 ZERO_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor", "partition_numel")
-UNFUSED = ("clip_grad", "fp16_groups", "fp32_groups")
+UNFUSED = ("clip_grad", "fp16_groups", "fp32_groups", "load_state_dict", "refresh_fp32_params")
 LAYOUTS = {
     # (stage, precision): the wrapper's class, its names, those of a parameter
     (0, "fp32"): ("LENA", (), ()),

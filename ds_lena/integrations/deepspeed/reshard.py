@@ -8,12 +8,12 @@ DeepSpeed changes anything, all ranks have read all that they need, or all raise
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,27 @@ from torch import Tensor
 
 from ...controller import Controller
 from ...errors import StateError
-from ...layers import named_parameters, without_compiled
-from ...layouts.pieces import Copy, Piece, copies, pieces_from
+from ...keys import group_keys
+from ...layers import named_parameters
+from ...layouts.pieces import copies, pieces_from
 from ...optimizer import LENA
-from ...schedule import checkpoint
 from ._internals import saved
-from ._internals.engine import EngineView, logical_shapes
+from ._internals.engine import Asked, EngineView, logical_shapes
 from .exchange import from_all, together
+from .filling import Filled, frozen_weights, names_of_rest
+from .reading import Content, content_of, file_at, reading, require_one_save, require_there, shard_at
 
-T = TypeVar("T")
+logger = logging.getLogger("ds_lena")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint as this rank sees it. `model`: what its model file holds. `live`: what the engine would save."""
+
+    files: saved.Files
+    own_file: Path
+    model: dict[str, Any]
+    live: saved.Shard
 
 
 @dataclass(frozen=True)
@@ -53,11 +65,13 @@ class Resharding:
     def __init__(self, view: EngineView, controller: Controller, lena: LENA) -> None:
         self._view, self._controller, self._lena = view, controller, lena
         self._everything = view.grid.everything
-        placements = controller.binding.placements
-        self._sizes = {placement.name: placement.shape.numel() for placement in placements}
+        names = [placement.name for placement in controller.binding.placements]
+        shapes = logical_shapes(controller.parameters)
+        self._sizes = {name: shape.numel() for name, shape in zip(names, shapes, strict=True)}
+        # A pipeline and experts have files of their own for the module.
+        self._can_reshard = not (view.facts.pipelined or view.facts.experts)
         lena.register_state_dict_post_hook(self._add_pieces)
-        if not (view.grid.is_split or view.facts.experts):
-            view.around_load(self._loading)
+        view.around_load(self._loading)
 
     def _add_pieces(self, lena: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
         names = [placement.name for placement in self._controller.binding.placements]
@@ -68,112 +82,215 @@ class Resharding:
         packed["lena"]["pieces"] = [pieces.get(id(p), []) for group in lena.param_groups for p in group["params"]]
 
     @contextmanager
-    def _loading(self, folder: str, tag: str | None) -> Iterator[None]:
-        loaded = together(self._everything, lambda: self._read(Path(folder), tag))
+    def _loading(self, asked: Asked) -> Iterator[bool]:
+        loaded = together(self._everything, lambda: self._read(asked))
+        view = self._view
         if loaded is None:
-            yield
+            yield False
+            if view.facts.stage == 0 and not asked.wants_state:
+                saved.refresh_masters(view.wrapper)
             return
 
         def load_module() -> None:
             for parameter, values in loaded.frozen:
                 saved.write_window(parameter, values)
-            self._view.module.load_state_dict(loaded.buffers, strict=False)
+            view.module.load_state_dict(loaded.buffers, strict=False)
 
-        with saved.loading(self._view.engine, loaded.files, load_module, loaded.state):
-            yield
-        if self._view.facts.stage == 0:
+        with saved.loading(view.engine, loaded.files, load_module, loaded.state, asked.wants_state):
+            yield True
+        if view.facts.stage == 0:
             live = [p for group in self._lena.param_groups for p in group["params"]]
-            saved.write_masters(self._view.wrapper, loaded.masters, live)
+            saved.write_masters(view.wrapper, loaded.masters, live)
 
     # -- what is in the checkpoint ------------------------------------------------------------------------------------
 
-    def _read(self, folder: Path, tag: str | None) -> Loaded | None:
-        """None if DeepSpeed can load the checkpoint as it is, or will say itself that it cannot."""
+    def _read(self, asked: Asked) -> Loaded | None:
+        """None if DeepSpeed can load the checkpoint as it is, or if there is none."""
+        tag = self._tag(asked)
         if tag is None:
-            latest = folder / "latest"
-            tag = latest.read_text().strip() if latest.is_file() else None
-        place = folder / (tag or "")
-        files = None if tag is None else _reading(place, lambda: saved.files_in(place))
-        weights: dict[str, Tensor] = dict(named_parameters(self._view.module))
-        own = saved.shard_of(self._view.wrapper.state_dict(), weights)
-        kinds = set(from_all(self._everything, "foreign" if files is None else self._kind(files, own)))
-        if kinds <= {"foreign"} or files is None:
+            return None  # DeepSpeed warns
+        found = self._found(asked.folder, tag)
+        kinds = set(from_all(self._everything, self._kind(found)))
+        if kinds == {"foreign"}:
+            self._require_deepspeed_loads(found, asked)
+            self._tell_of_keys(shard_at(found.own_file, found.model), found, asked)
             return None
-        if kinds <= {"same"}:
-            self._check_own(files, own)
+        if kinds == {"same"} and (asked.wants_state or not self._can_reshard):
+            self._check_own(found, asked)
+            self._tell_of_keys(shard_at(found.own_file, found.model), found, asked)
             return None
-        return self._resharded(files, own)
+        return self._resharded(found, asked)
 
-    def _check_own(self, files: saved.Files, own: saved.Shard) -> None:
-        """Each rank loads its own file: all of them are whole and of one save, or every rank says which is not."""
-        model = _reading(files.model, lambda: saved.read_file(files.model))
-        path = files.optimizer.get(dist.get_rank(self._everything), files.model)
-        found = self._found([path], model)
-        _check(path, found.first, copies(pieces_from(own.inner["lena"]["pieces"]), found.maps, self._sizes), found.keys)
-        of_ranks = from_all(self._everything, (str(path), found.numbers))
-        _require_one_save(of_ranks)
+    def _tag(self, asked: Asked) -> str | None:
+        latest = asked.folder / "latest"
+        tag = asked.tag
+        if tag is None and latest.is_file():
+            tag = reading(latest, lambda: latest.read_text().strip())
+        tags = from_all(self._everything, None if tag is None else str(tag))
+        if len(set(tags)) > 1:
+            seen = ", ".join(sorted({"none" if one is None else f'"{one}"' for one in tags}))
+            raise StateError(
+                f"LENA: the ranks see different checkpoints in {asked.folder}: {seen}. Give all ranks the same tag, "
+                "and a folder that all of them see."
+            )
+        return tags[0]
 
-    def _kind(self, files: saved.Files, own: saved.Shard) -> str:
-        """How the file of this rank, or the first one, stands to what the engine would save.
+    def _found(self, folder: Path, tag: str) -> Found:
+        view, place = self._view, folder / tag
+        files = reading(place, lambda: saved.files_in(place, view.part))
+        if files is None:
+            there = sorted(path.name for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
+            raise StateError(
+                f"LENA: {place} holds no model file (*model_states.pt). Give load_checkpoint the tag of a checkpoint "
+                f"that is there. Folders in {folder}: {', '.join(there) or 'none'}."
+            )
+        model = file_at(files.model)
+        parts = reading(files.model, lambda: saved.parts_in(model))
+        if parts != view.parts:
+            raise StateError(
+                f"LENA: {place} is of a model in {parts} parts, and this run has it in {view.parts} (tensor-parallel "
+                "ranks times pipeline stages). The parts are not put together: load it with as many as it was saved "
+                "with. The number of data-parallel ranks may differ."
+            )
+        live = saved.shard_of(view.wrapper.state_dict(), dict(named_parameters(view.module)))
+        return Found(files, saved.own_file(view.engine, folder, tag), model, live)
 
-        "foreign": it is not known which pieces it holds. "same", "other": whether they are the engine's.
+    def _kind(self, found: Found) -> str:
+        """How the checkpoint stands to what the engine would save.
+
+        "foreign": it is of the same form, and does not say which pieces it holds. "same": with the same pieces.
+        "other": neither.
         """
-        rank, ranks = dist.get_rank(self._everything), dist.get_world_size(self._everything)
-        model = _reading(files.model, lambda: saved.read_file(files.model))
-        if len(files.optimizer) == 1 and files.optimizer[0] == files.model:
-            path, is_same_number = files.model, True
-        else:
-            path = files.optimizer.get(rank, next(iter(files.optimizer.values())))
-            is_same_number = _reading(files.model, lambda: saved.ranks_in(model)) == ranks
-        shard = self._shard(path, model)
-        if not isinstance(shard.inner.get("lena"), dict) or "pieces" not in shard.inner["lena"]:
+        path, live, stage = found.own_file, found.live, self._view.facts.stage
+        names = {file.name for file in found.files.optimizer.values()}
+        is_apart = stage == 0 and self._view.facts.experts
+        if not path.is_file() or (path.name not in names and not is_apart):
+            return "other"
+        ranks = reading(found.files.model, lambda: saved.ranks_in(found.model))
+        if (stage and ranks != self._view.grid.data_ranks) or not saved.has_order_of(found.model, self._view.engine):
+            return "other"
+        if stage == 0 and not is_apart and found.model.get("optimizer") is None:
+            return "other"
+        shard = shard_at(path, found.model)
+        if shard.form != live.form:
+            return "other"
+        lena = shard.inner.get("lena")
+        if not isinstance(lena, dict) or "pieces" not in lena:
             return "foreign"
-        is_same_form = shard.outer.keys() == own.outer.keys() and is_same_number
-        return "same" if is_same_form and shard.inner["lena"]["pieces"] == own.inner["lena"]["pieces"] else "other"
+        return "same" if lena["pieces"] == live.inner["lena"]["pieces"] else "other"
 
-    @staticmethod
-    def _shard(path: Path, model: Mapping[str, Any]) -> saved.Shard:
-        return _reading(path, lambda: saved.optimizer_in(saved.read_file(path), saved.weights_in(model)))
+    def _check_own(self, found: Found, asked: Asked) -> None:
+        """Each rank loads its own file: all of them are whole and of one save, or every rank says which is not."""
+        path = found.own_file
+        shard = shard_at(path, found.model)
+        content = content_of(path, shard, self._controller.config)
+        wanted = copies(pieces_from(found.live.inner["lena"]["pieces"]), {str(path): content.pieces or []}, self._sizes)
+        require_there(path, shard, wanted[str(path)], content.keys, has_masters=self._can_reshard)
+        require_one_save(dict(from_all(self._everything, (path, content))))
+        if self._can_reshard and not asked.loads_module:
+            self._missing(found, asked)
+
+    def _missing(self, found: Found, asked: Asked) -> set[str]:
+        """The frozen weights and buffers that the checkpoint lacks and that need not be in it."""
+        frozen, buffers = names_of_rest(self._view.module, self._sizes)
+        weights, files = saved.weights_in(found.model), found.files
+        cut = reading(files.model, lambda: saved.frozen_in(found.model)) if files.is_cut else weights
+        missing = [name for name in frozen if name not in cut] + [name for name in buffers if name not in weights]
+        if missing and asked.is_strict:
+            raise StateError(
+                f'LENA: {files.model} lacks "{missing[0]}" of this model, which is not trained. If it was saved with '
+                "exclude_frozen_parameters=True, or is to stay as it is in the model, give load_checkpoint "
+                "load_module_strict=False."
+            )
+        return set(missing)
+
+    def _require_deepspeed_loads(self, found: Found, asked: Asked) -> None:
+        """Refuse what DeepSpeed says that it loads, and does not."""
+        if asked.module_only and self._view.facts.stage == 3:
+            raise StateError(
+                f"LENA: {found.files.model.parent} was not saved by this version of LENA, and DeepSpeed loads nothing "
+                "of it with load_module_only=True at ZeRO-3. Use load_optimizer_states=False instead."
+            )
 
     # -- from its layout to the engine's ------------------------------------------------------------------------------
 
-    def _resharded(self, files: saved.Files, own: saved.Shard) -> Loaded:
-        model = _reading(files.model, lambda: saved.read_file(files.model))
-        paths = self._paths(files, _reading(files.model, lambda: saved.ranks_in(model)))
-        found = self._found(paths, model)
-        first = found.first
-        pieces = pieces_from(own.inner["lena"]["pieces"])
-        plan = copies(pieces, found.maps, self._sizes)
-        if len(first.inner["param_groups"]) != len(own.inner["param_groups"]):
+    def _resharded(self, found: Found, asked: Asked) -> Loaded:
+        contents = self._contents(found)
+        if not self._can_reshard:
             raise StateError(
-                f"LENA: {files.model.parent} was saved with {len(first.inner['param_groups'])} parameter groups, and "
-                f"this optimizer has {len(own.inner['param_groups'])}. Make the groups as in the saved run."
+                f"LENA: {found.files.model.parent} was saved in another layout, and a model with pipeline stages or "
+                "experts is loaded in its own only: use the number of ranks, the ZeRO stage and the order of "
+                "parameters that it was saved with."
             )
-        masters = self._own_masters()
-        filled = _Filled(masters, pieces)
+        if asked.loads_module:
+            raise StateError(
+                f"LENA: custom_load_fn cannot be used with {found.files.model.parent}, which was saved in another "
+                "layout: its weights come from the optimizer's files. Leave it out, or load the checkpoint in the "
+                "layout that it was saved in."
+            )
+        pieces = pieces_from(found.live.inner["lena"]["pieces"])
+        plan = copies(pieces, {str(path): content.pieces or [] for path, content in contents.items()}, self._sizes)
+        first = shard_at(next(iter(contents)), found.model)
+        if asked.wants_state:
+            self._look_at_groups(found, first, contents)
+        keys = {key for content in contents.values() for key in content.keys} if asked.wants_state else set()
+        filled = Filled(self._own_masters(), pieces)
         for file, wanted in plan.items():
             if wanted:
-                path, shard = Path(file), self._shard(Path(file), model)
-                _check(path, shard, {file: wanted}, found.keys)
-                filled.take(path, shard, wanted)
+                path, shard = Path(file), shard_at(Path(file), found.model)
+                require_there(path, shard, wanted, keys)
+                filled.take(path, shard, wanted, asked.wants_state)
+        missing = self._missing(found, asked)
+        _, buffers = names_of_rest(self._view.module, self._sizes)
+        weights = saved.weights_in(found.model)
+        self._tell_of_keys(first, found, asked)
+        return Loaded(
+            files=found.files,
+            state=self._state(found.live, first, filled, asked),
+            masters={number: filled.masters[number] for number, held in enumerate(pieces) if held},
+            frozen=frozen_weights(self._view.module, missing | self._sizes.keys(), found.files, found.model),
+            buffers={name: weights[plain] for plain, name in buffers.items() if plain not in missing},
+        )
+
+    @staticmethod
+    def _state(live: saved.Shard, first: saved.Shard, filled: Filled, asked: Asked) -> dict[str, Any]:
+        """What the engine would have saved: with the state of the checkpoint, or with its own where that stays."""
+        if not asked.wants_state:
+            return live.with_state(live.inner, filled.masters, live)
         groups = [
             old | {key: new[key] for key in ("params", "param_names") if key in new}
-            for old, new in zip(first.inner["param_groups"], own.inner["param_groups"], strict=True)
+            for old, new in zip(first.inner["param_groups"], live.inner["param_groups"], strict=True)
         ]
         inner = {"state": filled.state, "param_groups": groups, "lena": first.inner["lena"]}
-        return Loaded(
-            files=files,
-            state=own.with_state(inner, filled.masters, first),
-            masters={number: filled.masters[number] for number, held in enumerate(pieces) if held},
-            frozen=self._frozen(files, model),
-            buffers=self._buffers(files, model),
-        )
+        return live.with_state(inner, filled.masters, first)
 
     def _own_masters(self) -> list[Tensor]:
         """The tensors that hold the engine's master weights, by number, with their padding."""
         if self._view.facts.stage:
             return [flat for flat, _ in self._controller.binding.layout.segments()]
         return [p for group in self._lena.param_groups for p in group["params"]]
+
+    def _contents(self, found: Found) -> dict[Path, Content]:
+        """What is in the optimizer files of this part of the model. The ranks share the work of reading them."""
+        ranks = reading(found.files.model, lambda: saved.ranks_in(found.model))
+        paths, data = self._paths(found.files, ranks), self._view.grid.data
+        mine = {
+            path: content_of(path, shard_at(path, found.model), self._controller.config)
+            for path in paths[dist.get_rank(data) :: dist.get_world_size(data)]
+        }
+        everything: dict[Path, Content] = {}
+        for of_rank in from_all(self._everything, mine):
+            everything |= of_rank
+        contents = {path: everything[path] for path in paths}
+        require_one_save(contents | everything)
+        if any(content.pieces is None for content in contents.values()):
+            raise StateError(
+                f"LENA: {found.files.model.parent} was saved in another layout (by {ranks} ranks), and does not say "
+                "which pieces of the parameters lie where: another optimizer or an older ds_lena wrote it. Load it "
+                "once with the number of ranks, the ZeRO stage and the entries that it was saved with, save it there "
+                "with this version, and load that checkpoint anywhere."
+            )
+        return contents
 
     def _paths(self, files: saved.Files, ranks: int) -> list[Path]:
         if files.optimizer.get(0) == files.model:
@@ -182,178 +299,69 @@ class Resharding:
         if missing:
             raise StateError(
                 f"LENA: the checkpoint {files.model.parent} was saved by {ranks} ranks, and the optimizer file of rank "
-                f"{missing[0]} is not there (*zero_pp_rank_{missing[0]}_mp_rank_00_optim_states.pt). Restore it, or "
-                "load an earlier checkpoint."
+                f"{missing[0]} is not there (*zero_pp_rank_{missing[0]}_mp_rank_{self._view.part:02d}_optim_states.pt)."
+                " Restore it, or load an earlier checkpoint."
             )
         return [files.optimizer[rank] for rank in range(ranks)]
 
-    def _found(self, paths: list[Path], model: Mapping[str, Any]) -> _Found:
-        """What is in the files, after a look at all of them."""
-        maps: dict[str, list[list[Piece]]] = {}
-        keys: set[str] = set()
-        numbers: list[tuple[str, str]] = []
-        first = None
-        for path in paths:
-            shard = self._shard(path, model)
-            first = first or shard
-            lena = shard.inner.get("lena")
-            if not isinstance(lena, dict):
-                raise StateError(f"LENA: {path} holds no LENA state. Restore it, or load an earlier checkpoint.")
-            try:
-                checkpoint.require_loadable(lena, self._controller.config)
-            except StateError as error:
-                raise StateError(f"{error} The file is {path}.") from error
-            maps[str(path)] = _reading(path, lambda lena=lena: pieces_from(lena["pieces"]))  # type: ignore[misc]
-            keys |= _reading(path, lambda shard=shard: saved.state_keys(shard))  # type: ignore[misc]
-            own = {key: value for key, value in lena.items() if key != "pieces"}
-            numbers.append((str(path), json.dumps(own, sort_keys=True)))
-        _require_one_save(numbers)
-        assert first is not None, "there is a file at least"
-        return _Found(maps, first, keys, numbers[0][1])
+    # -- what may surprise --------------------------------------------------------------------------------------------
 
-    def _frozen(self, files: saved.Files, model: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """This rank's part of each frozen weight, with the saved values."""
-        found = [(name, p) for name, p in named_parameters(self._view.module) if name not in self._sizes]
-        if not found:
-            return []
-        sizes = {name: logical_shapes([p])[0].numel() for name, p in found}
-        own, held = [], {}
-        for name, parameter in found:
-            first, length = saved.window_of(parameter)
-            own.append([Piece(name, 0, length, first)] if length else [])
-        is_cut = files.model_of(1) != files.model
-        ranks = saved.ranks_in(model) if is_cut else 1
-        sources: dict[str, Callable[[], dict[str, Tensor]]] = {}
-        for rank in range(ranks):
-            path = files.model_of(rank)
-
-            def read(path: Path = path) -> dict[str, Tensor]:
-                content = _reading(path, lambda: saved.read_file(path))
-                return _reading(path, lambda: saved.frozen_in(content) if is_cut else saved.weights_in(content))
-
-            sources[str(path)] = read
-            held[str(path)] = [_part(name, sizes[name], read().get(name), rank) for name in sizes]
-        values = [torch.zeros(sum(piece.length for piece in pieces)) for pieces in own]
-        for file, wanted in copies(own, held, sizes).items():
-            content, names = sources[file](), list(sizes)
-            for copy in wanted:
-                source = content[names[copy.source]]
-                values[copy.target] = values[copy.target].to(source.dtype)
-                _copy(copy, source, values[copy.target])
-        return [(parameter, value) for (_, parameter), value in zip(found, values, strict=True)]
-
-    def _buffers(self, files: saved.Files, model: Mapping[str, Any]) -> dict[str, Any]:
-        module = self._view.module
-        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        names = [name for name in module.state_dict() if name not in parameters]
-        there = saved.weights_in(model)
-        missing = [name for name in names if without_compiled(name) not in there]
-        if missing:
-            raise StateError(f'LENA: {files.model} lacks the buffer "{missing[0]}" of this model.')
-        return {name: there[without_compiled(name)] for name in names}
-
-
-def _part(name: str, size: int, held: Tensor | None, rank: int) -> list[Piece]:
-    """The piece of a frozen weight that the file of one rank holds. ZeRO-3 pads the last one."""
-    if held is None:
-        return []
-    offset = rank * held.numel()
-    length = min(held.numel(), size - offset)
-    return [Piece(name, 0, length, offset)] if length > 0 else []
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What is in the optimizer files: the pieces in each, what the first one holds, the names in the base rule's state,
-    and LENA's own state as text, which is the same in all of them.
-    """
-
-    maps: dict[str, list[list[Piece]]]
-    first: saved.Shard
-    keys: set[str]
-    numbers: str
-
-
-def _require_one_save(of_files: list[tuple[str, str]]) -> None:
-    """Raise `StateError` if LENA's state is not the same in all files. `of_files`: each with its state as text."""
-    first, known = of_files[0]
-    for path, numbers in of_files[1:]:
-        if numbers != known:
+    def _look_at_groups(self, found: Found, first: saved.Shard, contents: Mapping[Path, Content]) -> None:
+        """Refuse another number of groups; say if parameters have gone to another one."""
+        before, now = len(first.inner["param_groups"]), len(found.live.inner["param_groups"])
+        if before != now:
             raise StateError(
-                f"LENA: {path} and {first} are of different saves: LENA's state in them differs. Restore the one that "
-                "was replaced, or load an earlier checkpoint."
+                f"LENA: {found.files.model.parent} was saved with {before} parameter groups, and this optimizer has "
+                f"{now}. Make the groups as in the saved run."
+            )
+        old = {name: group for content in contents.values() for name, group in content.group_of.items()}
+        params = [group["params"] for group in found.live.inner["param_groups"]]
+        group_of = {number: i for i, numbers in enumerate(params) for number in numbers}
+        pieces = pieces_from(found.live.inner["lena"]["pieces"])
+        mine = {piece.name: group_of[number] for number, held in enumerate(pieces) for piece in held}
+        new = {name: group for of_rank in from_all(self._everything, mine) for name, group in of_rank.items()}
+        moved = [name for name, group in new.items() if old.get(name, group) != group]
+        if moved:
+            logger.warning(
+                'LENA: %d parameters are in another parameter group than in the checkpoint, "%s" in %d instead of %d. '
+                "They go on with the learning rate and the other keys of the group that they are in now.",
+                len(moved),
+                moved[0],
+                new[moved[0]],
+                old[moved[0]],
             )
 
-
-def _check(path: Path, shard: saved.Shard, plan: Mapping[str, list[Copy]], keys: set[str]) -> None:
-    """Raise `StateError` if a file lacks something of what is to be copied from it."""
-    for copy in plan[str(path)]:
-        state = shard.inner["state"].get(copy.source, {})
-        lacking = sorted(keys - state.keys())
-        if lacking and (state or not shard.may_lack_state):
-            what = f'"{lacking[0]}"'
-        elif not _reaches(shard.masters[copy.source], copy):
-            what = "the master weights"
-        else:
-            short = sorted(key for key, value in state.items() if key != "step" and not _reaches(value, copy))
-            if not short:
-                continue
-            what = f'"{short[0]}"'
-        raise StateError(f'LENA: {path} lacks {what} of "{copy.name}". Restore it, or load an earlier checkpoint.')
-
-
-def _reaches(tensor: object, copy: Copy) -> bool:
-    return isinstance(tensor, Tensor) and tensor.numel() >= copy.begin + copy.length
-
-
-class _Filled:
-    """Master weights and the base rule's state in the engine's layout, filled from one file after the other."""
-
-    def __init__(self, like: list[Tensor], pieces: list[list[Piece]]) -> None:
-        self._like = like
-        self.masters = [
-            torch.zeros(tensor.shape, dtype=tensor.dtype) if held else tensor.detach()
-            for tensor, held in zip(like, pieces, strict=True)
+    def _tell_of_keys(self, shard: saved.Shard, found: Found, asked: Asked) -> None:
+        """Say which hyperparameters the checkpoint replaces, or that it leaves the optimizer as it is."""
+        if not asked.wants_state:
+            if not asked.module_only:
+                logger.warning(
+                    "LENA: load_optimizer_states=False: the base rule's state, LENA's statistics and its warm-up stay "
+                    "as they are in this engine (after update %d), while engine.global_steps is the checkpoint's.",
+                    self._controller.schedule.updates,
+                )
+            return
+        keys = group_keys(self._controller.config.base)
+        names = [key for key in keys if key != "lr" or self._view.engine.lr_scheduler is None]
+        groups = zip(shard.inner["param_groups"], found.live.inner["param_groups"], strict=False)
+        told = [
+            f'"{key}" of group {number}: {old[key]!r} instead of {new[key]!r}'
+            for number, (old, new) in enumerate(groups)
+            for key in names
+            if key in old and _differ(old[key], new[key])
         ]
-        self.state: dict[int, dict[str, Any]] = {}
-        self._steps: dict[int, tuple[float, str, Path]] = {}
-
-    def take(self, path: Path, shard: saved.Shard, wanted: list[Copy]) -> None:
-        for copy in wanted:
-            _copy(copy, shard.masters[copy.source], self.masters[copy.target])
-            for key, value in shard.inner["state"].get(copy.source, {}).items():
-                if key == "step":
-                    self._take_step(path, copy, value)
-                    continue
-                target = self.state.setdefault(copy.target, {})
-                if key not in target:
-                    target[key] = torch.zeros(self._like[copy.target].shape, dtype=value.dtype)
-                _copy(copy, value, target[key])
-
-    def _take_step(self, path: Path, copy: Copy, step: Any) -> None:
-        number = float(step)
-        known, name, other = self._steps.setdefault(copy.target, (number, copy.name, path))
-        if known != number:
-            raise StateError(
-                f'LENA: "{copy.name}" in {path} has had {number:g} updates, and "{name}" in {other} {known:g}. In this '
-                "layout both lie in one tensor, which has one count. Load the checkpoint at ZeRO 0."
+        before, now = shard.outer.get("clip_grad"), found.live.outer.get("clip_grad")
+        if None not in (before, now) and before != now:
+            told.append(f'"gradient_clipping": {before} instead of {now}')
+        if told:
+            logger.warning(
+                "LENA: the checkpoint's hyperparameters replace this run's: %s. To have this run's, set them in "
+                "engine.optimizer.param_groups (gradient_clipping: engine.optimizer.clip_grad) after load_checkpoint.",
+                "; ".join(told),
             )
-        self.state.setdefault(copy.target, {})["step"] = torch.as_tensor(step).clone()
 
 
-def _copy(copy: Copy, source: Any, target: Tensor) -> None:
-    values = source.detach().reshape(-1).narrow(0, copy.begin, copy.length)
-    target.view(-1).narrow(0, copy.start, copy.length).copy_(values)
-
-
-def _reading(path: Path, read: Callable[[], T]) -> T:
-    """What `read()` returns. Whatever ends it is an error that names the file."""
-    try:
-        return read()
-    except StateError:
-        raise
-    except Exception as error:
-        raise StateError(
-            f"LENA: {path} cannot be read as a file of a checkpoint ({type(error).__name__}: {error}). Restore it, or "
-            "load an earlier checkpoint."
-        ) from error
+def _differ(old: Any, new: Any) -> bool:
+    """Whether two values of a key differ. Betas may be a list or a tuple."""
+    old, new = (tuple(value) if isinstance(value, (list, tuple)) else value for value in (old, new))
+    return bool(old != new)

@@ -6,7 +6,9 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,22 @@ from torch import Tensor
 
 from .facts import EngineFacts, read_facts
 from .grid import Grid, read_grid
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `load_checkpoint` is asked for.
+
+    `is_strict`: names of the module and the checkpoint must be the same. `wants_state`: the optimizer's state too.
+    `module_only`: nothing but the module. `loads_module`: the caller has a function for the module.
+    """
+
+    folder: Path
+    tag: str | None
+    is_strict: bool
+    wants_state: bool
+    module_only: bool
+    loads_module: bool
 
 
 class EngineView:
@@ -73,6 +91,16 @@ class EngineView:
     def grid(self) -> Grid:
         """Which ranks share what."""
         return read_grid(self._engine)
+
+    @property
+    def part(self) -> int:
+        """The number of this rank's part of the model, in names of files."""
+        return self._engine.checkpoint_mp_rank
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts tensor and pipeline parallelism cut the model."""
+        return self._engine.mp_world_size
 
     # -- what can change ----------------------------------------------------------------------------------------------
 
@@ -139,8 +167,8 @@ class EngineView:
         if self.wrapper is not self.optimizer:
             self._after(self.wrapper, "zero_grad", lambda _: action())
 
-    def around_load(self, loading: Callable[[str, str | None], AbstractContextManager[None]]) -> None:
-        """Run `load_checkpoint` within `loading(folder, tag)` where it loads the optimizer's state."""
+    def around_load(self, loading: Callable[[Asked], AbstractContextManager[bool]]) -> None:
+        """Run `load_checkpoint` within `loading(asked)`. If that gives True, it loads the optimizer's state itself."""
         original = self._engine.load_checkpoint
         signature = inspect.signature(original)
 
@@ -148,11 +176,18 @@ class EngineView:
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
-            asked = given.arguments
-            if not asked["load_optimizer_states"] or asked["load_module_only"]:
-                return original(*args, **kwargs)
-            with loading(asked["load_dir"], asked["tag"]):
-                return original(*args, **kwargs)
+            arguments = given.arguments
+            asked = Asked(
+                folder=Path(arguments["load_dir"]),
+                tag=arguments["tag"],
+                is_strict=arguments["load_module_strict"],
+                wants_state=arguments["load_optimizer_states"] and not arguments["load_module_only"],
+                module_only=arguments["load_module_only"],
+                loads_module=arguments["custom_load_fn"] is not None,
+            )
+            with loading(asked) as is_done:
+                arguments["load_optimizer_states"] = arguments["load_optimizer_states"] or is_done
+                return original(*given.args, **given.kwargs)
 
         self._engine.load_checkpoint = load_checkpoint
 

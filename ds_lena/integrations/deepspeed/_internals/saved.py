@@ -18,7 +18,6 @@ from torch import Tensor
 from ....errors import StateError
 from ....layers import without_compiled
 
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
 _INNER = ("base_optimizer_state", "optimizer_state_dict")
 _GLOBAL = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter")
@@ -41,6 +40,12 @@ class Shard:
         """Whether a parameter that never had a gradient has no state. In a flat tensor it has one of zeros."""
         return not any(key in self.outer for key in _MASTERS[:2])
 
+    @property
+    def form(self) -> tuple[frozenset[str], list[int | None]]:
+        """What tells one wrapper from another: its keys, and the sizes of its tensors. Not what LENA adds."""
+        sizes = [None if master is None else master.numel() for master in self.masters]
+        return frozenset(self.outer) - {"lena"}, [] if self.outer is self.inner else sizes
+
     def with_state(self, inner: dict[str, Any], masters: list[Tensor], of: Shard) -> dict[str, Any]:
         """What this wrapper would save with another state and other masters. Its other entries are those of `of`."""
         if self.outer is self.inner:
@@ -62,8 +67,7 @@ def shard_of(outer: dict[str, Any], weights: Mapping[str, Tensor]) -> Shard:
     if "param_groups" in outer:
         inner, numbers = outer, [i for group in outer["param_groups"] for i in group["params"]]
         pieces = (outer.get("lena") or {}).get("pieces") or [[] for _ in numbers]
-        names = [tensor[0][0] if tensor else None for tensor in pieces]
-        return Shard(outer, inner, [None if name is None else weights[name] for name in names])
+        return Shard(outer, inner, [weights.get(tensor[0][0]) if tensor else None for tensor in pieces])
     masters = outer[_key(_MASTERS, outer)]
     if "fp32_groups" in outer:
         masters = [master for group in masters for master in group]
@@ -81,35 +85,67 @@ def _key(keys: tuple[str, ...], outer: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one checkpoint. `optimizer`: by rank; at ZeRO 0 it is `model`. `model`: that of the first rank."""
+    """The files of one checkpoint, for one part of the model.
+
+    `optimizer`: by rank; at ZeRO 0 it is `model`. `model`: that of the first rank.
+    """
 
     optimizer: dict[int, Path]
     model: Path
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether each rank has a model file, as ZeRO-3 has."""
+        return self.model.name.startswith("zero_")
+
     def model_of(self, rank: int) -> Path:
-        """The file with the frozen weights of one rank, of those that ZeRO-3 cuts."""
-        return self.model.with_name(self.model.name.replace("pp_rank_0_", f"pp_rank_{rank}_"))
+        """The file with the frozen weights of one rank."""
+        return self.model.with_name(self.model.name.replace("zero_pp_rank_0_", f"zero_pp_rank_{rank}_"))
+
+    def models(self, parts: int) -> list[str]:
+        """The model files of all parts of the model."""
+        names = [re.sub(r"mp_rank_\d+", f"mp_rank_{part:02d}", self.model.name) for part in range(parts)]
+        return [str(self.model.with_name(name)) for name in names]
 
 
-def files_in(folder: Path) -> Files | None:
-    """The files in the folder of a tag, None if there is no model in it.
+def files_in(folder: Path, part: int) -> Files | None:
+    """The files that DeepSpeed has written into a folder, for one part of the model. None if there are none.
 
-    DeepSpeed leaves files of an older save there. The newer one may be by fewer ranks, or at another stage.
-
-    Raises:
-        StateError: it is not clear which files are the newer ones.
+    A save into a folder of files leaves those of another ZeRO stage, and of more ranks. The newer ones are taken.
     """
-    found = {int(match[1]): path for path in folder.glob("*.pt") if (match := _OPTIMIZER_FILE.fullmatch(path.name))}
-    whole, cut = folder / "mp_rank_00_model_states.pt", folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    if whole.exists() and found and read_file(whole)["optimizer"] is not None:
+    end = f"mp_rank_{part:02d}"
+    whole, cut = folder / f"{end}_model_states.pt", folder / f"zero_pp_rank_0_{end}_model_states.pt"
+    found: dict[str, dict[int, Path]] = {"": {}, "bf16_": {}}
+    for path in folder.glob(f"*_{end}_optim_states.pt"):
+        if match := re.fullmatch(rf"(bf16_|)zero_pp_rank_(\d+)_{end}_optim_states\.pt", path.name):
+            found[match[1]][int(match[2])] = path
+    if all(found.values()):
+        raise StateError(
+            f"LENA: {folder} holds the files of two saves: bf16_zero_* are of one in bf16, zero_* of another one. Move "
+            "the optimizer files of the older save away."
+        )
+    optimizer = found[""] or found["bf16_"]
+    if whole.exists() and optimizer and read_file(whole).get("optimizer") is not None:
         raise StateError(
             f"LENA: {folder} holds the files of two saves, at ZeRO 0 and above. Move those of one of them away: "
             "*optim_states.pt are of the one above."
         )
     model = cut if cut.exists() else whole
-    if whole.exists() and cut.exists() and found:
-        model = cut if _MASTERS[1] in read_file(min(found.items())[1])["optimizer_state_dict"] else whole
-    return Files(found or {0: model}, model) if model.exists() else None
+    if whole.exists() and cut.exists() and optimizer:
+        model = cut if _MASTERS[1] in read_file(min(optimizer.items())[1])["optimizer_state_dict"] else whole
+    return Files(optimizer or {0: model}, model) if model.exists() else None
+
+
+def own_file(engine: Any, folder: Path, tag: str) -> Path:
+    """The file that the engine loads its optimizer's state from."""
+    if engine.zero_optimization():
+        return Path(engine._get_zero_ckpt_name(str(folder), tag))
+    if engine.has_moe_layers:
+        from deepspeed.utils import groups
+
+        largest = groups._get_max_expert_size_name()
+        return Path(engine._get_optimizer_ckpt_name(str(folder), tag, groups._get_expert_parallel_rank(largest)))
+    return Path(engine._get_ckpt_name(str(folder), tag))
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -118,19 +154,29 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def weights_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's weights and buffers, by name. At ZeRO-3 the weights are empty."""
-    return {without_compiled(name): value for name, value in model_file["module"].items()}
+    """The model's weights and buffers, by name. At ZeRO-3 the weights are empty, in a pipeline none is there."""
+    return {without_compiled(name): value for name, value in (model_file["module"] or {}).items()}
 
 
 def optimizer_in(file: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Shard:
     """The optimizer's part of a file. Raises what `shard_of` does."""
-    is_zero = "module" not in file
-    return shard_of(file["optimizer_state_dict" if is_zero else "optimizer"], weights)
+    return shard_of(file["optimizer_state_dict" if "optimizer_state_dict" in file else "optimizer"], weights)
 
 
 def ranks_in(model_file: Mapping[str, Any]) -> int:
-    """The number of ranks that the checkpoint was saved by."""
+    """The number of ranks that each part of the model was saved by."""
     return int(model_file["dp_world_size"])
+
+
+def parts_in(model_file: Mapping[str, Any]) -> int:
+    """The number of parts that the model was cut into, by tensor and pipeline parallelism."""
+    return int(model_file["mp_world_size"])
+
+
+def has_order_of(model_file: Mapping[str, Any], engine: Any) -> bool:
+    """Whether the engine has the same parameters in the same order. ZeRO 0 does not say, and has that of the model."""
+    saved = model_file.get("param_shapes")
+    return saved is None or not engine.zero_optimization() or saved == engine._get_zero_param_shapes()
 
 
 def frozen_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -157,30 +203,36 @@ def write_window(parameter: Tensor, values: Tensor) -> None:
 
 
 @contextmanager
-def loading(engine: Any, files: Files, load_module: Callable[[], None], state: dict[str, Any]) -> Iterator[None]:
+def loading(
+    engine: Any, files: Files, load_module: Callable[[], None], state: dict[str, Any], wants_state: bool
+) -> Iterator[None]:
     """Within it `load_checkpoint` of the engine takes counts and schedules of `files`, and the optimizer's `state`.
 
-    `load_module()`: sets buffers and frozen weights.
+    `load_module()`: sets buffers and frozen weights. `wants_state`: else the master weights in `state` alone are taken.
     """
     wrapper = engine.optimizer
     load_state = wrapper.load_state_dict
 
     def load_zero(*_: Any, **__: Any) -> bool:
         ranks = torch.distributed.get_world_size(wrapper.dp_process_group)
-        load_state([state] * ranks, load_optimizer_states=True, load_from_fp32_weights=True)
+        load_state([state] * ranks, load_optimizer_states=wants_state, load_from_fp32_weights=True)
         if hasattr(wrapper, "update_lp_params"):  # ZeRO 3 does so by itself
             wrapper.update_lp_params()
         return True
 
     def load_plain(_: Any, **keys: Any) -> None:
-        load_state(state, **keys)
+        if wants_state:
+            load_state(state, **keys)
 
-    instead = {
-        (engine, "_get_all_ckpt_names"): lambda *_: [str(files.model)],
+    instead: dict[tuple[Any, str], Callable[..., Any]] = {
+        (engine, "_get_all_ckpt_names"): lambda *_: files.models(engine.mp_world_size),
         (engine, "load_module_state_dict"): lambda *_, **__: load_module(),
-        (engine, "_load_zero_checkpoint"): load_zero,
-        **({} if engine.zero_optimization() else {(wrapper, "load_state_dict"): load_plain}),
     }
+    if engine.zero_optimization():
+        instead[engine, "_load_zero_checkpoint"] = load_zero
+        instead[wrapper, "_restore_from_bit16_weights"] = load_zero  # where it is asked for the module alone
+    else:
+        instead[wrapper, "load_state_dict"] = load_plain
     for (owner, name), function in instead.items():
         setattr(owner, name, function)
     try:
@@ -191,7 +243,14 @@ def loading(engine: Any, files: Files, load_module: Callable[[], None], state: d
 
 
 def write_masters(wrapper: Any, masters: Mapping[int, Tensor], live: list[Tensor]) -> None:
-    """At ZeRO 0, where a wrapper does not do so: set weights from the masters. By number; `live`: what step() moves."""
+    """Set masters and weights at ZeRO 0, where a wrapper does not do so. By number; `live`: what `step()` moves."""
     low = [p for group in getattr(wrapper, "fp16_groups", ()) for p in group] or live
     for number, master in masters.items():
+        live[number].data.copy_(master)
         low[number].data.copy_(master)
+
+
+def refresh_masters(wrapper: Any) -> None:
+    """Set the masters from the weights at ZeRO 0, if it has any. DeepSpeed forgets it without optimizer states."""
+    if hasattr(wrapper, "refresh_fp32_params"):
+        wrapper.refresh_fp32_params()
