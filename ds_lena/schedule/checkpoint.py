@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ STATE_VERSION = 2
 _COUNTS = ("update", "skipped", "nonfinite")
 _AMOUNTS = ("n", "done", "planned_for")
 _OR_NONE = ("planned", "base_in_micro_batches", "base_samples", "total_steps", "planned_n", "micro_batch_size")
+_LARGEST = sys.float_info.max  # Python's integers go further
 _VECTORS = ("weight", "progress", "gain", "warmup", "capped")
 
 
@@ -61,6 +63,7 @@ def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
             f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads versions 1 "
             f"to {STATE_VERSION}. Load it with the ds_lena that wrote it."
         )
+    _require_whole(saved)
     if saved["variant"] != config.variant:
         raise StateError(
             f'LENA: the checkpoint was written with "variant": "{saved["variant"]}", this run has '
@@ -72,13 +75,11 @@ def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
             'whose state is another. Set "base" as in the checkpoint, or load the model\'s weights only.'
         )
 
-    _require_whole(saved)
-
 
 def _require_whole(saved: dict[str, Any]) -> None:
-    """Raise `StateError` if something is missing, or is not the number that it should be."""
+    """Raise `StateError` if something is missing, or is not what it should be."""
 
-    def require(holder: object, key: str, where: str, is_right: Callable[[Any], bool]) -> None:
+    def require(holder: object, key: str, is_right: Callable[[Any], bool], where: str = "") -> None:
         if not isinstance(holder, dict) or key not in holder or not is_right(holder[key]):
             found = repr(holder[key])[:80] if isinstance(holder, dict) and key in holder else "nothing"
             raise StateError(
@@ -86,33 +87,33 @@ def _require_whole(saved: dict[str, Any]) -> None:
                 "load an earlier checkpoint."
             )
 
+    for key in ("variant", "base"):
+        require(saved, key, lambda value: isinstance(value, str))
     for key in _COUNTS:
-        require(saved, key, "", lambda value: type(value) is int and value >= 0)
+        require(saved, key, lambda value: type(value) is int and value >= 0)
     for key in _AMOUNTS:
-        require(saved, key, "", _is_amount)
+        require(saved, key, _is_amount)
     for key in _OR_NONE:
-        require(saved, key, "", lambda value: value is None or _is_amount(value))
-    require(saved, "layers", "", lambda layers: isinstance(layers, dict))
+        require(saved, key, lambda value: value is None or _is_amount(value))
+    require(saved, "layers", lambda layers: isinstance(layers, dict))
     for name, layer in saved["layers"].items():
-        require(
-            layer, "averages", f'in layer "{name}" ', lambda row: isinstance(row, list) and all(map(_is_finite, row))
-        )
+        where = f'in layer "{name}" '
+        require(layer, "averages", _are_averages, where)
         for key in _VECTORS:
-            require(layer, key, f'in layer "{name}" ', _is_finite)
-    if len({len(layer["averages"]) for layer in saved["layers"].values()}) > 1:
-        raise StateError(
-            "LENA: the checkpoint's LENA state is damaged: its layers have different numbers of averages. Restore the "
-            "file, or load an earlier checkpoint."
-        )
+            require(layer, key, _is_finite, where)
+
+
+def _are_averages(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_finite, value))
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST
 
 
 def _is_amount(value: object) -> bool:
     """Infinite is allowed: a run without an end is planned so."""
-    return isinstance(value, (int, float)) and value >= 0
+    return isinstance(value, (int, float)) and (0 <= value <= _LARGEST or value == math.inf)
 
 
 def load(schedule: Schedule, saved: dict[str, Any]) -> None:

@@ -288,7 +288,9 @@ def test_a_checkpoint_of_another_version_is_refused(version):
         (lambda state: state["layers"].update(a=None), 'in layer "a" "averages" is nothing'),
         (lambda state: state["layers"]["a"]["averages"].__setitem__(0, math.nan), 'in layer "a" "averages" is [nan'),
         (lambda state: state["layers"]["b"].pop("gain"), 'in layer "b" "gain" is nothing'),
-        (lambda state: state["layers"]["b"]["averages"].pop(), "different numbers of averages"),
+        (lambda state: state["layers"]["b"]["averages"].pop(), 'in layer "b" "averages" is ['),
+        (lambda state: state.update(n=10**400), '"n" is 1000'),
+        (lambda state: state.pop("base"), '"base" is nothing'),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_nothing_changes(change, told):

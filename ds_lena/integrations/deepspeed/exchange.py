@@ -24,8 +24,8 @@ NAMED = 8
 """Ranks that an error names; of more it gives the number."""
 
 
-class _KnownToAll(Exception):
-    """Carries an error that all ranks have received in the same exchange."""
+class _KnownToAll(BaseException):
+    """Carries an error that all ranks have received in the same exchange. Nobody on the way takes it for his own."""
 
     def __init__(self, error: LenaError) -> None:
         super().__init__(error)

@@ -15,7 +15,7 @@ from ...layers import named_parameters, without_compiled
 from ...layouts.pieces import Copy, Piece, copies
 from ._internals import saved
 from ._internals.engine import logical_shapes
-from .reading import file_at, reading
+from ._internals.saved import reading
 
 
 class Filled:
@@ -94,7 +94,7 @@ def _frozen_weight(piece: Piece, size: int, files: saved.Files, model: Mapping[s
 def _take_weight(
     path: Path, weights_in: Callable[[Mapping[str, Any]], dict[str, Tensor]], copy: Copy, values: Tensor
 ) -> None:
-    _copy(copy, weights_in(file_at(path))[copy.name], values)
+    _copy(copy, weights_in(saved.read_file(path))[copy.name], values)
 
 
 def names_of_rest(module: nn.Module, trained: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +16,7 @@ from ...errors import StateError
 from ...layouts.pieces import Copy, Piece, pieces_from
 from ...schedule import checkpoint
 from ._internals import saved
-
-T = TypeVar("T")
+from ._internals.saved import reading
 
 
 @dataclass(frozen=True)
@@ -33,24 +32,6 @@ class Content:
     group_of: dict[str, int]
     keys: set[str]
     digest: str
-
-
-def reading(path: Path, read: Callable[[], T]) -> T:
-    """What `read()` returns. Whatever ends it is an error that names the file."""
-    try:
-        return read()
-    except StateError:
-        raise
-    except Exception as error:
-        raise StateError(
-            f"LENA: {path} cannot be read as a file of a checkpoint ({type(error).__name__}: {error}). Restore it, or "
-            "load an earlier checkpoint."
-        ) from error
-
-
-def file_at(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint. Its tensors stay on disk until they are used."""
-    return reading(path, lambda: saved.read_file(path))
 
 
 def shard_at(path: Path, model: Mapping[str, Any]) -> saved.Shard:
@@ -74,12 +55,15 @@ def content_of(path: Path, shard: saved.Shard, config: LenaConfig) -> Content:
         raise StateError(f"{error} The file is {path}.") from error
     has_map = lena["version"] > 1
     pieces = reading(path, lambda: pieces_from(lena["pieces"])) if has_map else None
-    groups = enumerate(shard.inner["param_groups"])
-    group_of_tensor = reading(path, lambda: {number: i for i, group in groups for number in group["params"]})
-    group_of = {piece.name: group_of_tensor[i] for i, held in enumerate(pieces or []) for piece in held}
+    group_of = reading(path, lambda: _groups(shard.inner["param_groups"], pieces or []))
     own = {key: value for key, value in lena.items() if key != "pieces"}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     return Content(pieces, True, group_of, keys, digest)
+
+
+def _groups(groups: list[dict[str, Any]], pieces: list[list[Piece]]) -> dict[str, int]:
+    group_of = {number: i for i, group in enumerate(groups) for number in group["params"]}
+    return {piece.name: group_of[number] for number, held in enumerate(pieces) for piece in held}
 
 
 def require_one_save(contents: Mapping[Path, Content]) -> None:

@@ -27,9 +27,10 @@ from ...layouts.pieces import copies, pieces_from
 from ...optimizer import LENA
 from ._internals import saved
 from ._internals.engine import Asked, EngineView, logical_shapes
+from ._internals.saved import reading
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
-from .reading import Content, content_of, file_at, reading, require_one_save, require_there, shard_at
+from .reading import Content, content_of, require_one_save, require_there, shard_at
 
 logger = logging.getLogger("ds_lena")
 
@@ -83,7 +84,7 @@ class Resharding:
 
     @contextmanager
     def _loading(self, asked: Asked) -> Iterator[bool]:
-        loaded = together(self._everything, lambda: self._read(asked))
+        loaded = together(self._everything, lambda: reading(asked.folder, lambda: self._read(asked)))
         view = self._view
         if loaded is None:
             yield False
@@ -144,7 +145,7 @@ class Resharding:
                 f"LENA: {place} holds no model file (*model_states.pt). Give load_checkpoint the tag of a checkpoint "
                 f"that is there. Folders in {folder}: {', '.join(there) or 'none'}."
             )
-        model = file_at(files.model)
+        model = saved.read_file(files.model)
         parts = reading(files.model, lambda: saved.parts_in(model))
         if parts != view.parts:
             raise StateError(

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ....errors import StateError
 from ....layers import without_compiled
 
+T = TypeVar("T")
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
 _INNER = ("base_optimizer_state", "optimizer_state_dict")
 _GLOBAL = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter")
@@ -148,9 +150,34 @@ def own_file(engine: Any, folder: Path, tag: str) -> Path:
     return Path(engine._get_ckpt_name(str(folder), tag))
 
 
+def reading(path: Path, read: Callable[[], T]) -> T:
+    """What `read()` returns. Whatever ends it is an error that names the file."""
+    try:
+        return read()
+    except StateError:
+        raise
+    except Exception as error:
+        raise StateError(
+            f"LENA: {path} cannot be read as a file of a checkpoint ({type(error).__name__}: {error}). Restore it, or "
+            "load an earlier checkpoint."
+        ) from error
+
+
 def read_file(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint. Its tensors stay on disk until they are used."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    """A file of a checkpoint. Its tensors stay on disk until they are used.
+
+    All but their numbers is compared with its checksum, if it was saved with one. torch does not do so with mmap.
+    """
+
+    def read() -> dict[str, Any]:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.infolist():
+                    if entry.filename.endswith("/data.pkl") and entry.CRC:
+                        archive.read(entry)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+
+    return reading(path, read)
 
 
 def weights_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
