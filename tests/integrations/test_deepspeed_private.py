@@ -66,6 +66,7 @@ ENGINE = (
     "optimizer_params",
     "pipeline_parallelism",
     "postscale_gradients",
+    "save_checkpoint",
     "seq_data_parallel_group",
     "seq_dp_world_size",
     "sequence_parallel_size",

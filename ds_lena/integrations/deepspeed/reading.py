@@ -55,13 +55,14 @@ def content_of(path: Path, shard: saved.Shard, config: LenaConfig) -> Content:
         raise StateError(f"{error} The file is {path}.") from error
     has_map = lena["version"] > 1
     pieces = reading(path, lambda: pieces_from(lena["pieces"])) if has_map else None
-    group_of = reading(path, lambda: _groups(shard.inner["param_groups"], pieces or []))
+    group_of = reading(path, lambda: groups_of(shard.inner["param_groups"], pieces or []))
     own = {key: value for key, value in lena.items() if key != "pieces"}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     return Content(pieces, True, group_of, keys, digest)
 
 
-def _groups(groups: list[dict[str, Any]], pieces: list[list[Piece]]) -> dict[str, int]:
+def groups_of(groups: list[dict[str, Any]], pieces: list[list[Piece]]) -> dict[str, int]:
+    """The number of the parameter group of each parameter. `pieces`: in the tensors of the groups, by their number."""
     group_of = {number: i for i, group in enumerate(groups) for number in group["params"]}
     return {piece.name: group_of[number] for number, held in enumerate(pieces) for piece in held}
 

@@ -8,8 +8,7 @@ DeepSpeed changes anything, all ranks have read all that they need, or all raise
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,10 @@ from ...optimizer import LENA
 from ._internals import saved
 from ._internals.engine import Asked, EngineView, logical_shapes
 from ._internals.saved import reading
+from .differences import require_same_groups, tell_of_fresh_start, tell_of_keys, tell_of_moved
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
-from .reading import Content, content_of, require_one_save, require_there, shard_at
-
-logger = logging.getLogger("ds_lena")
+from .reading import Content, content_of, groups_of, require_one_save, require_there, shard_at
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,11 @@ class Resharding:
         kinds = set(from_all(self._everything, self._kind(found)))
         if kinds == {"foreign"}:
             self._require_deepspeed_loads(found, asked)
-            self._tell_of_keys(shard_at(found.own_file, found.model), found, asked)
+            self._tell(shard_at(found.own_file, found.model), found, asked)
             return None
         if kinds == {"same"} and (asked.wants_state or not self._can_reshard):
             self._check_own(found, asked)
-            self._tell_of_keys(shard_at(found.own_file, found.model), found, asked)
+            self._tell(shard_at(found.own_file, found.model), found, asked)
             return None
         return self._resharded(found, asked)
 
@@ -233,7 +231,10 @@ class Resharding:
         plan = copies(pieces, {str(path): content.pieces or [] for path, content in contents.items()}, self._sizes)
         first = shard_at(next(iter(contents)), found.model)
         if asked.wants_state:
-            self._look_at_groups(found, first, contents)
+            require_same_groups(found.files.model.parent, first, found.live)
+            old = {name: group for content in contents.values() for name, group in content.group_of.items()}
+            own = groups_of(found.live.inner["param_groups"], pieces)
+            tell_of_moved({n: g for of_rank in from_all(self._everything, own) for n, g in of_rank.items()}, old)
         keys = {key for content in contents.values() for key in content.keys} if asked.wants_state else set()
         filled = Filled(self._own_masters(), pieces)
         for file, wanted in plan.items():
@@ -244,7 +245,7 @@ class Resharding:
         missing = self._missing(found, asked)
         _, buffers = names_of_rest(self._view.module, self._sizes)
         weights = saved.weights_in(found.model)
-        self._tell_of_keys(first, found, asked)
+        self._tell(first, found, asked)
         return Loaded(
             files=found.files,
             state=self._state(found.live, first, filled, asked),
@@ -264,6 +265,15 @@ class Resharding:
         ]
         inner = {"state": filled.state, "param_groups": groups, "lena": first.inner["lena"]}
         return live.with_state(inner, filled.masters, first)
+
+    def _tell(self, shard: saved.Shard, found: Found, asked: Asked) -> None:
+        """Say what the checkpoint replaces, or that it leaves the optimizer as it is."""
+        if asked.wants_state:
+            keys = group_keys(self._controller.config.base)
+            has_scheduler = self._view.engine.lr_scheduler is not None
+            tell_of_keys([key for key in keys if key != "lr" or not has_scheduler], shard, found.live)
+        elif not asked.module_only:
+            tell_of_fresh_start(self._controller.schedule.updates)
 
     def _own_masters(self) -> list[Tensor]:
         """The tensors that hold the engine's master weights, by number, with their padding."""
@@ -304,65 +314,3 @@ class Resharding:
                 " Restore it, or load an earlier checkpoint."
             )
         return [files.optimizer[rank] for rank in range(ranks)]
-
-    # -- what may surprise --------------------------------------------------------------------------------------------
-
-    def _look_at_groups(self, found: Found, first: saved.Shard, contents: Mapping[Path, Content]) -> None:
-        """Refuse another number of groups; say if parameters have gone to another one."""
-        before, now = len(first.inner["param_groups"]), len(found.live.inner["param_groups"])
-        if before != now:
-            raise StateError(
-                f"LENA: {found.files.model.parent} was saved with {before} parameter groups, and this optimizer has "
-                f"{now}. Make the groups as in the saved run."
-            )
-        old = {name: group for content in contents.values() for name, group in content.group_of.items()}
-        params = [group["params"] for group in found.live.inner["param_groups"]]
-        group_of = {number: i for i, numbers in enumerate(params) for number in numbers}
-        pieces = pieces_from(found.live.inner["lena"]["pieces"])
-        mine = {piece.name: group_of[number] for number, held in enumerate(pieces) for piece in held}
-        new = {name: group for of_rank in from_all(self._everything, mine) for name, group in of_rank.items()}
-        moved = [name for name, group in new.items() if old.get(name, group) != group]
-        if moved:
-            logger.warning(
-                'LENA: %d parameters are in another parameter group than in the checkpoint, "%s" in %d instead of %d. '
-                "They go on with the learning rate and the other keys of the group that they are in now.",
-                len(moved),
-                moved[0],
-                new[moved[0]],
-                old[moved[0]],
-            )
-
-    def _tell_of_keys(self, shard: saved.Shard, found: Found, asked: Asked) -> None:
-        """Say which hyperparameters the checkpoint replaces, or that it leaves the optimizer as it is."""
-        if not asked.wants_state:
-            if not asked.module_only:
-                logger.warning(
-                    "LENA: load_optimizer_states=False: the base rule's state, LENA's statistics and its warm-up stay "
-                    "as they are in this engine (after update %d), while engine.global_steps is the checkpoint's.",
-                    self._controller.schedule.updates,
-                )
-            return
-        keys = group_keys(self._controller.config.base)
-        names = [key for key in keys if key != "lr" or self._view.engine.lr_scheduler is None]
-        groups = zip(shard.inner["param_groups"], found.live.inner["param_groups"], strict=False)
-        told = [
-            f'"{key}" of group {number}: {old[key]!r} instead of {new[key]!r}'
-            for number, (old, new) in enumerate(groups)
-            for key in names
-            if key in old and _differ(old[key], new[key])
-        ]
-        before, now = shard.outer.get("clip_grad"), found.live.outer.get("clip_grad")
-        if None not in (before, now) and before != now:
-            told.append(f'"gradient_clipping": {before} instead of {now}')
-        if told:
-            logger.warning(
-                "LENA: the checkpoint's hyperparameters replace this run's: %s. To have this run's, set them in "
-                "engine.optimizer.param_groups (gradient_clipping: engine.optimizer.clip_grad) after load_checkpoint.",
-                "; ".join(told),
-            )
-
-
-def _differ(old: Any, new: Any) -> bool:
-    """Whether two values of a key differ. Betas may be a list or a tuple."""
-    old, new = (tuple(value) if isinstance(value, (list, tuple)) else value for value in (old, new))
-    return bool(old != new)

@@ -32,6 +32,7 @@ class Window:
         view.after_backward(self._after_backward)
         view.after_zero_grad(self._after_zero_grad)
         view.after_load(self._after_load)
+        view.before_save(self._before_save)
 
     def begin(self) -> None:
         """Right before an update."""
@@ -128,6 +129,15 @@ class Window:
                 "gradients of %d backward passes already, and moves the weights by them. LENA counts them too. Use "
                 "ZeRO 0 or 1 to throw away the gradient of a micro-batch.",
                 hooks.passes,
+            )
+
+    def _before_save(self) -> None:
+        if self._hooks.passes:
+            logger.warning(
+                "LENA: save_checkpoint() in the middle of an update: the gradients of its %d backward pass(es) so far "
+                "are not in the checkpoint, nor is what LENA has measured of them. A run that loads it begins that "
+                "update anew. Save right after engine.step() at a gradient accumulation boundary.",
+                self._hooks.passes,
             )
 
     def _after_load(self) -> None:

@@ -191,6 +191,17 @@ class EngineView:
 
         self._engine.load_checkpoint = load_checkpoint
 
+    def before_save(self, action: Callable[[], None]) -> None:
+        """Call `action()` before `save_checkpoint` writes one."""
+        original = self._engine.save_checkpoint
+
+        @functools.wraps(original)
+        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            action()
+            return original(*args, **kwargs)
+
+        self._engine.save_checkpoint = save_checkpoint
+
     def after_load(self, action: Callable[[], None]) -> None:
         """Call `action()` after `load_checkpoint` has loaded one."""
         self._after(self._engine, "load_checkpoint", lambda result: action() if result[0] is not None else None)
