@@ -235,7 +235,8 @@ class Controller:
         schedule, plan = self.schedule, self._run_plan()
         memory = schedule.memory(plan)
         clock = memory.clock
-        remembered = clock.k, clock.plan, clock.planned is None, clock.is_resumed and clock.updates
+        is_new = clock.planned is None, clock.is_resumed, clock.first_n is None
+        remembered = clock.k, clock.plan, is_new, clock.updates if clock.is_resumed or clock.first_n is not None else 0
         key = plan, schedule.base_samples, remembered
         decision = self._recorded_decision(self._decided, key, reduced, self._loss_scale.set(loss_scale), memory)
         counted = replace(decision.proposal.clock, updates=clock.updates + 1)
@@ -335,10 +336,11 @@ class Controller:
             self._dtype = first.dtype
         if first.device == self._device and group is self.binding.group:
             return
-        saved, is_resumed = checkpoint.to_dict(self.schedule), self.schedule.clock.is_resumed
+        saved, before = checkpoint.to_dict(self.schedule), self.schedule.clock
         self._bind_plain()
         checkpoint.load(self.schedule, saved)
-        self.schedule.clock = replace(self.schedule.clock, is_resumed=is_resumed)
+        first_n = None if before.first_n is None else before.first_n.to(self._device)
+        self.schedule.clock = replace(self.schedule.clock, is_resumed=before.is_resumed, first_n=first_n)
 
     def _refuse_changed_gradients(self) -> None:
         """In the first update: a change between two of its passes is in the average, and not in what is measured."""

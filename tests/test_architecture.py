@@ -198,7 +198,7 @@ HARMLESS = {
     **{f"update.rules.{name}: bool(group['momentum'])": "a Python number" for name in ("sgd", "lars")},
     f"{INTERNALS}.cpu_adam: float(step)": "where the pieces are on the CPU already",
     f"{INTERNALS}.cpu_adam: float(lr)": "a Python number",
-    "schedule.clock: float(plan.planned_n)": "a Python number",
+    "schedule.clock: float(plan.planned_n or 0)": "a Python number",
     "update.apply: vector.tolist()": "where the pieces are on the CPU already",
     **{f"{INTERNALS}.{name}: float(self._zero.loss_scale)": "a Python number" for name in ("zero12", "zero3")},
     "schedule.schedule: int((self.state.warmup >= 1).sum())": "once a run",

@@ -16,7 +16,8 @@ from .algorithm import Clock
 class RunPlan:
     """What is known of the run at an update. None for what is not known.
 
-    `total_steps`: planned updates T. `planned_n`: micro-batches of a full update as configured now.
+    `total_steps`: planned updates T. `planned_n`: micro-batches of a full update as configured now. Where the caller
+    decides when an update ends, it may have more.
     `micro_batch_size`: samples in a micro-batch.
     """
 
@@ -33,6 +34,7 @@ class ClockState:
     `updates`: t, the applied updates. `k`: the base batch in micro-batches at the last update.
     `plan`: the run as known at the last update.
     `is_resumed`: this was loaded from a checkpoint, and no update has been applied since.
+    `first_n` (): after the first update since the start or a resume, the n to plan with as far as it is known then.
     """
 
     done: Tensor
@@ -42,6 +44,7 @@ class ClockState:
     k: float = 1.0
     plan: RunPlan = RunPlan()
     is_resumed: bool = False
+    first_n: Tensor | None = None
 
     @classmethod
     def start(cls, device: torch.device) -> ClockState:
@@ -61,34 +64,42 @@ def largest_step(n: Tensor, k: float, variant: str) -> Tensor:
 
 def advance(state: ClockState, n: Tensor, k: float, plan: RunPlan, variant: str) -> tuple[Clock, ClockState]:
     """P and H at an update of n micro-batches, and the clock's state if that update is applied."""
-    largest = largest_step(n, k, variant)
-    planned, planned_for = _planned(state, n, largest, k, plan, variant)
-    done = state.done + largest
-    return Clock(done, planned), ClockState(done, planned, planned_for, state.updates + 1, k, plan)
+    done = state.done + largest_step(n, k, variant)
+    is_first = state.planned is None or state.is_resumed
+    full = _full(n, plan)
+    if plan.total_steps is None:
+        planned, planned_for = scalar(math.inf, n.device), n
+    elif state.planned is None:
+        planned, planned_for = plan.total_steps * largest_step(full, k, variant), full
+    else:
+        planned, planned_for = _planned(state, state.planned, n, k, plan, variant)
+    after = ClockState(done, planned, planned_for, state.updates + 1, k, plan, first_n=full if is_first else None)
+    return Clock(done, planned), after
 
 
 def _planned(
-    state: ClockState, n: Tensor, largest: Tensor, k: float, plan: RunPlan, variant: str
+    state: ClockState, before: Tensor, n: Tensor, k: float, plan: RunPlan, variant: str
 ) -> tuple[Tensor, Tensor]:
-    """H, and the n that it was planned for.
+    """H, and the n that it is planned for, of a run that has begun. `before`: H so far.
 
-    At the start, H is T x R. A run that resumes with another n, k or T is planned anew, for the configured n: the n of
-    a single window can be short by chance. If no n is configured, the n of the first update is taken.
+    At the start H is T x R. A run that resumes with another n, k or T is planned anew. The n of a single window can be
+    short by chance. So H is planned for the largest of the configured n and those of the first two windows since the
+    start or the resume; and the first window of a resumed run alone makes it no smaller.
     """
-    device = n.device
-    if plan.total_steps is None:
-        return scalar(math.inf, device), n
-    if state.planned is None:
-        return plan.total_steps * largest, n
-    if not state.is_resumed:
-        return state.planned, state.planned_for
-    same_run = (plan.total_steps, k) == (state.plan.total_steps, state.k)
-    left = max(plan.total_steps - state.updates, 0)
-    if plan.planned_n is None:
-        same = (n == state.planned_for) & same_run
-        anew = state.done + left * largest
-        return torch.where(same, state.planned, anew), torch.where(same, state.planned_for, n)
-    if same_run and plan.planned_n == state.plan.planned_n:
-        return state.planned, state.planned_for
-    n = scalar(float(plan.planned_n), device)
-    return state.done + left * largest_step(n, k, variant), n
+    if state.is_resumed:
+        is_same_run = (plan.total_steps, k) == (state.plan.total_steps, state.k)
+        is_as_before = plan.planned_n in (None, state.plan.planned_n)
+        full = torch.maximum(_full(n, plan), state.planned_for) if is_as_before else _full(n, plan)
+    elif state.first_n is not None and state.plan.total_steps is not None:
+        full, is_same_run = torch.maximum(n, state.first_n), True
+        k, plan = state.k, state.plan  # what has changed since the first update waits for a resume
+    else:
+        return before, state.planned_for
+    assert plan.total_steps is not None, "H is known"
+    anew = state.done + max(plan.total_steps - state.updates, 0) * largest_step(full, k, variant)
+    return torch.where((full == state.planned_for) & is_same_run, before, anew), full
+
+
+def _full(n: Tensor, plan: RunPlan) -> Tensor:
+    """The n of a full window, as far as this one and the configuration show it."""
+    return torch.maximum(n, scalar(float(plan.planned_n or 0), n.device))

@@ -109,6 +109,7 @@ class Oracle:
     k: float = 1.0
     progress: float = 0.0
     planned: float | None = None
+    planned_for: int = 0  # n
     batch_size: int | None = None
     base: float | None = None  # in samples: one micro-batch of the first update, unless it is given
     skipped: int = 0
@@ -132,6 +133,9 @@ class Oracle:
         largest = self._largest_gain()
         if self.planned is None and self.keys["warmup"] != "none":
             self.planned = self.keys["total_steps"] * largest
+            self.planned_for = n
+        elif self.t == 2 and n > self.planned_for and self.planned is not None:  # the first window was a short one
+            self.planned = self.progress + (self.keys["total_steps"] - 1) * largest
         self.progress += largest
 
         finite = {name for name in self.layers if math.isfinite(a[name]) and math.isfinite(b[name])}

@@ -162,10 +162,31 @@ def test_the_authors_code_counts_micro_batches_whatever_they_hold():
     assert schedule.clock.done.item() == 11 * N
 
 
-def test_where_nobody_knows_n_beforehand_a_resumed_run_is_planned_from_the_n_that_it_shows():
+@pytest.mark.parametrize("plan", [UNKNOWN, PLAN, RunPlan(T, 2, B)], ids=["unknown", "configured", "caller's windows"])
+@pytest.mark.parametrize("first", [3, N])
+def test_a_short_first_window_does_not_set_the_plan(plan, first):
+    schedule = new()
+    for n in (first, N, 16, 2):
+        apply(schedule, some(n=n), plan)
+    at_once = first == N or plan is PLAN
+    assert schedule.clock.planned.item() == (T * N if at_once else first + (T - 1) * N)
+    schedule = resumed(schedule)
+    before = schedule.clock.planned.item()
+    for n in (3, N, N):
+        apply(schedule, some(n=n), plan)
+        assert schedule.clock.planned.item() == before
+
+
+@pytest.mark.parametrize("n", [16, 4])
+def test_where_nobody_knows_n_beforehand_a_resumed_run_is_planned_from_its_first_two_windows(n):
     schedule = resumed(trained(updates=10, plan=UNKNOWN))
-    apply(schedule, some(n=16), UNKNOWN)
-    assert schedule.clock.planned.item() == 10 * N + 90 * 16
+    apply(schedule, some(n=n), UNKNOWN)
+    at_once = 10 * N + 90 * max(n, N)
+    assert schedule.clock.planned.item() == at_once
+    apply(schedule, some(n=n), UNKNOWN)
+    assert schedule.clock.planned.item() == (at_once if n > N else 10 * N + n + 89 * n)
+    apply(schedule, some(n=2), UNKNOWN)
+    assert schedule.clock.planned.item() == (at_once if n > N else 10 * N + n + 89 * n)
 
 
 def test_a_short_last_window_before_a_checkpoint_does_not_change_the_plan():
