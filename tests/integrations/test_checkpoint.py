@@ -105,6 +105,65 @@ def test_the_rest_of_a_run_is_planned_for_the_micro_batches_that_are_configured(
     assert ranks.run(planned_after_a_change, str(tmp_path)) == [SAVED_AFTER * 4.0 + left * 8.0] * WORLD
 
 
+def planned_by(micros: tuple[int, ...], folder: str, **entries: Any) -> list[float]:
+    """H after each of three updates with as many micro-batches on a rank, and after three more that follow a resume."""
+    found = []
+    for begin in (0, 3):
+        with engine(config(2, **entries)) as made:
+            if begin:
+                made.load_checkpoint(folder)
+            for update in range(begin, begin + 3):
+                train(made, [update], (*micros, *micros)[update - begin :][:1] * (update + 1))
+                found.append(made.basic_optimizer.state_dict()["lena"]["planned"])
+            made.save_checkpoint(folder)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "micros", "planned"),
+    [
+        (8, (3, 8, 8), [20 * 16.0] * 6),  # as configured, though the first window is short
+        (1, (8, 8, 3), [20 * 16.0] * 6),  # the caller's boundaries make windows of 8
+        (1, (3, 8, 8), [20 * 6.0, *[6 + 19 * 16.0] * 5]),
+    ],
+)
+def test_one_short_window_plans_nothing(
+    ranks: Ranks, tmp_path: Path, accumulation: int, micros: tuple[int, ...], planned: list[float]
+) -> None:
+    found = ranks.run(planned_by, micros, str(tmp_path), gradient_accumulation_steps=accumulation)
+    assert found == [planned] * WORLD
+
+
+def gains_after_a_change(folder: str, stage: int, before: int, after: int) -> dict[str, tuple[float, float]]:
+    """The gain of each layer at the first update with another number of micro-batches, and the predicted one."""
+    keys = {"lr": 1e-9, "smoothing": None, "max_relative_gain": None, "warmup": "none"}
+    with engine(config(stage, lena=keys, gradient_accumulation_steps=before)) as made:
+        train(made, range(250), (before,))
+        made.save_checkpoint(folder)
+        layers = ds_lena.report(made)["layers"]
+    with engine(config(stage, lena=keys, gradient_accumulation_steps=after), Net(seed=1)) as made:
+        made.load_checkpoint(folder)
+        train(made, range(250, 251), (after,))
+        found = ds_lena.report(made)
+    n, gains = found["n"], {}
+    for name, layer in layers.items():
+        noise, signal = layer["noise"], max(layer["signal"], 0.0)
+        gains[name] = (found["layers"][name]["gain"], (noise + signal) / (noise / n + signal))
+    assert n == after * WORLD
+    return gains
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_the_gain_right_after_a_change_of_n_is_the_predicted_one(
+    ranks: Ranks, tmp_path: Path, before: int, after: int
+) -> None:
+    """On data that stays the same, to within 1% at once."""
+    for gains in ranks.run(gains_after_a_change, str(tmp_path), 2, before, after):
+        for found, predicted in gains.values():
+            assert found == pytest.approx(predicted, rel=0.01)
+        assert any(found > 1.2 for found, _ in gains.values())
+
+
 def rewind(folder: str, stage: int) -> list[bool]:
     """Whether an engine that loads its own earlier checkpoint does the same again: its report, and tensor by tensor."""
     with engine(config(stage)) as made:

@@ -57,6 +57,8 @@ ENGINE = (
     "load_module_state_dict",
     "load_universal_checkpoint",
     "lr_scheduler",
+    "managed_gradient_accumulation",
+    "micro_steps",
     "module",
     "monitor",
     "mpu",

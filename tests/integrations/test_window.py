@@ -299,6 +299,29 @@ def test_loading_a_checkpoint_throws_the_gradients_of_the_window_away(
     assert any("load_checkpoint() in the middle of an update" in text for text in told)
 
 
+def counted_after_a_load(stage: int, folder: str) -> list[tuple[int, float]]:
+    """Updates, and n of the last one, after each micro-batch that follows a load in the middle of an update."""
+    with engine(config(stage, lena=KEYS, gradient_accumulation_steps=3)) as made:
+        made.save_checkpoint(folder)
+        for _ in range(2):
+            made.backward(made(*bad()))
+            made.step()
+        made.load_checkpoint(folder)
+        found = []
+        for micro in range(6):
+            made.backward(made(*batch(0, micro)))
+            made.step()
+            report = ds_lena.report(made)
+            found.append((report["update"], report["n"]))
+        return found
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_update_after_a_load_has_all_its_micro_batches(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    wanted = [(0, 0), (0, 0), (1, 6), (1, 6), (1, 6), (2, 6)]
+    assert ranks.run(counted_after_a_load, stage, str(tmp_path)) == [wanted, wanted]
+
+
 # -- several losses ----------------------------------------------------------------------------------------------------
 
 

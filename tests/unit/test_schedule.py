@@ -177,6 +177,24 @@ def test_a_short_first_window_does_not_set_the_plan(plan, first):
         assert schedule.clock.planned.item() == before
 
 
+@pytest.mark.parametrize("n", [2, 4, 16, 64])
+def test_noise_and_signal_carry_over_to_another_n_and_the_gain_follows_at_once(n):
+    noise, signal = torch.tensor([3.0, 0.5]), torch.tensor([0.2, 1.0])
+
+    def window(n):
+        return statistics(n, (noise + signal).tolist(), (noise / n + signal).tolist())
+
+    schedule = new(max_relative_gain=None)
+    for _ in range(5):
+        apply(schedule, window(N))
+    schedule = resumed(schedule, max_relative_gain=None)
+    before = schedule.state.progress.clone()
+    apply(schedule, window(n), RunPlan(T, n, B))
+    wanted = (noise + signal) / (noise / n + signal)
+    torch.testing.assert_close(schedule.state.gain, wanted.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(schedule.state.progress - before, wanted.double(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("n", [16, 4])
 def test_where_nobody_knows_n_beforehand_a_resumed_run_is_planned_from_its_first_two_windows(n):
     schedule = resumed(trained(updates=10, plan=UNKNOWN))

@@ -176,9 +176,10 @@ def _binding(view: EngineView, controller: Controller) -> Binding:
     on_cpu = view.facts.offload_optimizer != "none"
 
     def run() -> RunPlan:
+        window = view.configured_window()
         return RunPlan(
             total_steps=view.scheduler_total_steps() or hf.planned_updates(view.config),
-            planned_n=view.accumulation_steps() * grid.replicas,
+            planned_n=None if window is None else window * grid.replicas,
             micro_batch_size=view.micro_batch_size(),
         )
 

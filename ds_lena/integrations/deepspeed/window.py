@@ -150,5 +150,6 @@ class Window:
             self._hooks.clear()
             self._controller.forget_mean()
             self._layout.discard()
+            self._view.begin_window()  # DeepSpeed would end the next update as many micro-batches too early
             self._is_loaded = True
             self.end()

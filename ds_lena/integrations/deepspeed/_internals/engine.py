@@ -112,6 +112,14 @@ class EngineView:
         """Micro-batches of one rank in a full update."""
         return self._engine.gradient_accumulation_steps()
 
+    def configured_window(self) -> int | None:
+        """Micro-batches of one rank in a full update. None if the caller alone says when an update ends."""
+        return self.accumulation_steps() if self._engine.managed_gradient_accumulation() else None
+
+    def begin_window(self) -> None:
+        """Have the engine count micro-batches from the beginning of an update again."""
+        self._engine.micro_steps -= self._engine.micro_steps % self.accumulation_steps()
+
     def scheduler_total_steps(self) -> int | None:
         """`total_num_steps` of the engine's scheduler, from the JSON or given to `initialize`."""
         value: Any = getattr(self._engine.lr_scheduler, "total_num_steps", None)
