@@ -60,6 +60,7 @@ class LenaConfig:
     total_steps: int | None
     exclude: tuple[str, ...]
     no_decay: tuple[str, ...]
+    nonfinite: str
     variant: str
     given: frozenset[str] = field(default=frozenset(), compare=False)
 

@@ -17,6 +17,7 @@ SCALINGS = ("gain", "linear", "sqrt", "none")
 WARMUPS = ("layer", "fixed", "none")
 LAYERS = ("tensor", "module", "block", "model")
 VARIANTS = ("default", "authors-code")
+NONFINITE = ("skip", "warn")
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,13 @@ KEYS: dict[str, Key] = {
         "a list of fnmatch patterns of parameter names",
         _patterns,
         "Parameters without weight decay.",
+    ),
+    "nonfinite": Key(
+        "skip",
+        _words(NONFINITE),
+        _one_of(NONFINITE),
+        "An update whose gradient is infinite or NaN, at ZeRO 0 in fp32, where DeepSpeed does not look. `skip`: it is "
+        "thrown away and counted, as at ZeRO 1-3, so that the run is not lost. `warn`: it is applied, as torch does.",
     ),
     "variant": Key(
         "default",

@@ -111,6 +111,7 @@ class LENA(torch.optim.Optimizer):
     """
 
     _config: LenaConfig
+    overflow: bool  # in an engine that skips updates: whether the one at hand is skipped
 
     @_reads_keys
     def __init__(
@@ -140,6 +141,7 @@ class LENA(torch.optim.Optimizer):
         total_steps: float | None = None,
         exclude: Sequence[str] = (),
         no_decay: Sequence[str] = (),
+        nonfinite: str = "skip",
         variant: str = "default",
         process_group: Group | None = None,
     ) -> None:
@@ -198,7 +200,8 @@ class LENA(torch.optim.Optimizer):
                     "LENA: optimizer.step() was called directly. Under DeepSpeed call engine.step(), and in Megatron's "
                     "own loop step() of the optimizer that wrap() returned."
                 )
-            controller.apply(self.param_groups, self.state)
+            if not getattr(self, "overflow", False):
+                controller.apply(self.param_groups, self.state)
             return loss
         self._refuse_unwatched()
         if not controller.parameters:

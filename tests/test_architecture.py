@@ -43,7 +43,7 @@ FLOORS = (
      *(f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                      "_internals.zero12", "_internals.zero3", "support.feature"))},
     {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "axes",
-                                                   "frozen", "monitor", "window", "reading", "differences",
+                                                   "frozen", "monitor", "window", "reading", "differences", "nonfinite",
                                                    "support.refused",
                                                    "support.supported", "support.without_effect")},
     {"integrations.deepspeed.support", "integrations.deepspeed._internals.zero3_nvme", "integrations.megatron.attach"},

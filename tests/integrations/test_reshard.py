@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 import ds_lena
 from ds_lena.keys import BASES
@@ -16,6 +19,7 @@ from tests.helpers.marks import rest
 from tests.integrations._engines import engine
 from tests.integrations._ranks import Ranks
 from tests.integrations._resharding import MORE, SAVED_AFTER, Model, differing, entries, groups, train, whole
+from tests.integrations._split import TwoParts
 
 ROUNDING = {"fp32": 1e-4, "bf16": 3e-2, "bf16-fp32": 3e-2, "fp16": 1e-2}
 """By how much three updates may differ, relatively: gradients of other ranks are added up in another order."""
@@ -134,6 +138,102 @@ def test_between_two_ranks_and_four(ranks: Ranks, four: Ranks, tmp_path: Path, s
     there, back = tmp_path / "there", tmp_path / "back"
     check(ranks.run(save, str(there), *saved), four.run(load, str(there), *loaded), saved, loaded)
     check(four.run(save, str(back), *loaded), ranks.run(load, str(back), *saved), loaded, saved)
+
+
+class TwoOfTwo:
+    """An mpu of four ranks: 0 and 1 hold one model in two parts, 2 and 3 another replica."""
+
+    def __init__(self) -> None:
+        mine = dist.get_rank()
+        pairs = {pair: dist.new_group(list(pair)) for pair in [(0, 1), (2, 3), (0, 2), (1, 3)]}
+        (self.parts,) = (group for pair, group in pairs.items() if mine in pair and pair[1] - pair[0] == 1)
+        (self.replicas,) = (group for pair, group in pairs.items() if mine in pair and pair[1] - pair[0] == 2)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith(("get_model", "get_data")):
+            raise AttributeError(name)
+        group = self.parts if "model" in name else self.replicas
+        given = {"group": group, "size": dist.get_world_size(group), "rank": dist.get_rank(group)}
+        return lambda: given[name.rpartition("_")[2]]
+
+
+def in_parts(
+    folder: str, stage: int, mpu: type[TwoOfTwo] | type[TwoParts], loads: bool
+) -> tuple[dict[str, Tensor], Any]:
+    model = Model(seed=int(loads))
+    given = entries(stage, "fp32", "adamw", {}) | {"gradient_accumulation_steps": 2}
+    with engine(given, model, mpu=mpu(), model_parameters=groups(model)) as made:
+        replica = dist.get_rank(made.seq_data_parallel_group)
+        if loads:
+            made.load_checkpoint(folder)
+        for micro in range(0 if loads else 4):
+            generator = torch.Generator().manual_seed(10 * micro + replica)
+            x, y = torch.randn(2, 2, 4, generator=generator).unbind()
+            made.backward(made(x, y))
+            made.step()
+        if not loads:
+            made.save_checkpoint(folder)
+        return whole(made), ds_lena.report(made)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("old", "new"), [(2, 1), (1, 3), (3, 3)])
+def test_a_model_in_parts_goes_to_fewer_replicas(ranks: Ranks, four: Ranks, tmp_path: Path, old: int, new: int) -> None:
+    saved, report = four.run(in_parts, str(tmp_path), old, TwoOfTwo, False)[0]
+    for now, report_now in ranks.run(in_parts, str(tmp_path), new, TwoParts, True):
+        assert differing(saved, now) == []
+        assert report_now == report and report["update"] == 2
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+SIDE = 2048  # of the one large weight
+MEGABYTES = SIDE * SIDE * 4 / 2**20  # of its float32 values: master weights and each moment
+
+
+class Large(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((SIDE, SIDE), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).square().mean()
+
+
+def save_large(folder: str) -> None:
+    with engine(entries(2, "fp32", "adamw", {}), Large()) as made:
+        for _ in range(made.gradient_accumulation_steps()):
+            made.backward(made(torch.ones(SIDE)))
+            made.step()
+        made.save_checkpoint(folder)
+
+
+def load_large(folder: str, stage: int) -> tuple[float, float]:
+    """By how many megabytes the memory in use grows while the checkpoint is loaded, at most, and what stays."""
+    with engine(entries(stage, "fp32", "adamw", {}), Large()) as made:
+        gc.collect()
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+        made.load_checkpoint(folder)
+        peak = memory("VmHWM")
+        gc.collect()
+        return peak - before, memory("VmRSS") - before
+
+
+def memory(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_holds_one_old_file_and_its_own_pieces(ranks: Ranks, four: Ranks, tmp_path: Path, stage: int) -> None:
+    """Of four files, loaded by two ranks."""
+    four.run(save_large, str(tmp_path))
+    own, file, module = 3 * MEGABYTES / 2, 3 * MEGABYTES / 4, MEGABYTES
+    for peak, _ in ranks.run(load_large, str(tmp_path), stage):
+        # The moments are new in the engine, and DeepSpeed reads the module's file as a whole.
+        assert peak < own + 2 / 3 * own + max(file, module) + 16
 
 
 # -- one number of ranks, another order of memory ---------------------------------------------------------------------

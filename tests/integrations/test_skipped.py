@@ -10,11 +10,21 @@ import torch
 import ds_lena
 from ds_lena.optimizer import controller_of
 from ds_lena.schedule import checkpoint
-from tests.integrations._engines import config, engine, moved, train
+from tests.integrations._engines import config, engine, moved, said, train
 from tests.integrations._ranks import Ranks
 
 BEFORE, BAD, AFTER = range(2), 2, range(3, 6)
-SKIPPING = [(1, "fp32"), (1, "bf16"), (1, "bf16-fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (0, "bf16")]
+SKIPPING = [
+    (0, "fp32"),
+    (1, "fp32"),
+    (1, "bf16"),
+    (1, "bf16-fp32"),
+    (2, "fp32"),
+    (2, "bf16"),
+    (3, "fp32"),
+    (3, "bf16"),
+    (0, "bf16"),
+]
 SKIPPING += [(1, "fp16"), (2, "fp16"), (3, "fp16"), (1, "fp16 + offload"), (2, "fp16 + offload"), (3, "fp16 + offload")]
 
 
@@ -87,7 +97,7 @@ def test_overflows_leave_no_trace_until_the_loss_scale_is_low_enough(ranks: Rank
 def train_through_bad_updates(bad: int) -> tuple[list[dict[str, Any]], list[bool]]:
     """Reports before and after updates with a non-finite gradient in the right tower, and which weights stay finite."""
     updates = range(2, 2 + bad)
-    with engine(config(0)) as made:
+    with engine(config(0, lena={"nonfinite": "warn"})) as made:
         train(made, BEFORE)
         reports = [ds_lena.report(made)]
         for update in updates:
@@ -110,3 +120,21 @@ def test_an_update_that_stage_0_applies_changes_only_layers_with_finite_gradient
 def test_every_layer_left_out_is_counted(ranks: Ranks) -> None:
     for reports, _ in ranks.run(train_through_bad_updates, 3):
         assert [report["nonfinite"] for report in reports] == [0, 6, 12, 18]
+
+
+def counted_and_said(choice: str, stage: int) -> tuple[int, int, list[str]]:
+    """What DeepSpeed counts as skipped, where its scheduler is, and what was said."""
+    steps = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.01, "warmup_max_lr": 0.01}}
+    with engine(config(stage, lena={"nonfinite": choice}, scheduler=steps)) as made, said() as messages:
+        train(made, range(4), poisoned=[1, 2])
+        told = [text for text in messages if "infinite or NaN" in text]
+        return made.skipped_steps, made.lr_scheduler.last_batch_iteration, told
+
+
+@pytest.mark.parametrize(("choice", "skipped"), [("skip", 2), ("warn", 0)])
+def test_what_is_done_is_said_once_and_counted(ranks: Ranks, choice: str, skipped: int) -> None:
+    first, second = ranks.run(counted_and_said, choice, 0)
+    (message,) = first[2]
+    assert f'"nonfinite": "{choice}"' in message and "update 2 is infinite or NaN" in message
+    assert first[:2] == (skipped, ranks.run(counted_and_said, choice, 1 if choice == "skip" else 0)[0][1])
+    assert second[2] == []

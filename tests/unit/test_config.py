@@ -23,7 +23,7 @@ DEFAULTS = {
     "layer": "tensor", "scaling": "gain", "gain_power": 0.85, "max_relative_gain": 4.0, "max_factor": None,
     "smoothing": None, "base_batch_size": None, "micro_batch_size": None,
     "warmup": "layer", "warmup_fraction": 0.05, "warmup_cap": 0.25, "total_steps": None,
-    "exclude": (), "no_decay": (), "variant": "default",
+    "exclude": (), "no_decay": (), "nonfinite": "skip", "variant": "default",
 }  # fmt: skip
 
 OF_THE_BASE = ("weight_decay", "gain_power")
@@ -51,6 +51,7 @@ GOOD = {
     "total_steps": [None, 1, 1e5],
     "exclude": [[], ["*.bias"], ("a", "b")],
     "no_decay": [[], ["*.bias"]],
+    "nonfinite": ["skip", "warn"],
     "variant": ["default", "authors-code"],
 }
 
@@ -78,6 +79,7 @@ BAD = {
     "total_steps": [*NOT_NUMBERS, 0, -10, 10.5, "1000"],
     "exclude": ["*.bias", None, "auto", [1], [""], [None], {}],
     "no_decay": ["*.bias", None, "auto", [1], [""]],
+    "nonfinite": ["apply", True, None],
     "variant": ["authors", "auto", None],
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ from .axes import first_update_check, parts_of, placements_of
 from .exchange import members_of_all, require_same_keys, together
 from .frozen import Frozen
 from .monitor import write_model
+from .nonfinite import Nonfinite
 from .reshard import Resharding
 from .support import in_use, refuse_unsupported
 from .window import Window
@@ -128,6 +129,9 @@ def attach(view: EngineView, lena: LENA) -> None:
     window = Window(view, controller)
     frozen = Frozen(view.module, {id(parameter) for group in lena.param_groups for parameter in group["params"]})
 
+    # With a wrapper DeepSpeed looks for itself.
+    nonfinite = Nonfinite(lena, controller.config.nonfinite) if view.wrapper is view.optimizer else None
+
     def release() -> None:
         ownership.release(engine, controller.parameters)
         controller.close()
@@ -136,7 +140,9 @@ def attach(view: EngineView, lena: LENA) -> None:
         _require_open(controller)
         frozen.look()
         window.begin()
-        controller.begin_update(lena.param_groups, lena.state)
+        proposal = controller.begin_update(lena.param_groups, lena.state)
+        if nonfinite is not None:
+            nonfinite.look(proposal)
 
     def after(applied: bool) -> None:
         controller.end_update(applied)

@@ -252,7 +252,7 @@ REFUSED: tuple[Feature, ...] = (
     Feature(
         '"load_universal"',
         lambda facts: facts.universal_checkpoint,
-        instead="load a checkpoint of the same world size",
+        instead="leave it out: it is not needed, load_checkpoint loads the ordinary checkpoint on any number of ranks",
         keys=("checkpoint.load_universal",),
     ),
     Feature(

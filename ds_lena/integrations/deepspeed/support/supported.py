@@ -363,7 +363,8 @@ SUPPORTED: tuple[Feature, ...] = (
         "integrations/deepspeed/reshard.py",
         "tests/integrations/test_reshard.py",
         "`engine.load_checkpoint` of the ordinary checkpoint; master weights and the base rule's state are bit-equal. "
-        "Not with tensor or pipeline parallelism or experts.",
+        "Tensor parallelism: with as many parts. Pipelines and experts: in the layout that was saved, else refused. "
+        "See [checkpoints](checkpoints.md).",
     ),
     _runs(
         _MODELS,
