@@ -15,7 +15,7 @@ from ds_lena.schedule import checkpoint
 from tests.helpers.grids import one_grid
 from tests.helpers.marks import rest
 from tests.integrations import test_experts, test_pipeline, test_tensor_parallel
-from tests.integrations._engines import config, engine, said, stock_engine
+from tests.integrations._engines import Net, config, engine, said, stock_engine
 from tests.integrations._engines import train as train_two
 from tests.integrations._ranks import Ranks
 from tests.integrations._resharding import Model, differing, entries, groups, train, whole
@@ -200,10 +200,42 @@ def test_files_without_a_map_load_in_their_own_layout_and_say_what_to_do_in_othe
         assert "save it there with this version" in first
 
 
-def test_the_module_alone_of_stock_adamw_at_zero_3_is_refused(ranks: Ranks, tmp_path: Path) -> None:
-    ranks.run(stock_saved, str(tmp_path), 3)
-    for message in ranks.run(made_stock_into, str(tmp_path), 3, load_module_only=True):
-        assert "DeepSpeed loads nothing of it with load_module_only=True" in message
+def weights_alone_of_stock(folder: str, old: int, new: int, precision: str, **keys: Any) -> str | list[bool]:
+    """Whether weights and masters are those of a run with AdamW, whose optimizer files are gone; or the error."""
+    with stock_engine(config(old, precision)) as made:
+        train_two(made, range(2))
+        made.save_checkpoint(folder)
+        wanted = [p.detach().clone() for p in made.module.parameters()]
+    if torch.distributed.get_rank() == 0 and old != 3:
+        for path in Path(folder).rglob("*optim_states.pt"):
+            path.unlink()
+    torch.distributed.barrier()
+    with engine(config(new, precision), Net(seed=1)) as made:
+        try:
+            made.load_checkpoint(folder, **keys)
+        except ds_lena.StateError as error:
+            return str(error)
+        same = list(map(torch.equal, wanted, made.module.parameters()))
+        before = [p.detach().clone() for p in made.module.parameters()]
+        made.optimizer.update_lp_params() if new else None
+        moved = [] if new else [p.detach() for group in made.optimizer.fp32_groups for p in group]
+        held = moved or list(made.module.parameters())
+        return [*same, *(torch.equal(a.float(), b.float()) for a, b in zip(before, held, strict=True))]
+
+
+@pytest.mark.parametrize("keys", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+@pytest.mark.parametrize(("old", "new"), [(0, 0), (2, 1)])
+def test_the_weights_alone_of_stock_adamw(
+    ranks: Ranks, tmp_path: Path, old: int, new: int, keys: dict[str, bool]
+) -> None:
+    for same in ranks.run(weights_alone_of_stock, str(tmp_path), old, new, "bf16", **keys):
+        assert all(same) and len(same) == 24
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 3), (3, 1), (1, 3)])
+def test_where_deepspeed_loads_none_of_them_it_is_refused(ranks: Ranks, tmp_path: Path, old: int, new: int) -> None:
+    first, second = ranks.run(weights_alone_of_stock, str(tmp_path), old, new, "fp32", load_module_only=True)
+    assert first == second and "DeepSpeed loads no weights alone at ZeRO-3" in first
 
 
 def back_to_stock(folder: str, stage: int) -> list[str]:

@@ -21,7 +21,6 @@ from torch import Tensor
 from ...controller import Controller
 from ...errors import StateError
 from ...keys import group_keys
-from ...layers import named_parameters
 from ...layouts.pieces import copies, pieces_from
 from ...optimizer import LENA
 from ._internals import saved
@@ -30,17 +29,8 @@ from ._internals.saved import reading
 from .differences import require_same_groups, tell_of_fresh_start, tell_of_keys, tell_of_moved
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
+from .finding import Found, find, has_map, kind_of, optimizer_files, tag_of
 from .reading import Content, content_of, groups_of, require_one_save, require_there, shard_at
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint as this rank sees it. `model`: what its model file holds. `live`: what the engine would save."""
-
-    files: saved.Files
-    own_file: Path
-    model: dict[str, Any]
-    live: saved.Shard
 
 
 @dataclass(frozen=True)
@@ -105,78 +95,23 @@ class Resharding:
 
     def _read(self, asked: Asked) -> Loaded | None:
         """None if DeepSpeed can load the checkpoint as it is, or if there is none."""
-        tag = self._tag(asked)
+        tag = tag_of(self._view, asked)
         if tag is None:
             return None  # DeepSpeed warns
-        found = self._found(asked.folder, tag)
-        kinds = set(from_all(self._everything, self._kind(found)))
-        if kinds == {"foreign"}:
-            self._require_deepspeed_loads(found, asked)
+        found = find(self._view, asked.folder, tag)
+        kinds = set(from_all(self._everything, kind_of(self._view, found)))
+        if kinds == {"foreign"} and asked.wants_state:
             self._tell(shard_at(found.own_file, found.model), found, asked)
             return None
         if kinds == {"same"} and (asked.wants_state or not self._can_reshard):
             self._check_own(found, asked)
             self._tell(shard_at(found.own_file, found.model), found, asked)
             return None
+        if not asked.wants_state and not (self._can_reshard and has_map(found)):
+            self._require_deepspeed_loads(found, asked, is_own=kinds == {"foreign"})
+            self._tell(found.live, found, asked)
+            return None
         return self._resharded(found, asked)
-
-    def _tag(self, asked: Asked) -> str | None:
-        latest = asked.folder / "latest"
-        tag = asked.tag
-        if tag is None and latest.is_file():
-            tag = reading(latest, lambda: latest.read_text().strip())
-        tags = from_all(self._everything, None if tag is None else str(tag))
-        if len(set(tags)) > 1:
-            seen = ", ".join(sorted({"none" if one is None else f'"{one}"' for one in tags}))
-            raise StateError(
-                f"LENA: the ranks see different checkpoints in {asked.folder}: {seen}. Give all ranks the same tag, "
-                "and a folder that all of them see."
-            )
-        return tags[0]
-
-    def _found(self, folder: Path, tag: str) -> Found:
-        view, place = self._view, folder / tag
-        files = reading(place, lambda: saved.files_in(place, view.part))
-        if files is None:
-            there = sorted(path.name for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
-            raise StateError(
-                f"LENA: {place} holds no model file (*model_states.pt). Give load_checkpoint the tag of a checkpoint "
-                f"that is there. Folders in {folder}: {', '.join(there) or 'none'}."
-            )
-        model = saved.read_file(files.model)
-        parts = reading(files.model, lambda: saved.parts_in(model))
-        if parts != view.parts:
-            raise StateError(
-                f"LENA: {place} is of a model in {parts} parts, and this run has it in {view.parts} (tensor-parallel "
-                "ranks times pipeline stages). The parts are not put together: load it with as many as it was saved "
-                "with. The number of data-parallel ranks may differ."
-            )
-        live = saved.shard_of(view.wrapper.state_dict(), dict(named_parameters(view.module)))
-        return Found(files, saved.own_file(view.engine, folder, tag), model, live)
-
-    def _kind(self, found: Found) -> str:
-        """How the checkpoint stands to what the engine would save.
-
-        "foreign": it is of the same form, and does not say which pieces it holds. "same": with the same pieces.
-        "other": neither.
-        """
-        path, live, stage = found.own_file, found.live, self._view.facts.stage
-        names = {file.name for file in found.files.optimizer.values()}
-        is_apart = stage == 0 and self._view.facts.experts
-        if not path.is_file() or (path.name not in names and not is_apart):
-            return "other"
-        ranks = reading(found.files.model, lambda: saved.ranks_in(found.model))
-        if (stage and ranks != self._view.grid.data_ranks) or not saved.has_order_of(found.model, self._view.engine):
-            return "other"
-        if stage == 0 and not is_apart and found.model.get("optimizer") is None:
-            return "other"
-        shard = shard_at(path, found.model)
-        if shard.form != live.form:
-            return "other"
-        lena = shard.inner.get("lena")
-        if not isinstance(lena, dict) or "pieces" not in lena:
-            return "foreign"
-        return "same" if lena["pieces"] == live.inner["lena"]["pieces"] else "other"
 
     def _check_own(self, found: Found, asked: Asked) -> None:
         """Each rank loads its own file: all of them are whole and of one save, or every rank says which is not."""
@@ -203,12 +138,15 @@ class Resharding:
             )
         return set(missing)
 
-    def _require_deepspeed_loads(self, found: Found, asked: Asked) -> None:
-        """Refuse what DeepSpeed says that it loads, and does not."""
-        if asked.module_only and self._view.facts.stage == 3:
+    def _require_deepspeed_loads(self, found: Found, asked: Asked, is_own: bool) -> None:
+        """Refuse the weights alone where DeepSpeed loads nothing or waits for ever. `is_own`: the layout is its own."""
+        files = found.files
+        if (self._view.facts.stage == 3 or files.is_cut) and (asked.module_only or not is_own):
             raise StateError(
-                f"LENA: {found.files.model.parent} was not saved by this version of LENA, and DeepSpeed loads nothing "
-                "of it with load_module_only=True at ZeRO-3. Use load_optimizer_states=False instead."
+                f"LENA: {files.model.parent} does not say which pieces of the parameters lie where: another optimizer "
+                "or an older ds_lena wrote it. Of such files DeepSpeed loads no weights alone at ZeRO-3. In the layout "
+                "that it was saved in, use load_optimizer_states=False without load_module_only. In others, make one "
+                "file of it by zero_to_fp32.py, and load that into the model before deepspeed.initialize."
             )
 
     # -- from its layout to the engine's ------------------------------------------------------------------------------
@@ -284,7 +222,7 @@ class Resharding:
     def _contents(self, found: Found) -> dict[Path, Content]:
         """What is in the optimizer files of this part of the model. The ranks share the work of reading them."""
         ranks = reading(found.files.model, lambda: saved.ranks_in(found.model))
-        paths, data = self._paths(found.files, ranks), self._view.grid.data
+        paths, data = optimizer_files(self._view, found.files, ranks), self._view.grid.data
         mine = {
             path: content_of(path, shard_at(path, found.model), self._controller.config)
             for path in paths[dist.get_rank(data) :: dist.get_world_size(data)]
@@ -302,15 +240,3 @@ class Resharding:
                 "with this version, and load that checkpoint anywhere."
             )
         return contents
-
-    def _paths(self, files: saved.Files, ranks: int) -> list[Path]:
-        if files.optimizer.get(0) == files.model:
-            return [files.model]
-        missing = [rank for rank in range(ranks) if rank not in files.optimizer]
-        if missing:
-            raise StateError(
-                f"LENA: the checkpoint {files.model.parent} was saved by {ranks} ranks, and the optimizer file of rank "
-                f"{missing[0]} is not there (*zero_pp_rank_{missing[0]}_mp_rank_{self._view.part:02d}_optim_states.pt)."
-                " Restore it, or load an earlier checkpoint."
-            )
-        return [files.optimizer[rank] for rank in range(ranks)]

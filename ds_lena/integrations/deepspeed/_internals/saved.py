@@ -195,9 +195,9 @@ def ranks_in(model_file: Mapping[str, Any]) -> int:
     return int(model_file["dp_world_size"])
 
 
-def parts_in(model_file: Mapping[str, Any]) -> int:
-    """The number of parts that the model was cut into, by tensor and pipeline parallelism."""
-    return int(model_file["mp_world_size"])
+def parts_in(model_file: Mapping[str, Any]) -> int | None:
+    """The number of parts that the model was cut into, by tensor parallelism. None if the file does not say."""
+    return model_file.get("mp_world_size")
 
 
 def has_order_of(model_file: Mapping[str, Any], engine: Any) -> bool:

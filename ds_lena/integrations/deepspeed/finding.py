@@ -1,0 +1,115 @@
+"""Finds the files of a checkpoint, and how they stand to what an engine would save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import StateError
+from ...layers import named_parameters
+from ._internals import saved
+from ._internals.engine import Asked, EngineView
+from ._internals.saved import reading
+from .exchange import from_all
+from .reading import shard_at
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint as this rank sees it. `model`: what its model file holds. `live`: what the engine would save."""
+
+    files: saved.Files
+    own_file: Path
+    model: dict[str, Any]
+    live: saved.Shard
+
+
+def tag_of(view: EngineView, asked: Asked) -> str | None:
+    """The tag of the checkpoint that is asked for, the same on all ranks. None if there is no checkpoint."""
+    latest = asked.folder / "latest"
+    tag = asked.tag
+    if tag is None and latest.is_file():
+        tag = reading(latest, lambda: latest.read_text().strip())
+    tags = from_all(view.grid.everything, None if tag is None else str(tag))
+    if len(set(tags)) > 1:
+        seen = ", ".join(sorted({"none" if one is None else f'"{one}"' for one in tags}))
+        raise StateError(
+            f"LENA: the ranks see different checkpoints in {asked.folder}: {seen}. Give all ranks the same tag, "
+            "and a folder that all of them see."
+        )
+    return tags[0]
+
+
+def find(view: EngineView, folder: Path, tag: str) -> Found:
+    """Open a checkpoint.
+
+    Raises:
+        StateError: it is not there, or of a model in another number of parts.
+    """
+    place = folder / tag
+    files = reading(place, lambda: saved.files_in(place, view.part))
+    if files is None:
+        there = sorted(path.name for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
+        raise StateError(
+            f"LENA: {place} holds no model file (*model_states.pt). Give load_checkpoint the tag of a checkpoint "
+            f"that is there. Folders in {folder}: {', '.join(there) or 'none'}."
+        )
+    model = saved.read_file(files.model)
+    parts = reading(files.model, lambda: saved.parts_in(model))
+    if parts not in (view.parts, None):
+        raise StateError(
+            f"LENA: {place} is of a model in {parts} parts, and this run has it in {view.parts} (tensor-parallel "
+            "ranks). The parts are not put together: load it with as many as it was saved "
+            "with. The number of data-parallel ranks may differ."
+        )
+    live = saved.shard_of(view.wrapper.state_dict(), dict(named_parameters(view.module)))
+    return Found(files, saved.own_file(view.engine, folder, tag), model, live)
+
+
+def kind_of(view: EngineView, found: Found) -> str:
+    """How the checkpoint stands to what the engine would save.
+
+    "foreign": it is of the same form, and does not say which pieces it holds. "same": with the same pieces.
+    "other": neither.
+    """
+    path, live, stage = found.own_file, found.live, view.facts.stage
+    names = {file.name for file in found.files.optimizer.values()}
+    is_apart = stage == 0 and view.facts.experts
+    if not path.is_file() or (path.name not in names and not is_apart):
+        return "other"
+    ranks = reading(found.files.model, lambda: saved.ranks_in(found.model))
+    if (stage and ranks != view.grid.data_ranks) or not saved.has_order_of(found.model, view.engine):
+        return "other"
+    if stage == 0 and not is_apart and found.model.get("optimizer") is None:
+        return "other"
+    shard = shard_at(path, found.model)
+    if shard.form != live.form:
+        return "other"
+    lena = shard.inner.get("lena")
+    if not isinstance(lena, dict) or "pieces" not in lena:
+        return "foreign"
+    return "same" if lena["pieces"] == live.inner["lena"]["pieces"] else "other"
+
+
+def has_map(found: Found) -> bool:
+    """Whether the checkpoint says which pieces lie where. It may be without an optimizer's state."""
+    path = min(found.files.optimizer.items())[1]
+    if path == found.files.model and found.model.get("optimizer") is None:
+        return False
+    lena = shard_at(path, found.model).inner.get("lena")
+    return isinstance(lena, dict) and "pieces" in lena
+
+
+def optimizer_files(view: EngineView, files: saved.Files, ranks: int) -> list[Path]:
+    """The optimizer files that these ranks have saved. Raises `StateError` if one is missing."""
+    if files.optimizer.get(0) == files.model:
+        return [files.model]
+    missing = [rank for rank in range(ranks) if rank not in files.optimizer]
+    if missing:
+        raise StateError(
+            f"LENA: the checkpoint {files.model.parent} was saved by {ranks} ranks, and the optimizer file of rank "
+            f"{missing[0]} is not there (*zero_pp_rank_{missing[0]}_mp_rank_{view.part:02d}_optim_states.pt)."
+            " Restore it, or load an earlier checkpoint."
+        )
+    return [files.optimizer[rank] for rank in range(ranks)]
