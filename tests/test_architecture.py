@@ -27,7 +27,7 @@ FLOORS = (
     {"grad_stats.statistics", "schedule.authors_code", "schedule.clock", "schedule.carrier"},
     {"schedule.schedule", "binding", "update.rules"},
     {"schedule.checkpoint", "update.apply"},
-    {"update.trust_ratio", "cost"},
+    {"update.trust_ratio", "cost", "inspect"},
     {"controller"},
     {"optimizer"},
     {"reporting", "integrations", "integrations._transformers_internals", "integrations.megatron.partial"},
@@ -118,6 +118,7 @@ MAY_IMPORT = {
     "update.rules.lars": RULE | {"update.rules.sgd"},
     # beside the path of an update
     "cost": {"errors", "keys", "update.rules"},
+    "inspect": {"errors"},
 }  # fmt: skip
 """All that these modules may know of the package."""
 
