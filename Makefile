@@ -11,7 +11,7 @@ BARE = $(VENV)-bare
 IN = .ci/in-env
 RUN = $(IN) $(VENV)
 
-.PHONY: demo demo-quick test test-all fuzz lint format bench bench-quick bench-scaling compare compare-report docs clean
+.PHONY: demo demo-quick test test-all fuzz faults lint format bench bench-quick bench-scaling compare compare-report docs clean
 .PHONY: lock lock-check newest test-newest wheel-check
 .DEFAULT_GOAL := test
 
@@ -90,6 +90,10 @@ test-all: $(VENV)/installed
 # Random configurations and loops: exact, or refused by name. It can be interrupted, and goes on where it was.
 fuzz: $(VENV)/installed
 	$(RUN) python -m tests.fuzz
+
+# Kills ranks of real runs at random, and starts the runs again. It can be interrupted, and goes on where it was.
+faults: $(VENV)/installed
+	$(RUN) python -m tests.faults
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

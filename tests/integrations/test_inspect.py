@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_lena
@@ -164,3 +165,20 @@ def back_to_stock(folder: str, stage: int) -> bool:
 @pytest.mark.parametrize("stage", rest(range(4), [0, 2]))
 def test_a_stock_adamw_loads_lenas_checkpoint(ranks: Ranks, tmp_path: Path, stage: int) -> None:
     assert ranks.run(back_to_stock, str(tmp_path), stage) == [True, True]
+
+
+def weights_by_zero_to_fp32(folder: str, stage: int, precision: str) -> bool:
+    """Whether DeepSpeed's script finds the master weights in the files."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with engine(config(stage, precision)) as made:
+        train(made, range(2))
+        made.save_checkpoint(folder)
+        masters = {name: safe_get_full_fp32_param(p) for name, p in made.module.named_parameters()}
+    found = get_fp32_state_dict_from_zero_checkpoint(folder)
+    return found.keys() == masters.keys() and all(torch.equal(found[name], masters[name]) for name in masters)
+
+
+@pytest.mark.parametrize(("stage", "precision"), rest([(1, "fp32"), (2, "bf16"), (3, "bf16")], [(3, "bf16")]))
+def test_zero_to_fp32_works(ranks: Ranks, tmp_path: Path, stage: int, precision: str) -> None:
+    assert ranks.run(weights_by_zero_to_fp32, str(tmp_path), stage, precision) == [True, True]
