@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from typing import NamedTuple
 from torch import nn
 
 _COMPILED = "_orig_mod"
+
+logger = logging.getLogger("ds_lena")
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -72,6 +75,19 @@ def unmatched_patterns(names: Sequence[str], patterns: Sequence[str]) -> list[st
 def nearest_name(names: Sequence[str], pattern: str) -> str:
     """The name that a pattern was most likely meant for."""
     return difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
+
+
+def warn_of_patterns(names: Sequence[str], key: str, patterns: Sequence[str], told: set[tuple[str, str]]) -> None:
+    """Warn of patterns of a key that match no name, each once. `told`: those that were told, which grow here."""
+    for pattern in unmatched_patterns(names, patterns):
+        if (key, pattern) not in told:  # a client optimizer gets its engine's names, too
+            told.add((key, pattern))
+            logger.warning(
+                'LENA: "%s": the pattern "%s" matches no parameter. The nearest name is "%s".',
+                key,
+                pattern,
+                nearest_name(names, pattern),
+            )
 
 
 class Member(NamedTuple):

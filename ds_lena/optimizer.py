@@ -205,7 +205,7 @@ class LENA(torch.optim.Optimizer):
             return loss
         self._refuse_unwatched()
         if not controller.parameters:
-            controller.require_agreement()  # so that the other ranks, which hold some, do not wait for this one
+            controller.meter.require_agreement()  # so that the other ranks, which hold some, do not wait for this one
         elif any(p.grad is not None for p in controller.parameters):
             self._refuse_grad_scaler()
             if self._is_asked_for_state_alone():
@@ -215,9 +215,10 @@ class LENA(torch.optim.Optimizer):
             controller.begin_update(self.param_groups, self.state)
             controller.apply(self.param_groups, self.state)
             controller.end_update(applied=True)
+            controller.updated()
         else:
             self._warn_of_no_gradient()
-            controller.require_agreement()  # as above
+            controller.meter.require_agreement()  # as above
         return loss
 
     def _is_asked_for_state_alone(self) -> bool:

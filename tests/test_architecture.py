@@ -16,7 +16,7 @@ PACKAGE = Path(ds_lena.__file__).parent
 FLOORS = (
     {"errors", "version", "keys", "recorded", "grad_stats", "schedule", "layouts", "update", "update.kernels",
      "update.kernels.programs"},
-    {"config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
+    {"page", "config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
      "grad_stats.measurement",
      "layouts.layout", "update.rules.common"},
     {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "layouts.pieces",
@@ -25,14 +25,14 @@ FLOORS = (
     {"update.kernels.table"},
     {"update.kernels.launch"},
     {"grad_stats.statistics", "schedule.authors_code", "schedule.clock", "schedule.carrier"},
-    {"schedule.schedule", "binding", "update.rules"},
-    {"schedule.checkpoint", "update.apply"},
-    {"update.trust_ratio", "cost", "inspect"},
+    {"schedule.noise", "binding", "update.rules", "watch_config"},
+    {"schedule.schedule", "meter", "advice", "update.apply"},
+    {"schedule.checkpoint"},
+    {"update.trust_ratio", "cost", "inspect", "watching"},
     {"controller"},
     {"optimizer"},
     {"reporting", "integrations", "integrations._transformers_internals", "integrations.megatron.partial"},
-    {"integrations.transformers",
-     *(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.cpu_adam", "_internals.grid",
+    {*(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.cpu_adam", "_internals.grid",
                                                      "_internals.flat", "_internals.loss_scale", "exchange",
                                                      "_internals.saved",
                                                      "_internals.seam", "ownership")),
@@ -42,16 +42,20 @@ FLOORS = (
     {"integrations.megatron.window",
      *(f"integrations.deepspeed.{name}" for name in ("_internals.engine", "_internals.bf16", "_internals.zero0",
                                                      "_internals.zero12", "_internals.zero3", "support.feature"))},
-    {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_offload", "_internals.zero3_offload", "axes",
+    {f"integrations.deepspeed.{name}" for name in ("_internals.zero12_muon", "_internals.zero12_offload",
+                                                   "_internals.zero3_offload", "axes",
                                                    "frozen", "monitor", "window", "reading", "differences", "nonfinite",
                                                    "support.refused",
                                                    "support.supported", "support.without_effect")},
     {"integrations.deepspeed.support", "integrations.deepspeed._internals.zero3_nvme", "integrations.megatron.attach"},
     {"integrations.deepspeed._internals.select", "integrations.deepspeed.filling",
      "integrations.deepspeed.finding"},
-    {"integrations.deepspeed.reshard"},
+    {"integrations.deepspeed.bind", "integrations.deepspeed.reshard"},
+    {"integrations.deepspeed.watch"},
     {"integrations.deepspeed", "integrations.deepspeed.attach", "integrations.megatron"},
-    {"_registration"},
+    {"_registration", "noise"},
+    {"integrations.transformers"},
+    {"report"},
     {"__init__"},
     {"run"},
 )  # fmt: skip
@@ -77,16 +81,16 @@ MAY_IMPORT = {
     "grad_stats.reduce": set(),
     "grad_stats.hooks": {"errors", "grad_stats", "grad_stats.backward", "grad_stats.norms", "grad_stats.placement"},
     "grad_stats.agreement": {"errors", "grad_stats.reduce"},
-    "grad_stats.statistics": {"grad_stats.measurement", "grad_stats.hooks", "grad_stats.placement",
-                              "grad_stats.reduce", "recorded"},
+    "grad_stats.statistics": {"grad_stats.measurement", "grad_stats.placement", "grad_stats.reduce", "recorded"},
     # decide: vectors only
     "schedule.algorithm": {"config", "grad_stats.measurement"},
     "schedule.authors_code": {"config", "grad_stats.measurement", "schedule.algorithm"},
     "schedule.clock": {"schedule", "schedule.algorithm"},
     "schedule.schedule": {"config", "errors", "layers", "grad_stats.measurement", "schedule",
-                          "schedule.algorithm", "schedule.clock", "schedule.authors_code"},
+                          "schedule.algorithm", "schedule.clock", "schedule.authors_code", "schedule.noise"},
     "schedule.carrier": set(),
-    "schedule.checkpoint": {"config", "errors", "schedule.clock", "schedule.schedule"},
+    "schedule.noise": {"grad_stats.measurement", "layers", "schedule", "schedule.algorithm", "schedule.clock"},
+    "schedule.checkpoint": {"config", "errors", "schedule.clock", "schedule.noise", "schedule.schedule"},
     # where memory is: no statistics, no facts of the run
     "layouts.layout": set(),
     "layouts.plain": {"layouts.layout"},
@@ -96,6 +100,7 @@ MAY_IMPORT = {
     **{f"{INTERNALS}.{name}_offload": {"errors", "layouts.layout", f"{INTERNALS}.flat", f"{INTERNALS}.{name}"}
        for name in ("zero12", "zero3")},
     f"{INTERNALS}.zero3_nvme": {"layouts.layout", f"{INTERNALS}.zero3_offload"},
+    f"{INTERNALS}.zero12_muon": {"grad_stats.norms", "layouts.layout", f"{INTERNALS}.zero12"},
     f"{INTERNALS}.loss_scale": set(),
     f"{INTERNALS}.cpu_adam": {"update.rules", "update.rules.adamw", "update.rules.common"},
     f"{INTERNALS}.saved": {"errors", "layers"},
@@ -129,7 +134,8 @@ PRIVATE_NAMES = (
     "round_robin_bit16_groups", "round_robin_bit16_offsets", "real_dp_process_group", "single_partition_of_fp32_groups",
     "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "fp16_groups", "fp32_groups",
     "grad_partitions_flat_buffer", "micro_step_id", "_epilogue_ran_this_backward", "_coalesce_grad_reduction",
-    "_use_compact_grad_partition_buffer", "all_grad_tensors", "fp32_groups_has_gradients", "inside_no_sync_ctxt",
+    "_use_compact_grad_partition_buffer", "all_grad_tensors", "get_flat_partition",
+    "_is_muon_group", "_param_dict", "fp32_groups_has_gradients", "inside_no_sync_ctxt",
     "ds_grad_is_ready",
     "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
     "ds_numel", "ds_shape",
@@ -160,7 +166,9 @@ WAITING_METHODS = {"item", "tolist", "cpu", "numpy", "nonzero"}
 WAITING_CONVERSIONS = {"float", "bool", "int"}
 
 UPDATE_PATH = {
-    "controller": {"_warn_of_old_gradients"},
+    "controller": set(),
+    "meter": {"_warn_of_old_gradients"},
+    "watching": {"report", "updated", "warn_of_silence", "_write", "state_dict", "load_state_dict"},
     "grad_stats.agreement": set(),
     "grad_stats.backward": set(),
     "grad_stats.hooks": set(),
@@ -173,6 +181,7 @@ UPDATE_PATH = {
     "schedule.authors_code": set(),
     "schedule.clock": set(),
     "schedule.schedule": set(),
+    "schedule.noise": {"to_dict", "load"},
     "recorded": set(),
     "update.apply": set(),
     "update.kernels.launch": set(),
@@ -189,6 +198,7 @@ UPDATE_PATH = {
     **{f"{INTERNALS}.{name}_offload": set() for name in ("zero12", "zero3")},
     f"{INTERNALS}.loss_scale": set(),
     f"{INTERNALS}.cpu_adam": set(),
+    f"{INTERNALS}.zero12_muon": set(),
 }
 """Modules that every update passes through, and their functions that it does not."""
 
@@ -278,8 +288,12 @@ def test_the_package_imports_itself_by_relative_names(name):
 
 
 def test_the_walk_finds_what_is_there():
-    assert own_imports("controller") >= {"binding", "config", "grad_stats.hooks", "schedule.schedule", "update.apply"}
-    assert own_imports("integrations.deepspeed.attach") >= {"optimizer", f"{INTERNALS}.select", f"{INTERNALS}.seam"}
+    assert own_imports("controller") >= {"binding", "config", "meter", "schedule.schedule", "update.apply"}
+    assert own_imports("integrations.deepspeed.attach") >= {
+        "optimizer",
+        "integrations.deepspeed.bind",
+        f"{INTERNALS}.seam",
+    }
     assert own_imports("update.rules.lamb") >= {"update.rules.adamw", "update.rules.common"}
     assert "integrations.deepspeed.attach" in own_imports("_registration")
     assert uses("grad_stats.reduce", "torch.distributed") and uses(f"{INTERNALS}.zero0", "torch.distributed")
@@ -378,7 +392,7 @@ def test_a_library_does_not_print(name):
 
 
 def test_the_public_names():
-    names = {"LENA", "ConfigError", "LenaError", "StateError", "UnsupportedError", "__version__", "report"}
+    names = {"LENA", "ConfigError", "LenaError", "StateError", "UnsupportedError", "__version__", "report", "watch"}
     assert set(ds_lena.__all__) == names
     assert all(hasattr(ds_lena, name) for name in ds_lena.__all__)
 

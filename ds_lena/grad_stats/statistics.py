@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..recorded import Number, Recorded
-from .hooks import GradientHooks
 from .measurement import Measurement
 from .placement import Placement
 from .reduce import Group, sum_over, world_size
@@ -29,7 +28,6 @@ class GradientStatistics:
 
     def __init__(
         self,
-        hooks: GradientHooks,
         placements: Sequence[Placement],
         layer_of: Sequence[int],
         layers: int,
@@ -37,7 +35,7 @@ class GradientStatistics:
         group: Group | None,
         device: torch.device,
     ) -> None:
-        self._hooks, self._group, self._layers = hooks, group, layers
+        self._group, self._layers = group, layers
         at_once = {placement.micro_batches_at_once for placement in placements} or {world_size(group)}
         if len(at_once) > 1:
             raise ValueError(f"placements of one model disagree on the micro-batches of a pass: {sorted(at_once)}")
@@ -59,14 +57,14 @@ class GradientStatistics:
         self._most_spread = vector([float(max(e for at, e in cells if at == layer)) for layer in range(layers)])
         self._is_spread = any(spread > 1 for _, spread in cells)
 
-    def reduced(self, squares_of_mean: Tensor, squares_now: Tensor) -> Tensor:
+    def reduced(self, passes: int, sums: Tensor, squares_of_mean: Tensor, squares_now: Tensor) -> Tensor:
         """What `of` reads, summed over all ranks by one all-reduce.
 
+        `passes`, `sums` (P,): what this rank's hooks have seen, see `GradientHooks`.
         `squares_of_mean`, `squares_now` (P,): this rank's share of the squared norms of the averaged gradient, as it
         was averaged, and as it may have been changed since.
         """
-        passes = self._passes.set(self._hooks.passes)
-        own = self._own(self._own_share, None, passes, self._hooks.sums, squares_of_mean, squares_now)
+        own = self._own(self._own_share, None, self._passes.set(passes), sums, squares_of_mean, squares_now)
         return sum_over(own, self._group)
 
     def _own_share(self, _: None, passes: Tensor, sums: Tensor, squares_of_mean: Tensor, squares_now: Tensor) -> Tensor:

@@ -1,17 +1,24 @@
-"""LENA's gain, noise scale and warm-up in HF Trainer's logs, and so in all that `report_to` names.
+"""What is measured, in HF Trainer's logs, and so in all that `report_to` names.
 
-from ds_lena.integrations.transformers import LenaCallback
-LenaCallback.add_to(trainer)
+from ds_lena.integrations.transformers import LenaCallback, NoiseScaleCallback
+LenaCallback.add_to(trainer)  # of a LENA
+NoiseScaleCallback.add_to(trainer)  # of any optimizer
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import Trainer, TrainerCallback
 
+from ..noise import watch
 from ..optimizer import controller_of
-from ..reporting import events, find_lena, layer_events, report_of
+from ..reporting import events, find_lena, layer_events, noise_events, report_of
+from ..watch_config import WatchConfig
+from ..watching import Watch
+from .deepspeed.ownership import engine_of
 
 
 class LenaCallback(TrainerCallback):
@@ -37,7 +44,55 @@ class LenaCallback(TrainerCallback):
         if lena is None or logs is None or "loss" not in logs:
             return
         report = report_of(controller_of(lena).schedule)
-        measured = events(report) | (layer_events(report) if self.layers else {})
-        logs |= measured
-        if state.log_history:
-            state.log_history[-1] |= measured  # the Trainer has made its copy already
+        _add(events(report) | (layer_events(report) if self.layers else {}), logs, state)
+
+
+class NoiseScaleCallback(TrainerCallback):
+    """Watches the Trainer's optimizer, whatever it is, under DeepSpeed, in DDP and in one process.
+
+    It adds the scalars of docs/noise_scale.md to every log of training. After `train()` has begun, `watch` is the
+    `Watch`, and `ds_lena.report(trainer)` has its report.
+
+    Args:
+        layers: add `lena/layers/NAME/noise_scale` for every layer too.
+        keys: those of `ds_lena.watch`. `micro_batch_size` is the Trainer's.
+    """
+
+    def __init__(self, layers: bool = False, **keys: Any) -> None:
+        WatchConfig.from_keys(keys)
+        self.layers, self._keys = layers, keys
+        self.watch: Watch | None = None
+
+    @classmethod
+    def add_to(cls, trainer: Trainer, layers: bool = False, **keys: Any) -> NoiseScaleCallback:
+        """Put a new callback before all others of the Trainer, so that TensorBoard and others get what it adds."""
+        callback = cls(layers, **keys)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer on every rank, when all is made and nothing is trained."""
+        if self.watch is not None:
+            self.watch.close()
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        engine = engine_of(model) if isinstance(optimizer, DeepSpeedOptimizerWrapper) else None
+        if engine is not None:
+            self.watch = watch(engine, **self._keys)
+            return
+        while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # accelerate's is an Optimizer, too
+        self.watch = watch(model, optimizer, **{"micro_batch_size": args.per_device_train_batch_size} | self._keys)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Called by the Trainer on every rank. Only here do the numbers come from the device."""
+        if self.watch is None or logs is None or "loss" not in logs:
+            return
+        report = self.watch.report()
+        beside_lena = self.watch.watcher is None
+        _add(noise_events(report, beside_lena) | (layer_events(report) if self.layers else {}), logs, state)
+
+
+def _add(measured: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+    logs |= measured
+    if state.log_history:
+        state.log_history[-1] |= measured  # the Trainer has made its copy already

@@ -34,7 +34,12 @@ class Layout(Protocol):
     """Where one optimizer wrapper keeps weights and gradients on this rank. No statistics, no facts of the run.
 
     A parameter is known by its number in the optimizer.
+
+    `mends`: whether faults of the wrapper are mended, which changes how the weights move. Who only looks sets it to
+    False: then nothing is written, and `clear_gradients` and `discard` are not to be called.
     """
+
+    mends: bool = True
 
     def segments(self) -> Iterable[tuple[Tensor, list[Segment]]]:
         """Each tensor that `step()` gets, with the pieces of parameters in it, in the order of memory.

@@ -25,6 +25,7 @@ the device. Squared norms are in the units of the squared gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,7 +97,17 @@ def new_value_weight(n: Tensor, smoothing: float | None) -> Tensor:
     return torch.full_like(n, 1 - smoothing)
 
 
-def averaged(state: LayerState, measured: Measurement, smoothing: float | None) -> tuple[Tensor, Tensor]:
+class Averages(Protocol):
+    """Moving averages (2, L) of noise and signal, and their weights W (L,)."""
+
+    @property
+    def averages(self) -> Tensor: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+
+def averaged(state: Averages, measured: Measurement, smoothing: float | None) -> tuple[Tensor, Tensor]:
     """Moving averages (2, L) and their weights W (L,) after this update. A layer without a new value keeps both."""
     new = torch.stack(noise_and_signal(measured.mean_square, measured.square_of_mean, measured.n))
     w = new_value_weight(measured.n, smoothing)
@@ -212,7 +223,10 @@ def step_factor(state: LayerState, config: LenaConfig) -> Tensor:
     return (gain if config.max_factor is None else gain.clamp(max=config.max_factor)) * state.warmup
 
 
-def rescale_noise(state: LayerState, ratio: float) -> LayerState:
-    """The state for another micro-batch size: s2 x ratio, with ratio = old size / new size."""
+S = TypeVar("S", bound=Any)
+
+
+def rescale_noise(state: S, ratio: float) -> S:
+    """The state for another micro-batch size: its averaged noise x ratio, with ratio = old size / new size."""
     scale = torch.tensor([[ratio], [1.0]], dtype=state.averages.dtype, device=state.averages.device)
     return replace(state, averages=state.averages * scale)

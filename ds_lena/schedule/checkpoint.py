@@ -14,6 +14,7 @@ import torch
 from ..config import LenaConfig
 from ..errors import StateError
 from .clock import ClockState, RunPlan, scalar
+from .noise import Tally
 from .schedule import Schedule
 
 logger = logging.getLogger("ds_lena")
@@ -52,6 +53,7 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
         "total_steps": clock.plan.total_steps,
         "planned_n": clock.plan.planned_n,
         "micro_batch_size": clock.plan.micro_batch_size,
+        "tally": schedule.tally.to_dict(),
         "layers": layers,
     }
 
@@ -135,6 +137,8 @@ def load(schedule: Schedule, saved: dict[str, Any]) -> None:
     )
     schedule.n = scalar(saved["n"], device)
     schedule.skipped = saved["skipped"]
+    if "tally" in saved:  # older states have none
+        schedule.tally = Tally.from_dict(saved["tally"], device)
     schedule.nonfinite = torch.tensor(saved["nonfinite"], dtype=torch.long, device=device)
     if schedule.config.base_batch_size is None:
         schedule.base_samples = saved["base_samples"]

@@ -21,6 +21,7 @@ from ..layers import LayerTable
 from . import algorithm, authors_code, clock
 from .algorithm import LayerState
 from .clock import ClockState, RunPlan, scalar
+from .noise import Tally
 
 logger = logging.getLogger("ds_lena")
 
@@ -30,7 +31,7 @@ class Proposal:
     """One update that is not applied yet.
 
     `factor` (L + 1,): what multiplies the learning rate of each layer. The last entry is 1, for parameters of no layer.
-    `nonfinite` (): how often a layer has been left out by then.
+    `nonfinite` (): how often a layer has been left out by then. `tally`: of the model as a whole.
     """
 
     state: LayerState
@@ -38,6 +39,7 @@ class Proposal:
     measured: Measurement
     factor: Tensor
     nonfinite: Tensor
+    tally: Tally
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Memory:
     state: LayerState
     clock: ClockState
     nonfinite: Tensor
+    tally: Tally
 
 
 class Schedule:
@@ -54,7 +57,8 @@ class Schedule:
 
     `state`: by layer. `clock`: of the run. `n` (): micro-batches of the last update. `skipped`: updates thrown away.
     `nonfinite` (): how often a layer was left out of an update because its statistics were not finite.
-    `base_samples`: the base batch in samples, None while it is not known.
+    `base_samples`: the base batch in samples, None while it is not known. `tally`: noise and signal of the model as one
+    layer with their spread, and what was counted; the decision does not use it.
     """
 
     def __init__(self, config: LenaConfig, table: LayerTable, device: torch.device) -> None:
@@ -66,17 +70,28 @@ class Schedule:
         self.skipped = 0
         self.nonfinite = torch.zeros((), dtype=torch.long, device=device)
         self.base_samples: float | None = config.base_batch_size
+        self.tally = Tally.start(device)
 
     @property
     def updates(self) -> int:
         """t: applied updates."""
         return self.clock.updates
 
+    @property
+    def weight(self) -> Tensor:
+        """(L,): W."""
+        return self.state.weight
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples in a micro-batch of the last update, None if nobody says."""
+        return self.clock.plan.micro_batch_size
+
     # -- one update ---------------------------------------------------------------------------------------------------
 
     def memory(self, plan: RunPlan) -> Memory:
         """What `propose` needs. The averages are those of micro-batches of the size at present."""
-        return Memory(self._state_in_samples_of(plan.micro_batch_size), self.clock, self.nonfinite)
+        return Memory(self._state_in_samples_of(plan.micro_batch_size), self.clock, self.nonfinite, self.tally)
 
     def propose(self, measured: Measurement, plan: RunPlan, memory: Memory | None = None) -> Proposal:
         """The update that follows from these measurements. Nothing changes yet."""
@@ -89,12 +104,14 @@ class Schedule:
         else:
             state = algorithm.advance(state, measured, now, k, self._numel, config)
         factor = torch.cat((algorithm.step_factor(state, config), scalar(1.0, self.device).unsqueeze(0)))
-        return Proposal(state, after, measured, factor, memory.nonfinite + (~measured.finite).sum())
+        size, before = plan.micro_batch_size, memory.clock.plan.micro_batch_size
+        tally = memory.tally.after(measured, config.smoothing, size, before)
+        return Proposal(state, after, measured, factor, memory.nonfinite + (~measured.finite).sum(), tally)
 
     def commit(self, proposal: Proposal) -> None:
         """The proposed update was applied."""
         self.state, self.clock, self.n = proposal.state, proposal.clock, proposal.measured.n
-        self.nonfinite = proposal.nonfinite
+        self.nonfinite, self.tally = proposal.nonfinite, proposal.tally
         micro_batch_size = self.clock.plan.micro_batch_size
         if self.base_samples is None and micro_batch_size is not None:
             self.base_samples = self.clock.k * micro_batch_size

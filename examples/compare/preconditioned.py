@@ -69,4 +69,4 @@ def precondition(lena: ds_lena.LENA, beta2: float, eps: float = 1e-8) -> None:
             binding, placements=placements, layout=PreconditionedLayout(controller.parameters, preconditioner)
         )
 
-    controller.amend_plain_binding(amend)
+    controller.meter.amend_plain_binding(amend)

@@ -74,7 +74,7 @@ class Case:
     schedule: str = "constant"
     windows: tuple[Window, ...] = ()
     groups: str = "named"  # "named", "flat" (one list, as the HF Trainer hands over), "unnamed" (the same, no names)
-    optimizer: str = "json"  # "json", "client", or "stock": torch's own rule in place of LENA
+    optimizer: str = "json"  # "json", "client"; torch's own rule in place of LENA: "stock", or "watched"
     loop: str = "engine"  # how windows are driven, see the runners
     evaluate: str = "never"  # or "between updates", "between micro-batches"
     zero_init: bool = False  # the model is built under deepspeed.zero.Init
@@ -94,7 +94,7 @@ class Case:
         rule = RULE_KEYS[self.base]
         warmup = {"warmup": "layer", "warmup_fraction": 0.2, "warmup_cap": 0.4, "total_steps": 2 * UPDATES}
         common = {"lr": LR[self.base], "base": self.base, "weight_decay": None, "layer": self.layer}
-        if self.optimizer == "stock":
+        if self.optimizer in ("stock", "watched"):
             warmup |= {"warmup": "none", "scaling": "none"}
         return common | rule | warmup | dict(self.lena)
 
@@ -207,6 +207,6 @@ class Case:
             config["optimizer"] = {"type": "LENA", "params": self.keys}
         if self.split.startswith("autotp"):
             config["tensor_parallel"] = {"autotp_size": self.tensor}
-        if self.optimizer == "stock":
+        if self.optimizer in ("stock", "watched"):
             config["zero_allow_untested_optimizer"] = True
         return config | dict(self.config)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers.case import Case
 from tests.helpers.reference import Snapshot
-from tests.helpers.reports import report_differences
+from tests.helpers.reports import noise_differences, report_differences
 from tests.helpers.tolerance import Tolerance, tolerance
 
 
@@ -21,8 +21,9 @@ def assert_same_run(case: Case, results: Sequence[Mapping[str, Any]], reference:
         assert result["reports"] == results[0]["reports"], f"rank {rank} reports other numbers than rank 0"
     differences = []
     if case.optimizer != "stock":
+        compared = noise_differences if case.optimizer == "watched" else report_differences
         for update, (report, snapshot) in enumerate(zip(results[0]["reports"], reference, strict=True), start=1):
-            differences += [f"update {update}: {text}" for text in report_differences(report, snapshot.report, bounds)]
+            differences += [f"update {update}: {text}" for text in compared(report, snapshot.report, bounds)]
     for rank, result in enumerate(results):
         differences += [f"rank {rank}: {text}" for text in weight_differences(result["params"], reference, bounds)]
     assert not differences, f"{len(differences)} differences, the first of them\n" + "\n".join(differences[:25])

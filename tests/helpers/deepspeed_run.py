@@ -57,7 +57,7 @@ def _engine_of(case: Case, model: nn.Module, mpu: Any) -> Iterator[Any]:
     optimizer = None
     if case.optimizer == "client":
         optimizer = ds_lena.LENA(groups, **case.keys)
-    elif case.optimizer == "stock":
+    elif case.optimizer in ("stock", "watched"):
         optimizer = stock_optimizer(case, groups)
     scheduler = None
     if case.schedule != "constant":
@@ -72,6 +72,8 @@ def _engine_of(case: Case, model: nn.Module, mpu: Any) -> Iterator[Any]:
     )
     if case.compiled == "engine":
         engine.compile(backend="aot_eager")
+    if case.optimizer == "watched":
+        ds_lena.watch(engine, layer=case.layer, smoothing=case.keys.get("smoothing"))
     try:
         yield engine
     finally:

@@ -23,7 +23,7 @@ def parameter_groups(case: Case, model: nn.Module) -> list[Any]:
     groups = [group | {"params": [p for _, p in group["params"]]} for group in case_groups(case, model)]
     if case.has_deepspeed_moe:
         groups = [group | {"name": f"group {number}"} for number, group in enumerate(groups)]
-        if case.optimizer == "client":  # for a JSON entry DeepSpeed does it
+        if case.optimizer != "json":  # for a JSON entry DeepSpeed does it
             from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
             return split_params_into_different_moe_groups_for_optimizer(groups)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ds_lena
 from tests.helpers.case import SCHEDULES, Case
-from tests.helpers.groups import case_groups
+from tests.helpers.groups import case_groups, stock_optimizer
 from tests.helpers.model import build
 
 
@@ -23,7 +23,11 @@ def run(case: Case) -> dict[str, Any]:
     if case.world > 1:
         unused = case.model.spare or case.usage != "always"
         wrapped = DistributedDataParallel(model, find_unused_parameters=unused, **case.config)
-    optimizer = ds_lena.LENA(_parameters(case, model, wrapped), **case.keys)
+    if case.optimizer == "watched":
+        optimizer = stock_optimizer(case, [p for p in model.parameters() if p.requires_grad])
+        ds_lena.watch(wrapped, optimizer, layer=case.layer, smoothing=case.keys.get("smoothing"))
+    else:
+        optimizer = ds_lena.LENA(_parameters(case, model, wrapped), **case.keys)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[case.schedule])
     reports = []
     for update in range(len(case.plan)):

@@ -24,6 +24,14 @@ def report_differences(report: Numbers, expected: Numbers, bounds: Tolerance) ->
     return list(_all(report, expected, bounds))
 
 
+def noise_differences(report: Numbers, expected: Numbers, bounds: Tolerance) -> list[str]:
+    """The same of the report of a watch: counts, noise, signal and noise scales."""
+    if set(report["layers"]) != set(expected["layers"]):
+        return [f"{sorted(set(report['layers']) ^ set(expected['layers']))} are in one report only"]
+    counts = (key for key in COUNTS if key != "base")
+    return [*_off("model", tuple(counts), report, expected, 0.0), *_noises_off(report, expected, bounds)]
+
+
 def _before_the_first_update(report: Numbers, expected: Numbers) -> Iterator[str]:
     """Little is defined there: the counts and the gains."""
     yield from _off("model", ("update", "skipped", "gain"), report, expected, 0.0)
@@ -32,13 +40,9 @@ def _before_the_first_update(report: Numbers, expected: Numbers) -> Iterator[str
 
 
 def _all(report: Numbers, expected: Numbers, bounds: Tolerance) -> Iterator[str]:
-    layers = expected["layers"]
-    noise, signal = (math.fsum(layer[key] for layer in layers.values()) for key in ("noise", "signal"))
-    rounding = SQUARED_ROUNDING * math.fsum(layer["noise"] + abs(layer["signal"]) for layer in layers.values())
     yield from _off("model", COUNTS, report, expected, 0.0)
     yield from _off("model", ("gain",), report, expected, bounds.gain)
-    yield from _scale_off("model", report, expected, noise, signal, bounds.report * (noise + abs(signal)))
-    for name, layer in layers.items():
+    for name, layer in expected["layers"].items():
         got = report["layers"][name]
         if set(got) != set(layer):
             yield f"{name} reports {sorted(got)}"
@@ -47,6 +51,17 @@ def _all(report: Numbers, expected: Numbers, bounds: Tolerance) -> Iterator[str]
         yield from _off(name, ("factor", "warmup", "state"), got, layer, bounds.report)
         if bounds is FP32:  # in bf16, rounding may decide which term of the warm-up is the larger one
             yield from _off(name, ("capped",), got, layer, 0.0)
+    yield from _noises_off(report, expected, bounds)
+
+
+def _noises_off(report: Numbers, expected: Numbers, bounds: Tolerance) -> Iterator[str]:
+    """Noise, signal and noise scale of each layer, and the noise scale of the model."""
+    layers = expected["layers"]
+    noise, signal = (math.fsum(layer[key] for layer in layers.values()) for key in ("noise", "signal"))
+    rounding = SQUARED_ROUNDING * math.fsum(layer["noise"] + abs(layer["signal"]) for layer in layers.values())
+    yield from _scale_off("model", report, expected, noise, signal, bounds.report * (noise + abs(signal)))
+    for name, layer in layers.items():
+        got = report["layers"][name]
         # Noise and signal are differences of squared norms: close in terms of those.
         slack = bounds.report * (layer["noise"] + abs(layer["signal"])) + rounding
         for key in ("noise", "signal"):

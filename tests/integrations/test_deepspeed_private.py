@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ NVME = (
     "_swappable_optimizer_subgroup",
     "optimizer_swapper",
 )
+MUON_1_2 = ("_is_muon_group", "all_grad_tensors", "get_flat_partition")
 LOSS_SCALE = ("_update_scale", "loss_scale", "step")
 BF16 = (
     "_restore_from_bit16_weights",
@@ -223,6 +225,7 @@ PINNED = {
     *OFFLOAD_3,
     *NVME,
     *LOSS_SCALE,
+    *MUON_1_2,
     *ELSEWHERE,
     "grad_accum",
     "ds_grad_is_ready",
@@ -382,6 +385,17 @@ def calls_of_step(stage: int, precision: str, **zero: Any) -> tuple[list[list[in
 def test_who_calls_the_inner_step_and_with_what(ranks: Ranks, layout: Any, wanted: Any) -> None:
     for calls in ranks.run(calls_of_step, *layout):
         assert calls == wanted, where()
+
+
+def test_where_muon_s_update_takes_the_place_of_the_gradient() -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    taken = list(inspect.signature(DeepSpeedZeroOptimizer.get_flat_partition).parameters)
+    assert taken[:2] == ["self", "tensor_list"] and "param_group_idx" in taken, where()
+    assert list(inspect.signature(DeepSpeedZeroOptimizer._is_muon_group).parameters) == ["self", "tensor_list"], where()
+    source = inspect.getsource(DeepSpeedZeroOptimizer)
+    calls = re.findall(r"= self\.get_flat_partition\((.*?)\)\n", source, flags=re.DOTALL)
+    assert len(calls) == 2 and all("param_group_idx=i" in call for call in calls), where()
 
 
 def default_clipping() -> float:

@@ -12,7 +12,7 @@ import torch
 
 import ds_lena
 from tests.helpers.nvme import small_swaps, why_not_on_nvme
-from tests.integrations._engines import Net, batch, config, engine, said, train
+from tests.integrations._engines import Net, batch, config, engine, said, stock_engine, train
 from tests.integrations._ranks import Ranks
 
 pytestmark = pytest.mark.full
@@ -71,3 +71,19 @@ def changed() -> list[bool]:
 def test_weights_move_by_the_gradient_that_a_script_has_written(ranks: Ranks) -> None:
     for same in ranks.run(changed):
         assert same == [True, False, True, False]
+
+
+def refusal_of_a_watch() -> str:
+    with small_swaps() as (offload, entries):
+        zero = {"offload_optimizer": offload, "sub_group_size": 1000}
+        with stock_engine(config(3, zero=zero, **entries)) as made:
+            try:
+                ds_lena.watch(made)
+            except ds_lena.UnsupportedError as error:
+                return str(error)
+    return ""
+
+
+def test_a_watch_is_refused(ranks: Ranks) -> None:
+    for error in ranks.run(refusal_of_a_watch):
+        assert 'ds_lena.watch does not support "offload_optimizer" to NVMe' in error

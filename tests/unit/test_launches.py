@@ -99,7 +99,7 @@ def test_recordings_do_not_grow_with_the_number_of_passes(monkeypatch):
             model(torch.ones(2, 3)).sum().backward()
         optimizer.step()
     controller = controller_of(optimizer)
-    used = controller._statistics._own, controller._recorded_decision, controller._mean_norms._square
+    used = controller.meter._statistics._own, controller._recorded_decision, controller.meter._mean_norms._square
     assert all(1 <= len(recorded._recordings) <= 6 for recorded in used)
 
 

@@ -335,7 +335,7 @@ def test_the_gradient_is_measured_after_a_reduction_in_a_callback_of_a_callback(
     reduce.__module__ = "torch.nn.parallel.distributed"
     parameters[0].register_post_accumulate_grad_hook(reduce)
     backward(parameters, [vector(6, 8)])
-    assert controller_of(optimizer)._squares_of_mean.tolist() == [25]
+    assert controller_of(optimizer).meter.squares_of_mean.tolist() == [25]
 
 
 # -- memory formats and interruptions ---------------------------------------------------------------------------------

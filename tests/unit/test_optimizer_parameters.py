@@ -338,9 +338,10 @@ def test_the_statistics_follow_a_model_that_is_moved_after_construction(monkeypa
     backward(parameters, [torch.ones(2)])
     optimizer.step()
     optimizer.zero_grad()
-    monkeypatch.setattr(controller_of(optimizer), "_device", torch.device("meta"))  # as if it had been made elsewhere
+    meter = controller_of(optimizer).meter
+    monkeypatch.setattr(meter, "device", torch.device("meta"))  # as if it had been made elsewhere
     backward(parameters, [torch.ones(2)])
-    assert controller_of(optimizer)._device == parameters[0].device
+    assert meter.device == parameters[0].device
     optimizer.step()
     report = ds_lena.report(optimizer)
     assert (report["n"], report["update"]) == (1, 2), "the updates before are not forgotten"

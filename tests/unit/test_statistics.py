@@ -41,9 +41,9 @@ def reduced(monkeypatch, ranks, loss_scale=1.0):
         spreads = [placement.spread for placement in rank.placements]
         cells = set(zip(rank.layer_of, spreads, strict=True))
         layers = len(set(rank.layer_of))
-        made = GradientStatistics(rank.hooks, rank.placements, rank.layer_of, layers, cells, "all ranks", CPU)
+        made = GradientStatistics(rank.placements, rank.layer_of, layers, cells, "all ranks", CPU)
         squares = torch.stack([piece.double().square().sum() for piece in rank.mean_pieces])
-        return made.of(made.reduced(squares, squares), loss_scale)
+        return made.of(made.reduced(rank.hooks.passes, rank.hooks.sums, squares, squares), loss_scale)
 
     monkeypatch.setattr(statistics, "sum_over", lambda buffer, group: given.append(buffer) or buffer)
     for rank in ranks:
@@ -194,6 +194,5 @@ def test_an_expert_with_one_micro_gradient_has_no_noise(monkeypatch):
 
 def test_placements_that_contradict_each_other_are_an_error():
     placements = [Placement("a", torch.Size([1])), Placement("b", torch.Size([1]), replicas=2)]
-    hooks = GradientHooks([nn.Parameter(torch.zeros(1)) for _ in range(2)], ["a", "b"])
     with pytest.raises(ValueError, match="disagree"):
-        GradientStatistics(hooks, placements, [0, 1], 2, {(0, 1), (1, 1)}, None, CPU)
+        GradientStatistics(placements, [0, 1], 2, {(0, 1), (1, 1)}, None, CPU)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...binding import Binding
@@ -19,16 +17,14 @@ from ...errors import ConfigError, StateError, UnsupportedError
 from ...layers import named_parameters
 from ...optimizer import LENA, controller_of, dormant, watch_anew
 from ...schedule import carrier
-from ...schedule.clock import RunPlan
 from ...update.rules import RULES
-from .. import _transformers_internals as hf
-from . import ownership
+from . import ownership, watch
 from ._internals import SEEN_WITH, loss_scale, seam
 from ._internals.cpu_adam import adamw_on_cpu
 from ._internals.engine import EngineView
-from ._internals.select import layout_of
-from .axes import first_update_check, parts_of, placements_of
-from .exchange import members_of_all, require_same_keys, together
+from .axes import parts_of
+from .bind import check_layout, engine_binding
+from .exchange import require_same_keys, together
 from .frozen import Frozen
 from .monitor import write_model
 from .nonfinite import Nonfinite
@@ -58,6 +54,7 @@ def _configure(
 ) -> None:
     """Have DeepSpeed make or take the optimizer, and wrap it. For a LENA, check before that and attach after it."""
     view = EngineView(engine)
+    ownership.remember(engine)
     named_in_json = client_optimizer is None and view.optimizer_name == LENA.__name__
     if named_in_json or isinstance(client_optimizer, LENA):
 
@@ -81,6 +78,9 @@ def _configure(
         original(client_optimizer, model_parameters)
     if isinstance(view.optimizer, LENA):
         attach(view, view.optimizer)
+    entry = view.entry(watch.ENTRY)
+    if entry is not None:
+        watch.watch_by_entry(engine, entry)
 
 
 def _warn_of_version() -> None:
@@ -110,11 +110,12 @@ def attach(view: EngineView, lena: LENA) -> None:
 
     def bind() -> Binding:
         same_groups = [] if view.grid.is_split else lena.param_groups
-        require_same_keys(view.grid.everything, controller.config, same_groups)
+        require_same_keys(view.grid.everything, controller.config.compared(), same_groups, controller.config.base)
         _check_micro_batch_size(view, controller)
         _require_decided_for_experts(view, controller)
-        binding = _binding(view, controller)
-        _check_layout(view, binding, controller.parameters)
+        on_cpu = view.facts.offload_optimizer != "none" and controller.config.base == "adamw"
+        binding = engine_binding(view, controller.meter, {"adamw": adamw_on_cpu()} if on_cpu else {})
+        check_layout(view, binding, controller.parameters)
         _require_known_norm(view, controller)
         ownership.require_free(engine, view.module, controller.parameters)
         return binding
@@ -126,7 +127,7 @@ def attach(view: EngineView, lena: LENA) -> None:
     controller.manage(binding)
     carrier.empty(lena.param_groups, is_managed=True)
     Resharding(view, controller, lena)
-    window = Window(view, controller)
+    window = Window(view, controller.meter)
     frozen = Frozen(view.module, {id(parameter) for group in lena.param_groups for parameter in group["params"]})
 
     # With a wrapper DeepSpeed looks for itself.
@@ -149,6 +150,7 @@ def attach(view: EngineView, lena: LENA) -> None:
         window.end()
         if applied:
             write_model(engine, controller)
+            controller.updated()
 
     def check_schedule() -> None:
         config = controller.config
@@ -165,54 +167,6 @@ def attach(view: EngineView, lena: LENA) -> None:
     view.around_model_step(before, after)
     view.before_destroy(release)
     view.after_scheduler(check_schedule)
-
-
-def _binding(view: EngineView, controller: Controller) -> Binding:
-    """What the engine knows of the parameters, the ranks and the run."""
-    parameters = controller.parameters
-    layout = layout_of(view, {id(parameter): i for i, parameter in enumerate(parameters)})
-    if layout is None:
-        raise UnsupportedError(
-            f"LENA does not support the optimizer wrapper {type(view.wrapper).__name__}. "
-            "Nearest supported choice: ZeRO 0-3 in fp32 or bf16."
-        )
-    grid = view.grid
-    names, order = _names(view.module, controller)
-    placements = placements_of(view, layout, names, parameters)
-    on_cpu = view.facts.offload_optimizer != "none"
-
-    def run() -> RunPlan:
-        window = view.configured_window()
-        return RunPlan(
-            total_steps=view.scheduler_total_steps() or hf.planned_updates(view.config),
-            planned_n=None if window is None else window * grid.replicas,
-            micro_batch_size=view.micro_batch_size(),
-        )
-
-    return Binding(
-        layout=layout,
-        placements=placements,
-        order=order,
-        group=grid.everything,
-        members_of_all=functools.partial(members_of_all, grid.everything, grid.is_split),
-        check=first_update_check(view, controller.hooks, parameters, placements),
-        run=run,
-        clip=view.clip_coefficient,
-        moves={"adamw": adamw_on_cpu()} if on_cpu and controller.config.base == "adamw" else {},
-    )
-
-
-def _names(model: torch.nn.Module, controller: Controller) -> tuple[list[str], list[int]]:
-    """The parameters' names in the model, and their numbers in the model's order. Unknown parameters come last."""
-    index = {id(parameter): i for i, parameter in enumerate(controller.parameters)}
-    names = list(controller.names)
-    order = []
-    for name, parameter in named_parameters(model):
-        if id(parameter) in index:
-            names[index[id(parameter)]] = name
-            order.append(index[id(parameter)])
-    known = set(order)
-    return names, order + [i for i in range(len(names)) if i not in known]
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -265,21 +219,6 @@ def _require_decided_for_experts(view: EngineView, controller: Controller) -> No
             "number of micro-gradients for all layers, and nothing for an expert without tokens. Nearest supported "
             'choice: "variant": "default".'
         )
-
-
-def _check_layout(view: EngineView, binding: Binding, parameters: Sequence[Tensor]) -> None:
-    """Compare every piece of the weights that `step()` moves with the model's own values, before the first update."""
-    layout = binding.layout
-    for flat, segments in layout.segments():
-        for segment in segments:
-            piece = flat.data.reshape(-1).narrow(0, segment.start, segment.length)
-            values = layout.model_values(parameters[segment.parameter], segment)
-            if not torch.equal(piece, values.to(piece)):
-                raise StateError(
-                    f'LENA: the weights of "{binding.placements[segment.parameter].name}" do not lie where this '
-                    f"version of ds_lena expects them in DeepSpeed's {type(view.wrapper).__name__}. Install DeepSpeed "
-                    f"{SEEN_WITH}, or report this configuration."
-                )
 
 
 def _require_known_norm(view: EngineView, controller: Controller) -> None:

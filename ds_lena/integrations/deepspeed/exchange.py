@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ...config import LenaConfig
 from ...errors import ConfigError, LenaError
 from ...keys import group_keys, number_in
 from ...layers import Member
@@ -68,9 +67,14 @@ def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
 
 
 def require_same_keys(
-    group: dist.ProcessGroup, config: LenaConfig, param_groups: Sequence[Mapping[str, Any]] = ()
+    group: dist.ProcessGroup,
+    keys: Mapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]] = (),
+    base: str = "adamw",
 ) -> None:
     """Compare the checked keys of all ranks, and those of the parameter groups where all ranks have the same groups.
+
+    `base`: the base rule, which says which keys a group may have.
 
     Raises:
         ConfigError: the first key that is not the same on all of them. It is the same error on every rank.
@@ -78,16 +82,16 @@ def require_same_keys(
     of_groups = {
         f'"{key}" of parameter group {number}': number_in(groups[key])
         for number, groups in enumerate(param_groups)
-        for key in group_keys(config.base)
+        for key in group_keys(base)
         if key in groups
     }
-    mine = {f'"{key}"': value for key, value in config.compared().items()} | of_groups
+    mine = {f'"{key}"': value for key, value in keys.items()} | of_groups
     of_ranks = from_all(group, mine)
     numbers = dist.get_process_group_ranks(group)
-    for key in {key: None for keys in of_ranks for key in keys}:
+    for key in {key: None for given in of_ranks for key in given}:
         holders: dict[Any, list[int]] = {}
-        for number, keys in zip(numbers, of_ranks, strict=True):
-            value = keys.get(key, "nothing")
+        for number, given in zip(numbers, of_ranks, strict=True):
+            value = given.get(key, "nothing")
             holders.setdefault(tuple(value) if isinstance(value, list) else value, []).append(number)
         if len(holders) > 1:
             found = ", ".join(f"{value!r} on {_ranks(held)}" for value, held in holders.items())

@@ -16,6 +16,21 @@ _owner: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter -> a weak reference to the engine whose LENA trains it."""
 
 
+_engine_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Parameter -> a weak reference to the last engine that was made for its model."""
+
+
+def remember(engine: Any) -> None:
+    """Note that an engine was made."""
+    _engine_of.update({parameter: weakref.ref(engine) for parameter in engine.module.parameters()})
+
+
+def engine_of(model: nn.Module) -> Any:
+    """The last engine that was made for a model. None if there is none."""
+    found = (_engine_of.get(parameter) for parameter in model.parameters())
+    return next((engine() for engine in found if engine is not None), None)
+
+
 def require_free(engine: Any, model: nn.Module, given: Iterable[Any]) -> None:
     """Raise `UnsupportedError` if another engine trains one of the given parameters or groups of parameters.
 

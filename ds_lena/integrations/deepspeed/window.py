@@ -10,8 +10,8 @@ import logging
 
 import torch
 
-from ...controller import Controller
 from ...errors import StateError, UnsupportedError
+from ...meter import Meter
 from ._internals.engine import EngineView, has_more_parts
 
 logger = logging.getLogger("ds_lena")
@@ -20,9 +20,9 @@ logger = logging.getLogger("ds_lena")
 class Window:
     """One window after the other of one engine. `begin`, `end`: called around an update."""
 
-    def __init__(self, view: EngineView, controller: Controller) -> None:
-        self._view, self._controller = view, controller
-        self._hooks, self._layout = controller.hooks, controller.binding.layout
+    def __init__(self, view: EngineView, meter: Meter) -> None:
+        self._view, self._meter = view, meter
+        self._hooks, self._layout = meter.hooks, meter.binding.layout
         self._has_told = self._is_stuck = self._is_loaded = False
         self.end()
         self._hooks.before_pass = self._before_pass
@@ -47,7 +47,11 @@ class Window:
         thrown_away = self._layout.thrown_away(self._hooks.reached())
         if thrown_away:
             self._hooks.forget(thrown_away)
-            self._controller.forget_mean()
+            self._meter.forget_mean()
+
+    def _discard(self) -> None:
+        if self._layout.mends:
+            self._layout.discard()
 
     def end(self) -> None:
         """After an update, applied or not."""
@@ -58,12 +62,12 @@ class Window:
         self._forwards += torch.is_grad_enabled()
 
     def _after_backward(self) -> None:
-        if self._view.reduces_now():
-            self._controller.read_mean()
+        if self._view.reduces_now() and not self._hooks.is_closed:
+            self._meter.read_mean()
 
     def _before_pass(self) -> None:
         hooks, layout = self._hooks, self._layout
-        self._controller.forget_mean()
+        self._meter.forget_mean()
         self._is_loaded = False
         self._look_at_broken_pass()
         if hooks.passes:
@@ -71,7 +75,7 @@ class Window:
         if hooks.passes:
             change = layout.next_pass()
             if change == "replaces all" and self._is_zeroed:
-                layout.discard()
+                self._discard()
                 hooks.clear()
             elif change != "adds" or (self._is_reduced and not self._is_zeroed) or 0 < self._forwards <= hooks.passes:
                 raise UnsupportedError(
@@ -115,11 +119,11 @@ class Window:
 
     def _after_zero_grad(self) -> None:
         hooks, layout = self._hooks, self._layout
-        if hooks.passes == 0 or self._controller.is_in_update:
+        if hooks.passes == 0 or self._meter.is_in_update:
             return
         self._forget_thrown_away()
         if hooks.passes == 0:
-            layout.discard()
+            self._discard()
             return
         self._is_zeroed = True
         if layout.next_pass() != "replaces all" and not self._has_told:
@@ -148,8 +152,8 @@ class Window:
                 self._hooks.passes,
             )
             self._hooks.clear()
-            self._controller.forget_mean()
-            self._layout.discard()
+            self._meter.forget_mean()
+            self._discard()
             self._view.begin_window()  # DeepSpeed would end the next update as many micro-batches too early
             self._is_loaded = True
             self.end()

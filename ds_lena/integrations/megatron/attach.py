@@ -44,7 +44,7 @@ def attach(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> No
     _internals.warn_of_version()
     wrapper, lena = together(everything, functools.partial(_make, optimizer, chunks, keys))
     chunk, controller = chunks[0], controller_of(lena)
-    together(everything, functools.partial(require_same_keys, everything, controller.config))
+    together(everything, functools.partial(require_same_keys, everything, controller.config.compared()))
     binding = together(everything, functools.partial(_bind, wrapper, chunk, controller))
     controller.manage(binding, drops_empty_groups=False)
 
@@ -52,7 +52,7 @@ def attach(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> No
     lena.param_groups, lena.state, lena.defaults = inner.param_groups, inner.state, inner.defaults
     lena.register_state_dict_post_hook(lambda _, packed: carrier.fill(packed["param_groups"], packed["lena"]))
     wrapper.optimizer = lena
-    window = Window(chunk, controller)
+    window = Window(chunk, controller.hooks)
     is_torchs = isinstance(inner, (torch.optim.AdamW, torch.optim.SGD))  # otherwise FusedAdam or FusedSGD
     steps = StepInGroups(lena, is_torchs) if _internals.is_sharded(wrapper) or not is_torchs else None
 
@@ -67,6 +67,8 @@ def attach(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> No
             steps.take_back(applied)
         controller.end_update(applied)
         window.end()
+        if applied:
+            controller.updated()
 
     _internals.around_step(wrapper, before, after)
 
@@ -130,9 +132,9 @@ def _check_micro_batch_size(given: int | None) -> None:
 def _bind(wrapper: Any, chunk: Any, controller: Controller) -> Binding:
     """What Megatron knows of the parameters, the ranks and the run. All ranks call it together."""
     grid, parameters = _internals.read_grid(chunk), controller.parameters
-    placements = _placements(grid, chunk, parameters, controller.names)
+    placements = _placements(grid, chunk, parameters, controller.meter.names)
     layout = _internals.layout_of(wrapper, parameters, grid)
-    _check_layout(layout, parameters, controller.names)
+    _check_layout(layout, parameters, controller.meter.names)
     index = {id(parameter): i for i, parameter in enumerate(parameters)}
 
     def run() -> RunPlan:

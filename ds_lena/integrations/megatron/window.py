@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...controller import Controller
 from ...errors import StateError
+from ...grad_stats.hooks import GradientHooks
 from ._internals import after_call
 
 
 class Window:
     """One window after the other. `begin`, `end`: called around an update."""
 
-    def __init__(self, chunk: Any, controller: Controller) -> None:
-        self._controller, self._hooks = controller, controller.hooks
+    def __init__(self, chunk: Any, hooks: GradientHooks) -> None:
+        self._hooks = hooks
         self._ranks = chunk.dp_cp_group.size()
         self._is_zeroed, self._is_reduced = True, False
         after_call(chunk, "finish_grad_sync", self._after_sync)

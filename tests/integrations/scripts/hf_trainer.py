@@ -5,6 +5,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 import ds_lena
 from benchmarks.command import leave
-from ds_lena.integrations.transformers import LenaCallback
+from ds_lena.integrations.transformers import LenaCallback, NoiseScaleCallback
 from ds_lena.reporting import find_lena
 
 SAMPLES, BATCH, ACCUMULATION, EPOCHS = 28, 2, 2, 2  # on 2 ranks: 7 micro-batches an epoch, the last window has 1
 SAVED_AFTER = 3
 LENA = {"type": "LENA", "params": {"lr": "auto", "weight_decay": "auto", "smoothing": 0.5}}
+ADAMW = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
 DECAY = {
     "type": "WarmupDecayLR",
     "params": {"total_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
@@ -112,6 +114,42 @@ def train(folder, seed=0, resume=None, layers=None, **more):
     }
 
 
+def train_watched(folder, **more):
+    """Run a Trainer with an optimizer of others to its end, with and without a watch."""
+    os.environ.pop(
+        "ACCELERATE_USE_DEEPSPEED", None
+    )  # a Trainer before has set it, and it makes any other one DeepSpeed's
+    results = []
+    for is_watched in (True, False):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=ACCUMULATION,
+            save_strategy="no",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=1,
+            **more,
+        )
+        reporter = Reporter()
+        trainer = Trainer(model=model(0), args=arguments, train_dataset=Tokens(), callbacks=[reporter])
+        if is_watched:
+            NoiseScaleCallback.add_to(trainer, tokens_per_sample=8, smoothing=0.5)
+        trainer.train()
+        results.append(
+            {
+                "weights": {name: p.flatten().tolist() for name, p in trainer.model.named_parameters()},
+                "report": ds_lena.report(trainer) if is_watched else None,
+                "logs": reporter.logs,
+            }
+        )
+    return results
+
+
 def train_with_accelerate():
     """Three updates in a loop of one's own, with the placeholders of accelerate."""
     AcceleratorState._reset_state(True)
@@ -145,6 +183,8 @@ def main(folder):
         "scheduler": lambda: train(folder / "scheduler", scheduler=DECAY, layers=False),
         "logged": lambda: train(folder / "logged", layers=True),
         "accelerate": train_with_accelerate,
+        "watched": lambda: train_watched(folder / "watched", deepspeed=config(optimizer=ADAMW)),
+        "watched in DDP": lambda: train_watched(folder / "watched", ddp_backend="gloo"),
     }
     for name, run in runs.items():
         result = run()

@@ -58,6 +58,10 @@ class EngineView:
         """The DeepSpeed configuration as the user gave it."""
         return self._engine.config
 
+    def entry(self, name: str) -> Any:
+        """An entry of the JSON that DeepSpeed does not know. None if it is not there."""
+        return self._engine._config._param_dict.get(name)
+
     @property
     def wrapper(self) -> Any:
         """The wrapper that ZeRO or a precision puts around the optimizer. Without one, the optimizer itself."""

@@ -41,13 +41,19 @@ class KeptGradients(Layout):
     _is_complete = False
 
     def gradients(self) -> GradientPieces:
-        if not self._is_complete:
+        if not self.mends:
+            self._wait()
+        elif not self._is_complete:
             written = self._write_missed()
             for i, piece in pieces_of_grad(self.segments()):
                 if i not in written:
                     piece.zero_()
             self._is_complete = True
         return pieces_of_grad(self.segments())
+
+    def _wait(self) -> None:
+        """Wait for copies to the CPU that DeepSpeed has started."""
+        raise NotImplementedError
 
     def _write_missed(self) -> Collection[int]:
         """Write the gradients that DeepSpeed has left out. Returns the parameters of which all is written."""

@@ -31,8 +31,11 @@ class Zero12OffloadLayout(KeptGradients, Zero12Layout):
             accumulated, zero._offload_accumulated_param_ids = zero._offload_accumulated_param_ids, missed
             zero._finalize_cpu_offload_gradient_accumulation()
             zero._offload_accumulated_param_ids = accumulated
-        zero._wait_for_offload_copies()
+        self._wait()
         return {self._index[id(p)] for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads}
+
+    def _wait(self) -> None:
+        self._zero._wait_for_offload_copies()
 
     def discard(self) -> None:
         super().discard()

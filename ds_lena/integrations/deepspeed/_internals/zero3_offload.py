@@ -14,8 +14,6 @@ class Zero3OffloadLayout(KeptGradients, Zero3Layout):
 
         What the window does not use is written too: it is zero in the buffer of sums, see `clear_gradients`.
         """
-        from deepspeed.accelerator import get_accelerator
-
         zero = self._zero
         here = {segment.parameter for segments in self._segments for segment in segments if segment.length}
         parameters = [p for group in zero.fp16_groups for p in group if self._index[id(p)] in here]
@@ -24,8 +22,13 @@ class Zero3OffloadLayout(KeptGradients, Zero3Layout):
             reached, zero._offload_boundary_param_ids = zero._offload_boundary_param_ids, missed
             zero._finalize_offload_gradient_accumulation()
             zero._offload_boundary_param_ids = reached
-            get_accelerator().synchronize()  # it starts copies to the CPU, and waits for none
+            self._wait()
         return here
+
+    def _wait(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().synchronize()  # it starts copies to the CPU, and waits for none
 
     def discard(self) -> None:
         super().discard()

@@ -22,14 +22,14 @@ def in_use(facts: EngineFacts) -> list[str]:
     return [feature.what for feature in SUPPORTED if feature.is_on(facts)]
 
 
-def refuse_unsupported(facts: EngineFacts) -> None:
+def refuse_unsupported(facts: EngineFacts, who: str = "LENA") -> None:
     """Raise `UnsupportedError` for the first refused feature that is on, or for a stage that is not in the table."""
     for feature in REFUSED:
         if feature.is_on(facts):
             what = feature.what.format(predivide=facts.predivide)
-            raise UnsupportedError(f"LENA does not support {what}. Nearest supported choice: {feature.instead}.")
+            raise UnsupportedError(f"{who} does not support {what}. Nearest supported choice: {feature.instead}.")
     if not any(feature.is_on(facts) for feature in STAGES):
         raise UnsupportedError(
-            f"LENA does not support ZeRO {facts.stage} with these types of weights and gradients. Nearest supported "
+            f"{who} does not support ZeRO {facts.stage} with these types of weights and gradients. Nearest supported "
             f"choice: one of {'; '.join(feature.what for feature in STAGES)}."
         )

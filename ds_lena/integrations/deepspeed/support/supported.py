@@ -415,6 +415,13 @@ SUPPORTED: tuple[Feature, ...] = (
         "The gradients of the tiles are added before they are measured.",
     ),
     _runs(_WAYS, "deepspeed.initialize with a JSON entry", _ATTACH, _SELECTION, keys=("optimizer", "optimizer.type")),
+    _runs(
+        _WAYS,
+        "ds_lena.watch: the noise scale of any optimizer, in each layout of this page",
+        "integrations/deepspeed/watch.py",
+        "tests/parity/test_watch.py",
+        "It mends nothing that this page says LENA mends: see noise_scale.md.",
+    ),
     _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),
     _runs(
         _PARALLEL,

@@ -1,0 +1,244 @@
+"""What is remembered of noise and signal: of the model as a whole for every run, and of layers where only measured.
+
+LENA's own averages of the layers are in its `LayerState`, since its decision is made from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..grad_stats.measurement import Measurement
+from ..layers import LayerTable
+from . import algorithm
+from .clock import scalar
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The model as one layer, over the averaging window; and what the backward passes of a run have seen.
+
+    `moments` (5,): moving averages, not debiased, of s, m, s^2, s m, m^2. s and m are the noise and the signal of one
+    update, summed over the layers whose noise was measured in it. `weights` (2,): W, and the sum of the squares of the
+    weights that W sums. `micro_batches` (): of all applied updates. `samples` (): in those of known size.
+    """
+
+    moments: Tensor
+    weights: Tensor
+    micro_batches: Tensor
+    samples: Tensor
+
+    @classmethod
+    def start(cls, device: torch.device) -> Tally:
+        """The tally before the first update."""
+        zeros = torch.zeros(5, dtype=torch.float64, device=device)
+        return cls(zeros, zeros[:2].clone(), scalar(0.0, device), scalar(0.0, device))
+
+    def after(self, measured: Measurement, smoothing: float | None, size: int | None, size_before: int | None) -> Tally:
+        """The tally after an update of micro-batches of `size` samples. Noise falls as 1 / size."""
+        return self.averaged(measured, smoothing, size, size_before).counted(measured.n, size)
+
+    def averaged(
+        self, measured: Measurement, smoothing: float | None, size: int | None, size_before: int | None
+    ) -> Tally:
+        """The same with what an update says of noise and signal. It changes nothing if no layer shows its noise."""
+        has_noise = measured.has_noise
+        of_layers = algorithm.noise_and_signal(measured.mean_square, measured.square_of_mean, measured.n)
+        s, m = (torch.where(has_noise, x, 0.0).sum() for x in of_layers)
+        w = algorithm.new_value_weight(measured.n, smoothing)
+        moments = self.moments
+        if size and size_before and size != size_before:
+            r = size_before / size
+            a, b, aa, ab, bb = moments.unbind()
+            moments = torch.stack((a * r, b, aa * r * r, ab * r, bb))
+        moments = torch.where(
+            has_noise.any(), (1 - w) * moments + w * torch.stack((s, m, s * s, s * m, m * m)), moments
+        )
+        all_weights, squares = self.weights.unbind()
+        weights = torch.stack(((1 - w) * all_weights + w, (1 - w) ** 2 * squares + w * w))
+        return replace(self, moments=moments, weights=torch.where(has_noise.any(), weights, self.weights))
+
+    def counted(self, n: Tensor, size: int | None) -> Tally:
+        """The same with n () more micro-batches."""
+        return replace(self, micro_batches=self.micro_batches + n, samples=self.samples + n * (size or 0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {name: getattr(self, name).tolist() for name in ("moments", "weights", "micro_batches", "samples")}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any], device: torch.device) -> Tally:
+        """From `to_dict`."""
+        return cls(**{name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in saved.items()})
+
+
+@dataclass(frozen=True)
+class NoiseState:
+    """What a watch remembers, O(L).
+
+    `averages` (2, L): moving averages of noise and signal, not debiased. `weight` (L,) W.
+    `silent` (L,): updates in which the averaged gradient of a layer was exactly 0 and its micro-gradients were not.
+    `nonfinite` (): how often a layer was left out of an update because its statistics were not finite.
+    `differences` (): updates whose noise was told from the gradient of the update before.
+    """
+
+    averages: Tensor
+    weight: Tensor
+    silent: Tensor
+    nonfinite: Tensor
+    differences: Tensor
+    tally: Tally
+
+    @classmethod
+    def start(cls, layers: int, device: torch.device) -> NoiseState:
+        """Nothing is known."""
+        zeros = torch.zeros(layers, dtype=torch.float64, device=device)
+        nothing = scalar(0.0, device)
+        return cls(zeros.repeat(2, 1), zeros, zeros.clone(), nothing, nothing, Tally.start(device))
+
+    def after(
+        self,
+        measured: Measurement,
+        n: Tensor,
+        smoothing: float | None,
+        sizes: tuple[int | None, int | None],
+        of_differences: bool,
+    ) -> NoiseState:
+        """The state after an update of n () micro-batches. `sizes`: of a micro-batch, now and in the update before.
+
+        `measured` has another n if noise is told from the gradients of two updates.
+        """
+        size, before = sizes
+        state = algorithm.rescale_noise(self, before / size) if size and before and size != before else self
+        averages, weight = algorithm.averaged(state, measured, smoothing)
+        is_silent = measured.seen & (measured.square_of_mean == 0)
+        return NoiseState(
+            averages=averages,
+            weight=weight,
+            silent=self.silent + is_silent,
+            nonfinite=self.nonfinite + (~measured.finite).sum(),
+            differences=self.differences + of_differences,
+            tally=self.tally.averaged(measured, smoothing, size, before).counted(n, size),
+        )
+
+
+class Remembered(Protocol):
+    """What a report of noise reads. LENA's `Schedule` and a `NoiseMemory` have it."""
+
+    table: LayerTable
+    n: Tensor
+    skipped: int
+
+    @property
+    def updates(self) -> int:
+        """Applied updates."""
+        ...
+
+    @property
+    def weight(self) -> Tensor:
+        """(L,): W of each layer."""
+        ...
+
+    @property
+    def tally(self) -> Tally:
+        """The model as a whole."""
+        ...
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples in a micro-batch, None if nobody says."""
+        ...
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """See `NoiseState`."""
+        ...
+
+    def noise_and_signal(self) -> Tensor:
+        """(2, L): debiased noise and signal."""
+        ...
+
+
+class NoiseMemory:
+    """The memory of a watch. `n` (): micro-batches of the last update. `updates`, `skipped`: over the run."""
+
+    def __init__(self, table: LayerTable, smoothing: float | None, device: torch.device) -> None:
+        self.table, self.device, self._smoothing = table, device, smoothing
+        self.state = NoiseState.start(table.count, device)
+        self.n = scalar(0.0, device)
+        self.updates = self.skipped = 0
+        self.micro_batch_size: int | None = None
+
+    def proposed(self, measured: Measurement, n: Tensor, size: int | None, of_differences: bool = False) -> NoiseState:
+        """The state that follows from an update, which changes nothing yet. See `NoiseState.after`."""
+        return self.state.after(measured, n, self._smoothing, (size, self.micro_batch_size), of_differences)
+
+    def commit(self, state: NoiseState, n: Tensor, size: int | None) -> None:
+        """The update was applied."""
+        self.state, self.n, self.micro_batch_size = state, n, size
+        self.updates += 1
+
+    def skip(self) -> None:
+        """The update was thrown away."""
+        self.skipped += 1
+
+    @property
+    def weight(self) -> Tensor:
+        """See `Remembered`."""
+        return self.state.weight
+
+    @property
+    def tally(self) -> Tally:
+        """See `Remembered`."""
+        return self.state.tally
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """See `Remembered`."""
+        return self.state.nonfinite
+
+    def noise_and_signal(self) -> Tensor:
+        """See `Remembered`."""
+        return algorithm.debiased(self.state.averages, self.state.weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, by layer name."""
+        state = self.state
+        columns = zip(state.averages.T.tolist(), state.weight.tolist(), state.silent.tolist(), strict=True)
+        return {
+            "version": 1,
+            "update": self.updates,
+            "skipped": self.skipped,
+            "n": float(self.n),
+            "micro_batch_size": self.micro_batch_size,
+            "nonfinite": float(state.nonfinite),
+            "differences": float(state.differences),
+            "tally": state.tally.to_dict(),
+            "layers": {
+                name: {"averages": averages, "weight": weight, "silent": silent}
+                for name, (averages, weight, silent) in zip(self.table.names, columns, strict=True)
+            },
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on from `to_dict()`. Layers are matched by name; one that is not in it starts fresh."""
+        device, layers = self.device, saved["layers"]
+        fresh = {"averages": [0.0, 0.0], "weight": 0.0, "silent": 0.0}
+        rows = [layers.get(name, fresh) for name in self.table.names]
+
+        def vector(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)
+
+        self.state = NoiseState(
+            averages=vector([row["averages"] for row in rows]).reshape(-1, 2).T.contiguous(),
+            weight=vector([row["weight"] for row in rows]),
+            silent=vector([row["silent"] for row in rows]),
+            nonfinite=vector(saved["nonfinite"]),
+            differences=vector(saved["differences"]),
+            tally=Tally.from_dict(saved["tally"], device),
+        )
+        self.n, self.updates, self.skipped = vector(saved["n"]), saved["update"], saved["skipped"]
+        self.micro_batch_size = saved["micro_batch_size"]

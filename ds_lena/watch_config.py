@@ -1,0 +1,64 @@
+"""The keys of `ds_lena.watch` and of the JSON entry `noise_scale`, checked when they are given."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import ConfigError
+from .keys import KEYS
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """The checked keys.
+
+    `layer`, `smoothing`, `exclude`, `micro_batch_size`: as LENA's, see docs/keys.md. `tokens_per_sample`: for the
+    critical batch in tokens. `differences`: where an update has one micro-batch in all, tell the noise from the
+    gradients of two updates; it keeps a copy of the gradient. `log`: a file that gets a JSON line, written by rank 0
+    every `log_every` updates. `enabled`: False switches the JSON entry off.
+    """
+
+    layer: str = "tensor"
+    smoothing: float | None = None
+    exclude: tuple[str, ...] = ()
+    micro_batch_size: int | None = None
+    tokens_per_sample: float | None = None
+    differences: bool = False
+    log: str | None = None
+    log_every: int = 10
+    enabled: bool = True
+
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any]) -> WatchConfig:
+        """Check the keys as a user wrote them. Raise `ConfigError` for the first that is wrong."""
+        known = [entry.name for entry in fields(cls)]
+        for name, value in keys.items():
+            if name not in known:
+                close = difflib.get_close_matches(name.lower(), known, n=1)
+                hint = f'Did you mean "{close[0]}"? ' if close else ""
+                raise ConfigError(
+                    f'ds_lena.watch: unknown key "{name}" (value {value!r}). {hint}Known keys: {", ".join(known)}.'
+                )
+            accepts, allowed = _allowed(name)
+            if not accepts(value):
+                raise ConfigError(f'ds_lena.watch: "{name}": {value!r} is not allowed; allowed is {allowed}.')
+        return cls(**{**keys, "exclude": tuple(keys.get("exclude", ()))})
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _allowed(name: str) -> tuple[Callable[[Any], bool], str]:
+    if name in KEYS:
+        return KEYS[name].accepts, KEYS[name].allowed
+    return {
+        "tokens_per_sample": (lambda value: value is None or _is_positive(value), "null or a number > 0"),
+        "differences": (lambda value: isinstance(value, bool), "true or false"),
+        "enabled": (lambda value: isinstance(value, bool), "true or false"),
+        "log": (lambda value: value is None or (isinstance(value, str) and value != ""), "null or the path of a file"),
+        "log_every": (lambda value: _is_positive(value) and isinstance(value, int), "a whole number of updates >= 1"),
+    }[name]

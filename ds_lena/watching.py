@@ -1,0 +1,282 @@
+"""Measures the updates that another optimizer makes: what `ds_lena.watch` runs, and what it returns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import advice
+from .binding import Binding
+from .errors import ConfigError, StateError, UnsupportedError
+from .grad_stats.hooks import Parts
+from .grad_stats.reduce import Group, is_first_rank, world_size
+from .layers import named_parameters, warn_of_patterns
+from .meter import Meter, weakly
+from .parameters import require_supported
+from .recorded import Number, Recorded
+from .schedule.noise import NoiseMemory, NoiseState, Remembered
+from .watch_config import WatchConfig
+
+logger = logging.getLogger("ds_lena")
+
+_UPDATES_TO_SILENCE = 3
+
+
+class Watch:
+    """Noise, signal and noise scale of a training, as `ds_lena.watch` returns it.
+
+    `after_update`: what is called after each applied update, on every rank. `watcher`: what measures. None where it is
+    a LENA, which measures for itself. `is_closed`: whether `close()` was called.
+    """
+
+    def __init__(self, config: WatchConfig, memory: Callable[[], Remembered], watcher: Watcher | None = None) -> None:
+        self.config, self.watcher, self._memory = config, watcher, memory
+        self.after_update: list[Callable[[], None]] = []
+        self.is_closed = False
+
+    def report(self) -> dict[str, Any]:
+        """What was measured by the last applied update. The same on every rank, and no rank waits for another.
+
+        Returns:
+            A plain dictionary; docs/noise_scale.md has its keys.
+        """
+        differences = 0.0
+        if self.watcher is not None:
+            self.watcher.warn_of_silence()
+            differences = float(self.watcher.memory.state.differences)
+        return advice.report_of(self._memory(), self.config.tokens_per_sample, differences)
+
+    def updated(self) -> None:
+        """Called after each applied update, on every rank."""
+        if self.is_closed:
+            return
+        for action in self.after_update:
+            action()
+        config, updates = self.config, self._memory().updates
+        if config.log is not None and updates % config.log_every == 0 and is_first_rank():
+            self._write(Path(config.log))
+
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as stream:
+            stream.write(json.dumps(_finite(self.report())) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a watch remembers, as plain numbers by layer name. A LENA has it in its own checkpoint.
+
+        Raises:
+            StateError: it is a LENA that measures.
+        """
+        return self._own().memory.to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._own().memory.load(state_dict)
+
+    def _own(self) -> Watcher:
+        if self.watcher is None:
+            raise StateError("ds_lena.watch: LENA measures here, and its own state_dict() holds what it remembers.")
+        return self.watcher
+
+    def close(self) -> None:
+        """Stop measuring, and writing. A LENA goes on. The report stays what it is."""
+        self.is_closed = True
+        if self.watcher is not None:
+            self.watcher.close()
+
+
+def _finite(value: Any) -> Any:
+    """With null for what is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Watcher:
+    """Measures the updates of `parameters`, and moves nothing: `begin_update`, then `end_update`.
+
+    `memory`: what is remembered. `micro_batch_size()`: samples in a micro-batch, None if nobody says.
+    """
+
+    def __init__(
+        self, config: WatchConfig, parameters: Sequence[Tensor], names: Sequence[str], group: Group | None = None
+    ) -> None:
+        self.config = config
+        self.micro_batch_size: Callable[[], int | None] = lambda: config.micro_batch_size
+        self.memory: NoiseMemory
+        self._proposal: tuple[NoiseState, Tensor, int | None] | None = None
+        self._told: set[str] = set()
+        self._told_patterns: set[tuple[str, str]] = set()
+        self._latest: dict[int, Tensor] | None = None
+        self._before: tuple[dict[int, Tensor], Tensor] | None = None
+        left_out = [False] * len(parameters)
+        self.meter = Meter(parameters, names, left_out, config.layer, config.exclude, group, self.compared())
+        self.meter.after_bind = weakly(self._after_bind)
+        if config.differences:
+            self.meter.after_mean = weakly(self._keep_gradient)
+
+    def _after_bind(self, keeps: bool) -> None:
+        meter = self.meter
+        before = self.memory if keeps else None
+        self.memory = NoiseMemory(meter.table, self.config.smoothing, meter.device)
+        if before is not None:
+            self.memory.load(before.to_dict())
+        self._recorded, self._loss_scale = Recorded(keeps=2), Number(meter.device)
+        self._half_norms = meter.hooks.new_norms()
+        warn_of_patterns(meter.all_names, "exclude", self.config.exclude, self._told_patterns)
+
+    def compared(self) -> dict[str, Any]:
+        """The keys that have to be the same on all ranks."""
+        return {name: value for name, value in vars(self.config).items() if name != "log"}
+
+    def manage(self, binding: Binding, parts: Callable[[], Parts | None]) -> None:
+        """Let an engine run the updates. `parts()` may make a group of ranks, which none of them may miss."""
+        self.meter.manage(replace(binding, parts=parts()))
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has stopped."""
+        return self.meter.hooks.is_closed
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters."""
+        self.meter.hooks.close()
+        self._latest = self._before = None
+
+    @torch.no_grad()
+    def begin_update(self) -> None:
+        """Measure, by one all-reduce. The optimizer's step comes after it."""
+        meter, size = self.meter, self.micro_batch_size()
+        meter.begin_update()
+        scale = meter.binding.layout.loss_scale()
+        pair = self._pair(scale)
+        key = size, self.memory.micro_batch_size, pair is not None
+        if pair is None:
+            reduced = meter.reduced(meter.squares_of_mean)
+        else:
+            reduced, scale = pair, 1.0
+        state, n = self._recorded(self._proposed, key, reduced, self._loss_scale.set(scale), self.memory.state)
+        if meter.updates == 0 and pair is None:
+            meter.require_average(meter.of(reduced, scale)[0])
+        self._proposal = state, n, size
+
+    def _proposed(self, key: Any, reduced: Tensor, loss_scale: Tensor, state: NoiseState) -> tuple[NoiseState, Tensor]:
+        size, size_before, of_differences = key
+        measured, _ = self.meter.of(reduced, loss_scale)
+        n = measured.n / 2 if of_differences else measured.n  # one of the two gradients has been counted before
+        return state.after(measured, n, self.config.smoothing, (size, size_before), of_differences), n
+
+    def end_update(self, applied: bool) -> None:
+        """End the update. If it was not applied, nothing of it stays but the count of skipped updates."""
+        proposal, self._proposal = self._proposal, None
+        self._before = None
+        if applied and self._latest is not None and self.meter.hooks.passes == 1:
+            self._before = self._latest, self._squares_of_latest
+        self._latest = None
+        self.meter.end_update(applied)
+        if proposal is None:
+            return
+        if not applied:
+            self.memory.skip()
+            return
+        self.memory.commit(*proposal)
+        if self.memory.updates == _UPDATES_TO_SILENCE:
+            self.warn_of_silence()  # this waits for the device, once in a run
+
+    def warn_of_silence(self) -> None:
+        """Warn once of each layer to which no gradient arrives."""
+        silent = advice.silent_layers(self.memory.state.silent, self.memory.table.names)
+        new = [name for name in silent if name not in self._told]
+        if new:
+            self._told.update(new)
+            logger.warning(
+                "ds_lena.watch: no gradient arrives at %s: the averaged gradient is exactly 0, and those of the "
+                "micro-batches are not. So these weights are trained by nothing but weight decay.",
+                ", ".join(f'"{name}"' for name in new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else ""),
+            )
+
+    # -- one micro-batch in an update ---------------------------------------------------------------------------------
+
+    def _keep_gradient(self) -> None:
+        """Copy the averaged gradient, as it is before anyone clips it."""
+        meter = self.meter
+        self._latest = None
+        if world_size(meter.binding.group) == 1 and meter.hooks.passes == 1:
+            scale = meter.binding.layout.loss_scale()
+            pieces = meter.binding.layout.gradients()
+            self._latest = {i: piece.detach() / scale for i, piece in pieces if piece is not None}
+            self._squares_of_latest = meter.squares_of_mean / scale**2
+
+    def _pair(self, scale: float) -> Tensor | None:
+        """The gradients of two updates as two micro-batches of one: what `Meter.of` reads. None if it is not so."""
+        meter = self.meter
+        if self._latest is None or self._before is None or meter.hooks.passes != 1:
+            return None
+        before, squares_before = self._before
+        for i in self._latest.keys() | before.keys():
+            parts = [gradients[i] for gradients in (self._latest, before) if i in gradients]
+            self._half_norms.write(i, sum(parts) / 2)  # type: ignore[arg-type]
+        halves = self._half_norms.read()
+        return meter.reduced(halves, (squares_before + self._squares_of_latest) / 4, passes=2)
+
+
+# -- plain PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def watch_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: WatchConfig) -> Watch:
+    """Watch an optimizer of torch, in one process or under DDP.
+
+    Raises:
+        UnsupportedError: parameters in a form for which it would not be exact.
+        ConfigError: the optimizer is watched already, with other keys.
+    """
+    found: Watch | None = getattr(optimizer, "ds_lena_watch", None)
+    if found is not None and not found.is_closed:
+        if found.config == config:
+            return found
+        raise ConfigError(
+            "ds_lena.watch: this optimizer is watched already, with other keys. Call that watch's close()."
+        )
+    name_of = {id(parameter): name for name, parameter in named_parameters(model)}
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    require_supported(held)
+    in_order = {id(p): p for p in held}
+    known = [p for p in dict.fromkeys(name_of) if p in in_order]
+    parameters = [in_order[i] for i in known] + [p for p in held if id(p) not in name_of]
+    names = [name_of.get(id(p), f"param_{i}") for i, p in enumerate(parameters)]
+    watcher = Watcher(config, parameters, names)
+    watcher.meter.bind_plain()
+    watch = Watch(config, lambda: watcher.memory, watcher)
+
+    def before(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if watcher.is_closed:
+            return
+        if any(callable(value) for value in (*args, *keywords.values())):
+            raise UnsupportedError(
+                "ds_lena.watch: optimizer.step(closure) calls backward within the step, where it cannot be measured. "
+                "Call backward before step(), without a closure."
+            )
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise UnsupportedError(
+                "ds_lena.watch: torch.amp.GradScaler is not supported: its changing loss scale would enter the "
+                "statistics. Use bfloat16, which needs no loss scaling."
+            )
+        watcher.begin_update()
+
+    def after(*_: Any) -> None:
+        if not watcher.is_closed:
+            watcher.end_update(applied=True)
+            watch.updated()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    optimizer.ds_lena_watch = watch  # type: ignore[attr-defined]
+    return watch
