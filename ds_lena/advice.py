@@ -29,11 +29,11 @@ def interval(tally: Tally) -> tuple[float, float]:
     It is Fieller's interval of a ratio. The upper end is inf where the signal cannot be told from 0. (0, inf) before
     the second update. A noise scale that drifts within the window widens it.
     """
-    weight, squares = tally.weights.tolist()
+    (weight, *_), (s, ss, sm), (m, _, mm) = tally.moments.tolist()
     if weight <= 0:
         return 0.0, math.inf
-    s, m, ss, sm, mm = (moment / weight for moment in tally.moments.tolist())
-    share = squares / weight**2  # 1 over the number of updates, if all had the same weight
+    s, m, ss, sm, mm = (moment / weight for moment in (s, m, ss, sm, mm))
+    share = float(tally.squares) / weight**2  # 1 over the number of updates, if all had the same weight
     if not math.isfinite(s + m) or share >= 1 - 1e-9:
         return 0.0, math.inf
     of_mean = Z**2 * share / (1 - share)

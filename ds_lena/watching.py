@@ -65,9 +65,11 @@ class Watch:
             self._write(Path(config.log))
 
     def _write(self, path: Path) -> None:
+        report = self.report()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as stream:
-            stream.write(json.dumps(_finite(self.report())) + "\n")
+            stream.write(json.dumps(_finite(report)) + "\n")
+        logger.info("ds_lena.watch: update %d: %s.", report["update"], report["advice"])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a watch remembers, as plain numbers by layer name. A LENA has it in its own checkpoint.

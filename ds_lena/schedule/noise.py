@@ -21,21 +21,22 @@ from .clock import scalar
 class Tally:
     """The model as one layer, over the averaging window; and what the backward passes of a run have seen.
 
-    `moments` (5,): moving averages, not debiased, of s, m, s^2, s m, m^2. s and m are the noise and the signal of one
-    update, summed over the layers whose noise was measured in it. `weights` (2,): W, and the sum of the squares of the
-    weights that W sums. `micro_batches` (): of all applied updates. `samples` (): in those of known size.
+    `moments` (3, 3): moving average, not debiased, of the outer product of (1, s, m) with itself. s and m are the noise
+    and the signal of one update, summed over the layers whose noise was measured in it. So its first entry is W.
+    `squares` (): the sum of the squares of the weights that W sums.
+    `micro_batches` (): of all applied updates. `samples` (): in those of known size.
     """
 
     moments: Tensor
-    weights: Tensor
+    squares: Tensor
     micro_batches: Tensor
     samples: Tensor
 
     @classmethod
     def start(cls, device: torch.device) -> Tally:
         """The tally before the first update."""
-        zeros = torch.zeros(5, dtype=torch.float64, device=device)
-        return cls(zeros, zeros[:2].clone(), scalar(0.0, device), scalar(0.0, device))
+        nothing = scalar(0.0, device)
+        return cls(torch.zeros(3, 3, dtype=torch.float64, device=device), nothing, nothing, nothing)
 
     def after(self, measured: Measurement, smoothing: float | None, size: int | None, size_before: int | None) -> Tally:
         """The tally after an update of micro-batches of `size` samples. Noise falls as 1 / size."""
@@ -45,21 +46,20 @@ class Tally:
         self, measured: Measurement, smoothing: float | None, size: int | None, size_before: int | None
     ) -> Tally:
         """The same with what an update says of noise and signal. It changes nothing if no layer shows its noise."""
-        has_noise = measured.has_noise
-        of_layers = algorithm.noise_and_signal(measured.mean_square, measured.square_of_mean, measured.n)
-        s, m = (torch.where(has_noise, x, 0.0).sum() for x in of_layers)
-        w = algorithm.new_value_weight(measured.n, smoothing)
+        has_noise, n = measured.has_noise, measured.n
+        of_layers = torch.stack(algorithm.noise_and_signal(measured.mean_square, measured.square_of_mean, n))
+        values = torch.cat((torch.ones_like(n).unsqueeze(0), torch.where(has_noise, of_layers, 0.0).sum(dim=1)))
+        w = algorithm.new_value_weight(n, smoothing) * has_noise.any()
         moments = self.moments
         if size and size_before and size != size_before:
-            r = size_before / size
-            a, b, aa, ab, bb = moments.unbind()
-            moments = torch.stack((a * r, b, aa * r * r, ab * r, bb))
-        moments = torch.where(
-            has_noise.any(), (1 - w) * moments + w * torch.stack((s, m, s * s, s * m, m * m)), moments
+            units = torch.ones_like(values)
+            units[1] = size_before / size
+            moments = moments * torch.outer(units, units)
+        return replace(
+            self,
+            moments=torch.lerp(moments, torch.outer(values, values), w),
+            squares=(1 - w) ** 2 * self.squares + w * w,
         )
-        all_weights, squares = self.weights.unbind()
-        weights = torch.stack(((1 - w) * all_weights + w, (1 - w) ** 2 * squares + w * w))
-        return replace(self, moments=moments, weights=torch.where(has_noise.any(), weights, self.weights))
 
     def counted(self, n: Tensor, size: int | None) -> Tally:
         """The same with n () more micro-batches."""
@@ -67,7 +67,7 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {name: getattr(self, name).tolist() for name in ("moments", "weights", "micro_batches", "samples")}
+        return {name: getattr(self, name).tolist() for name in ("moments", "squares", "micro_batches", "samples")}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any], device: torch.device) -> Tally:

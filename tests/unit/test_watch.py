@@ -204,6 +204,28 @@ def test_a_signal_that_cannot_be_told_from_0_has_no_upper_bound() -> None:
     assert math.isinf(high) and 0 < low < 40
 
 
+def test_a_larger_micro_batch_has_less_noise_and_the_same_samples() -> None:
+    """Noise 8 at 2 samples is noise 4 at 4 samples: the averages are those of the present size, with no spread."""
+    n, tally = torch.tensor(4.0, dtype=torch.float64), Tally.start(torch.device("cpu"))
+    for noise, size, before in ((8.0, 2, None), (8.0, 2, 2), (4.0, 4, 2), (4.0, 4, 4)):
+        measured = Measurement(n, torch.tensor([noise + 1.0]).double(), torch.tensor([1 + noise / 4]).double())
+        tally = tally.after(measured, 0.5, size, before)
+    assert interval(tally) == (pytest.approx(4), pytest.approx(4))
+    assert (tally.micro_batches, tally.samples) == (16, 4 * (2 + 2 + 4 + 4))
+
+
+def test_a_checkpoint_of_before_has_no_tally_and_loads() -> None:
+    model = Line(30)
+    optimizer = ds_lena.LENA(model.named_parameters(), warmup="none")
+    train(model, optimizer, 3, 4)
+    saved = optimizer.state_dict()
+    del saved["lena"]["tally"]
+    other = ds_lena.LENA(model.named_parameters(), warmup="none")
+    other.load_state_dict(saved)
+    assert ds_lena.report(other) == ds_lena.report(optimizer)
+    assert ds_lena.watch(model, other).report()["micro_batches"] == 0
+
+
 @pytest.mark.parametrize("updates", [0, 1])
 def test_before_the_second_update_anything_may_be(updates: int) -> None:
     assert interval(tally_of(torch.ones(updates, 2), 0.95)) == (0.0, math.inf)
