@@ -123,6 +123,7 @@ class Watcher:
         self.meter = Meter(parameters, names, left_out, config.layer, config.exclude, group, self.compared())
         self.meter.after_bind = weakly(self._after_bind)
         if config.differences:
+            logger.info("ds_lena.watch: differences: true keeps a copy of the gradient.")
             self.meter.after_mean = weakly(self._keep_gradient)
 
     def _after_bind(self, keeps: bool) -> None:

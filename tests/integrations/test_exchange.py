@@ -212,7 +212,7 @@ def refusal_of_many() -> str:
 
         patch.setattr(dist, "all_gather_object", gather)
         with pytest.raises(ds_lena.ConfigError) as raised:
-            require_same_keys(None, LenaConfig.from_keys({}))  # type: ignore[arg-type]
+            require_same_keys(None, LenaConfig.from_keys({}).compared())  # type: ignore[arg-type]
     return str(raised.value)
 
 

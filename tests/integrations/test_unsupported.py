@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ds_lena
-from ds_lena.integrations.deepspeed import attach
+from ds_lena.integrations.deepspeed import bind
 from ds_lena.integrations.deepspeed._internals.facts import read_facts
 from ds_lena.integrations.deepspeed._internals.select import layout_of
 from ds_lena.integrations.deepspeed.support import FEATURES
@@ -113,7 +113,7 @@ def test_zenflow_is_refused_too_though_it_cannot_start_here(ranks: Ranks) -> Non
 def refusal_of_misread_weights(stage: int) -> str:
     """By a version of ds_lena that takes the parameters for each other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attach, "layout_of", lambda view, index: layout_of(view, {i: 1 - index[i] for i in index}))
+        patch.setattr(bind, "layout_of", lambda view, index, _: layout_of(view, {i: 1 - index[i] for i in index}))
         return refusal(config(stage), nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)]))
 
 

@@ -421,6 +421,7 @@ SUPPORTED: tuple[Feature, ...] = (
         "integrations/deepspeed/watch.py",
         "tests/parity/test_watch.py",
         "It mends nothing that this page says LENA mends: see noise_scale.md.",
+        keys=("noise_scale",),
     ),
     _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),
     _runs(
