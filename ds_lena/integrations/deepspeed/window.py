@@ -154,6 +154,7 @@ class Window:
             self._hooks.clear()
             self._meter.forget_mean()
             self._discard()
-            self._view.begin_window()  # DeepSpeed would end the next update as many micro-batches too early
-            self._is_loaded = True
+            if self._layout.mends:
+                self._view.begin_window()  # DeepSpeed would end the next update as many micro-batches too early
+                self._is_loaded = True
             self.end()
