@@ -260,3 +260,50 @@ def test_files_of_an_older_save_are_left_alone(ranks: Ranks, one: Ranks, tmp_pat
     old, new = (3, "fp32", "adamw"), (2, "fp32", "adamw")
     ranks.run(save, str(tmp_path), *old)
     check(one.run(save, str(tmp_path), *new), ranks.run(load, str(tmp_path), *old), new, old)
+
+
+def save_new(folder: str, stage: int, precision: str, base: str) -> dict[str, Tensor]:
+    """A checkpoint of an engine before its first update. Its base rule may have no state yet."""
+    model = Model()
+    with engine(entries(stage, precision, base, {}), model, model_parameters=groups(model)) as made:
+        made.save_checkpoint(folder)
+        return whole(made)
+
+
+def load_new(folder: str, stage: int, precision: str, base: str) -> tuple[dict[str, Tensor], int]:
+    """What was loaded, and how many updates there are after one more."""
+    model = Model(seed=1)
+    with engine(entries(stage, precision, base, {}), model, model_parameters=groups(model)) as made:
+        made.load_checkpoint(folder)
+        loaded = whole(made)
+        train(made, range(1))
+        return loaded, ds_lena.report(made)["update"]
+
+
+NEW = [(stage, "fp32", base) for stage in range(4) for base in BASES] + [(1, "bf16-fp32", base) for base in BASES]
+
+
+@pytest.mark.parametrize(("stage", "precision", "base"), rest(NEW, [(1, "bf16-fp32", "lars"), (2, "fp32", "adamw")]))
+def test_a_checkpoint_before_the_first_update(
+    ranks: Ranks, one: Ranks, tmp_path: Path, stage: int, precision: str, base: str
+) -> None:
+    case = stage, precision, base
+    saved = ranks.run(save_new, str(tmp_path), *case)[0]
+    for loaded, updates in (*ranks.run(load_new, str(tmp_path), *case), *one.run(load_new, str(tmp_path), *case)):
+        weights = [key for key in saved if " " not in key]
+        assert weights and all(torch.equal(saved[key], loaded[key]) for key in weights)
+        assert updates == 1
+
+
+@pytest.mark.parametrize("stage", rest([1, 2, 3], [2]))
+def test_files_of_another_precision_in_the_folder_are_left_alone(
+    ranks: Ranks, one: Ranks, tmp_path: Path, stage: int
+) -> None:
+    """Saved twice under one tag: the names of the files differ, and those of the first save stay."""
+    for old, new in (("bf16", "fp32"), ("fp32", "bf16")):
+        case = (stage, new, "adamw")
+        folder = tmp_path / new
+        ranks.run(save, str(folder), stage, old, "sgd")
+        saved = ranks.run(save, str(folder), *case)
+        check(saved, ranks.run(load, str(folder), *case), case, case)
+        check(saved, one.run(load, str(folder), *case), case, case)

@@ -39,8 +39,12 @@ class Shard:
 
     @property
     def may_lack_state(self) -> bool:
-        """Whether a parameter that never had a gradient has no state. In a flat tensor it has one of zeros."""
-        return not any(key in self.outer for key in _MASTERS[:2])
+        """Whether a parameter may have no state: before the first update, and without a gradient.
+
+        In a flat tensor a parameter without a gradient has one of zeros.
+        """
+        is_new = (self.inner.get("lena") or {}).get("update") == 0
+        return is_new or not any(key in self.outer for key in _MASTERS[:2])
 
     @property
     def form(self) -> tuple[frozenset[str], list[int | None]]:
@@ -122,10 +126,16 @@ def files_in(folder: Path, part: int) -> Files | None:
         if match := re.fullmatch(rf"(bf16_|)zero_pp_rank_(\d+)_{end}_optim_states\.pt", path.name):
             found[match[1]][int(match[2])] = path
     if all(found.values()):
-        raise StateError(
-            f"LENA: {folder} holds the files of two saves: bf16_zero_* are of one in bf16, zero_* of another one. Move "
-            "the optimizer files of the older save away."
+        newest = max(
+            (path for path in (whole, cut) if path.exists()), key=lambda path: path.stat().st_mtime, default=None
         )
+        bf16 = None if newest is None else _is_bf16(read_file(newest))
+        if bf16 is None:
+            raise StateError(
+                f"LENA: {folder} holds the files of two saves: bf16_zero_* are of one in bf16, zero_* of another one. "
+                "Move the optimizer files of the older save away."
+            )
+        found["" if bf16 else "bf16_"] = {}
     optimizer = found[""] or found["bf16_"]
     if whole.exists() and optimizer and read_file(whole).get("optimizer") is not None:
         raise StateError(
@@ -136,6 +146,15 @@ def files_in(folder: Path, part: int) -> Files | None:
     if whole.exists() and cut.exists() and optimizer:
         model = cut if _MASTERS[1] in read_file(min(optimizer.items())[1])["optimizer_state_dict"] else whole
     return Files(optimizer or {0: model}, model) if model.exists() else None
+
+
+def _is_bf16(model_file: Mapping[str, Any]) -> bool | None:
+    """Whether it was saved in bf16. None if it does not say."""
+    config = model_file.get("ds_config")
+    if not isinstance(config, Mapping):
+        return None
+    entry = config.get("bf16", config.get("bfloat16")) or {}
+    return bool(entry.get("enabled", False))
 
 
 def own_file(engine: Any, folder: Path, tag: str) -> Path:
