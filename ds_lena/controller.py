@@ -118,8 +118,14 @@ class Controller:
         self.schedule = Schedule(self.config, meter.table, meter.device)
         if before is not None:
             checkpoint.load(self.schedule, checkpoint.to_dict(before))
-            first_n = None if before.clock.first_n is None else before.clock.first_n.to(meter.device)
-            self.schedule.clock = replace(self.schedule.clock, is_resumed=before.clock.is_resumed, first_n=first_n)
+            known = before.clock
+            first_n = None if known.first_n is None else known.first_n.to(meter.device)
+            self.schedule.clock = replace(
+                self.schedule.clock,
+                is_resumed=known.is_resumed,
+                follows_first=known.follows_first,
+                first_n=first_n,
+            )
         self._recorded_decision, self._loss_scale = Recorded(keeps=2), Number(meter.device)
         self._make_update()
         self._patterns_are_checked = False
@@ -185,8 +191,8 @@ class Controller:
         schedule, plan = self.schedule, self._run_plan()
         memory = schedule.memory(plan)
         clock = memory.clock
-        is_new = clock.planned is None, clock.is_resumed, clock.first_n is None
-        remembered = clock.k, clock.plan, is_new, clock.updates if clock.is_resumed or clock.first_n is not None else 0
+        is_new = clock.planned is None, clock.is_resumed, clock.follows_first
+        remembered = clock.k, clock.plan, is_new, clock.updates if clock.is_resumed or clock.follows_first else 0
         key = plan, schedule.base_samples, remembered
         decision = self._recorded_decision(self._decided, key, reduced, self._loss_scale.set(loss_scale), memory)
         counted = replace(decision.proposal.clock, updates=clock.updates + 1)

@@ -34,7 +34,8 @@ class ClockState:
     `updates`: t, the applied updates. `k`: the base batch in micro-batches at the last update.
     `plan`: the run as known at the last update.
     `is_resumed`: this was loaded from a checkpoint, and no update has been applied since.
-    `first_n` (): after the first update since the start or a resume, the n to plan with as far as it is known then.
+    `follows_first`: one update has been applied since the start or a resume. `first_n` (): the n to plan with as far as
+    it was known then. Later it means nothing, and is there for all states to have the same tensors.
     """
 
     done: Tensor
@@ -44,6 +45,7 @@ class ClockState:
     k: float = 1.0
     plan: RunPlan = RunPlan()
     is_resumed: bool = False
+    follows_first: bool = False
     first_n: Tensor | None = None
 
     @classmethod
@@ -73,7 +75,7 @@ def advance(state: ClockState, n: Tensor, k: float, plan: RunPlan, variant: str)
         planned, planned_for = plan.total_steps * largest_step(full, k, variant), full
     else:
         planned, planned_for = _planned(state, state.planned, n, k, plan, variant)
-    after = ClockState(done, planned, planned_for, state.updates + 1, k, plan, first_n=full if is_first else None)
+    after = ClockState(done, planned, planned_for, state.updates + 1, k, plan, follows_first=is_first, first_n=full)
     return Clock(done, planned), after
 
 
@@ -90,7 +92,7 @@ def _planned(
         is_same_run = (plan.total_steps, k) == (state.plan.total_steps, state.k)
         is_as_before = plan.planned_n in (None, state.plan.planned_n)
         full = torch.maximum(_full(n, plan), state.planned_for) if is_as_before else _full(n, plan)
-    elif state.first_n is not None and state.plan.total_steps is not None:
+    elif state.follows_first and state.first_n is not None and state.plan.total_steps is not None:
         full, is_same_run = torch.maximum(n, state.first_n), True
         k, plan = state.k, state.plan  # what has changed since the first update waits for a resume
     else:
