@@ -4,12 +4,30 @@ A script needs `import ds_lena`, and `"optimizer": {"type": "LENA", "params": {â
 """
 
 from ._registration import register
+from .batch import grow
 from .errors import ConfigError, LenaError, StateError, UnsupportedError
+from .growth import BatchGrowth
 from .noise import watch
 from .optimizer import LENA
 from .reporting import report
+from .sample_schedules import SampleSchedule, cosine, linear, warmup_stable_decay
 from .version import __version__
 
-__all__ = ["LENA", "ConfigError", "LenaError", "StateError", "UnsupportedError", "__version__", "report", "watch"]
+__all__ = [
+    "LENA",
+    "BatchGrowth",
+    "ConfigError",
+    "LenaError",
+    "SampleSchedule",
+    "StateError",
+    "UnsupportedError",
+    "__version__",
+    "cosine",
+    "grow",
+    "linear",
+    "report",
+    "warmup_stable_decay",
+    "watch",
+]
 
 register()

@@ -57,6 +57,7 @@ class Controller:
         self._has_names = watched.has_names
         self.schedule: Schedule
         self.after_update: list[Callable[[], None]] = []
+        self._amend_run: Callable[[RunPlan], RunPlan] = lambda run: run
         self._warned_of_scheduler = False
         self._warned_of_patterns: set[tuple[str, str]] = set()
         self._proposal: Proposal | None = None
@@ -244,8 +245,12 @@ class Controller:
                 'names. Give model.named_parameters(), or use "layer": "tensor" or "model".'
             )
 
+    def amend_run(self, amend: Callable[[RunPlan], RunPlan]) -> None:
+        """Change what the engine says of the run. Before the first update."""
+        self._amend_run = amend
+
     def _run_plan(self) -> RunPlan:
-        known = self.binding.run()
+        known = self._amend_run(self.binding.run())
         total_steps = self.config.total_steps or known.total_steps
         if total_steps is None and self.config.warmup != "none":
             raise unknown_total_steps()

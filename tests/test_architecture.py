@@ -17,10 +17,10 @@ FLOORS = (
     {"errors", "version", "keys", "recorded", "grad_stats", "schedule", "layouts", "update", "update.kernels",
      "update.kernels.programs"},
     {"page", "config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
-     "grad_stats.measurement",
+     "grad_stats.measurement", "growth",
      "layouts.layout", "update.rules.common"},
     {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "layouts.pieces",
-     "update.segments",
+     "update.segments", "sample_schedules",
      "update.rules.adamw", "update.rules.sgd"},
     {"update.kernels.table"},
     {"update.kernels.launch"},
@@ -29,7 +29,7 @@ FLOORS = (
     {"schedule.schedule", "meter", "advice", "update.apply"},
     {"schedule.checkpoint"},
     {"update.trust_ratio", "cost", "inspect", "watching"},
-    {"controller"},
+    {"controller", "growing"},
     {"optimizer"},
     {"reporting", "integrations", "integrations._transformers_internals", "integrations.megatron.partial"},
     {*(f"integrations.deepspeed.{name}" for name in ("_internals", "_internals.cpu_adam", "_internals.grid",
@@ -52,9 +52,11 @@ FLOORS = (
      "integrations.deepspeed.finding"},
     {"integrations.deepspeed.bind", "integrations.deepspeed.reshard"},
     {"integrations.deepspeed.watch"},
+    {"integrations.deepspeed.growth"},
     {"integrations.deepspeed", "integrations.deepspeed.attach", "integrations.megatron"},
     {"_registration", "noise"},
-    {"integrations.transformers"},
+    {"batch", "integrations.transformers"},
+    {"integrations.transformers_growth"},
     {"report"},
     {"__init__"},
     {"run"},
@@ -71,6 +73,8 @@ MAY_IMPORT = {
     "errors": set(),
     "keys": set(),
     "config": {"errors", "keys"},
+    "growth": {"errors"},
+    "sample_schedules": {"errors", "growth"},
     "layers": set(),
     "recorded": set(),
     # measure: tensors and placements, no wrapper and no engine
@@ -139,7 +143,7 @@ PRIVATE_NAMES = (
     "ds_grad_is_ready",
     "fp32_partitioned_groups_flat", "partition_numel", "ds_process_group", "ds_tensor",
     "ds_numel", "ds_shape",
-    "accumulated_grads_in_cpu", "norm_for_param_grads", "reset_cpu_buffers", "_wait_for_offload_copies",
+    "accumulated_grads_in_cpu", "norm_for_param_grads", "reset_cpu_buffers", "micro_steps", "_wait_for_offload_copies",
     "_offload_accumulated_param_ids", "_finalize_cpu_offload_gradient_accumulation",
     "_offload_boundary_param_ids", "_finalize_offload_gradient_accumulation", "_update_scale", "swap_optimizer",
     "_swappable_optimizer_subgroup", "_optimizer_states_and_gradient_swap_in", "_release_swap_buffers",
@@ -168,6 +172,7 @@ WAITING_CONVERSIONS = {"float", "bool", "int"}
 UPDATE_PATH = {
     "controller": set(),
     "meter": {"_warn_of_old_gradients"},
+    "growing": {"set_lr"},
     "watching": {"report", "updated", "warn_of_silence", "_write", "state_dict", "load_state_dict"},
     "grad_stats.agreement": set(),
     "grad_stats.backward": set(),
@@ -393,6 +398,7 @@ def test_a_library_does_not_print(name):
 
 def test_the_public_names():
     names = {"LENA", "ConfigError", "LenaError", "StateError", "UnsupportedError", "__version__", "report", "watch"}
+    names |= {"BatchGrowth", "SampleSchedule", "cosine", "grow", "linear", "warmup_stable_decay"}
     assert set(ds_lena.__all__) == names
     assert all(hasattr(ds_lena, name) for name in ds_lena.__all__)
 

@@ -44,7 +44,7 @@ class LenaCallback(TrainerCallback):
         if lena is None or logs is None or "loss" not in logs:
             return
         report = report_of(controller_of(lena).schedule)
-        _add(events(report) | (layer_events(report) if self.layers else {}), logs, state)
+        add(events(report) | (layer_events(report) if self.layers else {}), logs, state)
 
 
 class NoiseScaleCallback(TrainerCallback):
@@ -89,10 +89,11 @@ class NoiseScaleCallback(TrainerCallback):
             return
         report = self.watch.report()
         beside_lena = self.watch.watcher is None
-        _add(noise_events(report, beside_lena) | (layer_events(report) if self.layers else {}), logs, state)
+        add(noise_events(report, beside_lena) | (layer_events(report) if self.layers else {}), logs, state)
 
 
-def _add(measured: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+def add(measured: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+    """Add what was measured to the logs that the Trainer hands on (modified in place), and to those that it keeps."""
     logs |= measured
     if state.log_history:
         state.log_history[-1] |= measured  # the Trainer has made its copy already

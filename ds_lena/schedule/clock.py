@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class RunPlan:
     total_steps: int | None = None
     planned_n: int | None = None
     micro_batch_size: int | None = None
+
+    def planned_for(self, n: int) -> RunPlan:
+        """The same, with the full update that the run was planned for, where a batch grows."""
+        return replace(self, planned_n=n)
 
 
 @dataclass(frozen=True)

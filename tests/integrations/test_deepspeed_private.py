@@ -39,6 +39,7 @@ ENGINE = (
     "checkpoint_mp_rank",
     "config",
     "destroy",
+    "dp_world_size",
     "bf16_master_weights_and_gradients",
     "enable_backward_allreduce",
     "fp16_enabled",
@@ -70,11 +71,14 @@ ENGINE = (
     "pipeline_parallelism",
     "postscale_gradients",
     "save_checkpoint",
+    "set_train_batch_size",
     "seq_data_parallel_group",
     "seq_dp_world_size",
     "sequence_parallel_size",
     "torch_autocast_dtype",
     "torch_autocast_enabled",
+    "tput_timer",
+    "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "was_step_applied",
     "zero_force_ds_cpu_optimizer",
@@ -274,6 +278,8 @@ def seam() -> dict[str, Any]:
         "_take_model_step",
         "was_step_applied",
         "destroy",
+        "set_train_batch_size",
+        "save_checkpoint",
     )
     signatures = {name: list(inspect.signature(getattr(DeepSpeedEngine, name)).parameters) for name in methods}
     schedulers = [scheduler.__init__.__code__.co_varnames for scheduler in (WarmupDecayLR, WarmupCosineLR)]
@@ -293,6 +299,8 @@ def test_the_methods_that_are_wrapped_take_what_they_took(ranks: Ranks) -> None:
         "_take_model_step": ["self", "lr_kwargs"],
         "was_step_applied": ["self"],
         "destroy": ["self"],
+        "set_train_batch_size": ["self", "train_batch_size"],
+        "save_checkpoint": ["self", "save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"],
     }, where()
     assert found["list of optimizers"] == "list", where()
     assert found["schedulers know the length"], where()

@@ -18,7 +18,7 @@ from ...layers import named_parameters
 from ...optimizer import LENA, controller_of, dormant, watch_anew
 from ...schedule import carrier
 from ...update.rules import RULES
-from . import ownership, watch
+from . import growth, ownership, watch
 from ._internals import SEEN_WITH, loss_scale, seam
 from ._internals.cpu_adam import adamw_on_cpu
 from ._internals.engine import EngineView
@@ -81,6 +81,9 @@ def _configure(
     entry = view.entry(watch.ENTRY)
     if entry is not None:
         watch.watch_by_entry(engine, entry)
+    of_growth = view.entry(growth.ENTRY)
+    if of_growth is not None:
+        view.after_scheduler(lambda: growth.grow_by_entry(engine, of_growth))
 
 
 def _warn_of_version() -> None:

@@ -208,8 +208,9 @@ class Resharding:
         """Say what the checkpoint replaces, or that it leaves the optimizer as it is."""
         if asked.wants_state:
             keys = group_keys(self._controller.config.base)
-            has_scheduler = self._view.engine.lr_scheduler is not None
-            tell_of_keys([key for key in keys if key != "lr" or not has_scheduler], shard, found.live)
+            growing = getattr(self._view.engine, "ds_lena_growing", None)
+            is_scheduled = self._view.scheduler is not None or (growing is not None and growing.schedule is not None)
+            tell_of_keys([key for key in keys if key != "lr" or not is_scheduled], shard, found.live)
         elif not asked.module_only:
             tell_of_fresh_start(self._controller.schedule.updates)
 

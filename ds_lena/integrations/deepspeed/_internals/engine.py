@@ -124,6 +124,22 @@ class EngineView:
         """Have the engine count micro-batches from the beginning of an update again."""
         self._engine.micro_steps -= self._engine.micro_steps % self.accumulation_steps()
 
+    @property
+    def scheduler(self) -> Any:
+        """The engine's learning-rate scheduler, from the JSON or given to `initialize`. None without one."""
+        return self._engine.lr_scheduler
+
+    def set_accumulation(self, steps: int) -> None:
+        """Have each update from now on take so many micro-batches of one rank. Between two updates only.
+
+        DeepSpeed ends an update where the micro-batches since the start of the run are a multiple of `steps`. So they
+        are counted anew, or the next update would come early, and be divided by a number that it does not have.
+        """
+        engine = self._engine
+        engine.set_train_batch_size(steps * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+        engine.micro_steps = 0
+        engine.tput_timer.batch_size = engine.train_batch_size()  # for the samples per second that it prints
+
     def scheduler_total_steps(self) -> int | None:
         """`total_num_steps` of the engine's scheduler, from the JSON or given to `initialize`."""
         value: Any = getattr(self._engine.lr_scheduler, "total_num_steps", None)
@@ -228,6 +244,35 @@ class EngineView:
             return result
 
         setattr(owner, method, call)
+
+    def after_step(self, action: Callable[[], None]) -> None:
+        """Call `action()` at the end of each `step()`, or `train_batch()` of a pipeline engine, whatever it did."""
+        is_pipeline = hasattr(self._engine, "train_batch")
+        self._after(self._engine, "train_batch" if is_pipeline else "step", lambda _: action())
+
+    def in_checkpoints(
+        self, key: str, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any] | None], None]
+    ) -> None:
+        """Save `state()` in each checkpoint, under a key of its client state, and give it to `load` when one is loaded.
+
+        `load` gets None from a checkpoint without it. Weights alone, by `load_module_only`, are loaded without it.
+        """
+        engine, save, restore = self._engine, self._engine.save_checkpoint, self._engine.load_checkpoint
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            call = inspect.signature(save).bind(*args, **kwargs)
+            call.arguments["client_state"] = {**call.arguments.get("client_state", {}), key: state()}
+            return save(*call.args, **call.kwargs)
+
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            path, client_state = restore(*args, **kwargs)
+            saved = client_state.pop(key, None) if client_state else None
+            call = inspect.signature(restore).bind(*args, **kwargs)
+            if path is not None and not call.arguments.get("load_module_only", False):
+                load(saved)
+            return path, client_state
+
+        engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
     def after_scheduler(self, action: Callable[[], None]) -> None:
         """Call `action()` right after the engine has made its learning-rate scheduler, inside `initialize`."""

@@ -423,6 +423,14 @@ SUPPORTED: tuple[Feature, ...] = (
         "It mends nothing that this page says LENA mends: see noise_scale.md.",
         keys=("noise_scale",),
     ),
+    _runs(
+        _WAYS,
+        "ds_lena.grow: a batch that follows the noise scale, in each layout of this page",
+        "integrations/deepspeed/growth.py",
+        "tests/integrations/test_growth.py",
+        "No scheduler that counts updates: see growth.md.",
+        keys=("batch_growth",),
+    ),
     _runs(_WAYS, "deepspeed.initialize with a client optimizer, or a callable that makes one", _ATTACH, _SELECTION),
     _runs(
         _PARALLEL,
