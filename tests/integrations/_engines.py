@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,6 +77,12 @@ def without_optimizer(entries: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key != "optimizer"} | more
 
 
+def muon_in_eager(entries: dict[str, Any]) -> AbstractContextManager[Any]:
+    """DeepSpeed's Muon is compiled at its first step, which can take longer than a rank waits. Not within this."""
+    has_muon = entries.get("optimizer", {}).get("type") == "Muon"
+    return torch.compiler.set_stance("force_eager") if has_muon else nullcontext()
+
+
 @contextmanager
 def engine(entries: dict[str, Any], model: nn.Module | None = None, **initialize: Any) -> Iterator[Any]:
     """An engine that is destroyed at the end."""
@@ -85,7 +91,7 @@ def engine(entries: dict[str, Any], model: nn.Module | None = None, **initialize
 
     type(get_accelerator()).is_fp16_supported = lambda self: True  # a CPU's says no, and computes in fp16 all the same
     is_split = "mpu" in initialize or isinstance(model, deepspeed.PipelineModule)
-    with one_grid() if is_split else nullcontext():
+    with muon_in_eager(entries), one_grid() if is_split else nullcontext():
         made, *_ = deepspeed.initialize(model=Net() if model is None else model, config=entries, **initialize)
         try:
             yield made

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ds_lena
 from benchmarks.footprint import Collectives
 from tests.helpers.marks import full, rest
-from tests.integrations._engines import Net, engine, train
+from tests.integrations._engines import Net, engine, muon_in_eager, train
 from tests.integrations._engines import config as lena_config
 from tests.integrations._ranks import WORLD, Ranks
 
@@ -64,16 +64,17 @@ def config(stage: int, optimizer: str, precision: str = "fp32", offload: bool = 
 def stock(entries: dict[str, Any], model: nn.Module | None = None) -> Iterator[Any]:
     model = Net() if model is None else model
     client = None if "optimizer" in entries else torch.optim.AdamW(model.parameters(), lr=0.01)
-    made, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=client,
-        model_parameters=None if client else list(model.parameters()),
-        config=entries,
-    )
-    try:
-        yield made
-    finally:
-        made.destroy()
+    with muon_in_eager(entries):
+        made, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=client,
+            model_parameters=None if client else list(model.parameters()),
+            config=entries,
+        )
+        try:
+            yield made
+        finally:
+            made.destroy()
 
 
 def weights(made: Any) -> dict[str, Tensor]:

@@ -150,10 +150,10 @@ def files_in(folder: Path, part: int) -> Files | None:
 
 def _is_bf16(model_file: Mapping[str, Any]) -> bool | None:
     """Whether it was saved in bf16. None if it does not say."""
-    config = model_file.get("ds_config")
-    if not isinstance(config, Mapping):
+    entries = model_file.get("ds_config")
+    if not isinstance(entries, Mapping):
         return None
-    entry = config.get("bf16", config.get("bfloat16")) or {}
+    entry = entries.get("bf16", entries.get("bfloat16")) or {}
     return bool(entry.get("enabled", False))
 
 
