@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT))
 import ds_lena  # noqa: E402
 
 LENGTH, MICRO_BATCH = 64, 4
+SMOOTHING = 0.95  # the first gradients are large and alike: a short average forgets them soon
 PARAMS = {
     "AdamW": {"lr": 2e-3, "weight_decay": 0.01, "torch_adam": True},
-    "LENA": {"lr": 2e-3, "weight_decay": 0.01},
+    "LENA": {"lr": 2e-3, "weight_decay": 0.01, "smoothing": SMOOTHING},
     "Muon": {"lr": 1e-2, "weight_decay": 0.01},
 }
 
@@ -68,6 +69,7 @@ def main() -> None:
         engine,
         ds_lena.BatchGrowth(given.factor, given.smallest, given.largest),
         schedule=ds_lena.cosine(total=given.samples, warmup=given.samples / 20, floor=0.1),
+        **({} if given.optimizer == "LENA" else {"smoothing": SMOOTHING}),
     )
 
     text = b"\n".join(page.read_bytes() for page in sorted((ROOT / "docs").glob("*.md")))
