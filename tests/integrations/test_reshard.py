@@ -307,3 +307,51 @@ def test_files_of_another_precision_in_the_folder_are_left_alone(
         saved = ranks.run(save, str(folder), *case)
         check(saved, ranks.run(load, str(folder), *case), case, case)
         check(saved, one.run(load, str(folder), *case), case, case)
+
+
+class Shaped(nn.Module):
+    """A weight, a frozen weight and a buffer of these shapes."""
+
+    def __init__(self, weight: tuple[int, ...], frozen: tuple[int, ...], buffer: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(weight))
+        self.frozen = nn.Parameter(torch.ones(frozen), requires_grad=False)
+        self.register_buffer("seen", torch.ones(buffer))
+
+    def forward(self) -> Tensor:
+        return self.weight.square().sum() + 0 * self.frozen.sum() + 0 * self.seen.sum()
+
+
+def save_shaped(folder: str, stage: int) -> None:
+    with engine(entries(stage, "fp32", "adamw", {}), Shaped((6, 4), (5, 3), 3)) as made:
+        made.save_checkpoint(folder)
+
+
+def load_shaped(folder: str, stage: int, *shapes: Any) -> str:
+    with engine(entries(stage, "fp32", "adamw", {}), Shaped(*shapes)) as made:
+        before = whole(made)
+        try:
+            made.load_checkpoint(folder)
+        except ds_lena.StateError as error:
+            assert all(torch.equal(value, before[name]) for name, value in whole(made).items())
+            return str(error)
+        return ""
+
+
+SHAPES = {
+    "weight": ((4, 6), (5, 3), 3),
+    "frozen": ((6, 4), (3, 5), 3),
+    "seen": ((6, 4), (5, 3), 4),
+}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), rest(product(range(4), repeat=2), [(2, 2), (3, 1)]))
+def test_another_shape_is_refused(ranks: Ranks, one: Ranks, tmp_path: Path, saved: int, loaded: int) -> None:
+    ranks.run(save_shaped, str(tmp_path), saved)
+    for name, shapes in SHAPES.items():
+        for message in (
+            *ranks.run(load_shaped, str(tmp_path), loaded, *shapes),
+            *one.run(load_shaped, str(tmp_path), loaded, *shapes),
+        ):
+            assert message.startswith(f'LENA: "{name}" has the shape (') and "in this model. Load the" in message
+    assert ranks.run(load_shaped, str(tmp_path), loaded, (6, 4), (5, 3), 3) == ["", ""]

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ...errors import StateError
 from ...layers import named_parameters
 from ._internals import saved
-from ._internals.engine import Asked, EngineView
+from ._internals.engine import Asked, EngineView, logical_shapes
 from ._internals.saved import reading
 from .exchange import from_all
 from .reading import shard_at
@@ -23,6 +25,21 @@ class Found:
     own_file: Path
     model: dict[str, Any]
     live: saved.Shard
+
+
+def require_same_shapes(module: nn.Module, found: Found) -> None:
+    """Raise `StateError` if a weight or buffer of the checkpoint has another shape in this model."""
+    before = reading(found.files.model, lambda: saved.shapes_in(found.model))
+    parameters = named_parameters(module)
+    now = {name: tuple(value.shape) for name, value in module.named_buffers()}
+    shapes = logical_shapes([parameter for _, parameter in parameters])
+    now |= {name: tuple(shape) for (name, _), shape in zip(parameters, shapes, strict=True)}
+    for name, shape in now.items():
+        if before.get(name, shape) != shape:
+            raise StateError(
+                f'LENA: "{name}" has the shape {before[name]} in {found.files.model}, and {shape} in this model. Load '
+                "the checkpoint into the model that was saved."
+            )
 
 
 def tag_of(view: EngineView, asked: Asked) -> str | None:

@@ -29,7 +29,7 @@ from ._internals.saved import reading
 from .differences import require_same_groups, tell_of_fresh_start, tell_of_keys, tell_of_moved
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
-from .finding import Found, find, has_map, kind_of, optimizer_files, tag_of
+from .finding import Found, find, has_map, kind_of, optimizer_files, require_same_shapes, tag_of
 from .reading import Content, content_of, groups_of, require_one_save, require_there, shard_at
 
 
@@ -99,6 +99,7 @@ class Resharding:
         if tag is None:
             return None  # DeepSpeed warns
         found = find(self._view, asked.folder, tag)
+        require_same_shapes(self._view.module, found)
         kinds = set(from_all(self._everything, kind_of(self._view, found)))
         if kinds == {"foreign"} and asked.wants_state:
             self._tell(shard_at(found.own_file, found.model), found, asked)

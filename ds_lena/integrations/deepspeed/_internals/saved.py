@@ -204,6 +204,14 @@ def weights_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
     return {without_compiled(name): value for name, value in (model_file["module"] or {}).items()}
 
 
+def shapes_in(model_file: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of weights and buffers, by name. At ZeRO-3 the weights themselves are cut, and their shapes apart."""
+    found = {name: value.shape for name, value in weights_in(model_file).items() if isinstance(value, Tensor)}
+    groups = [*(model_file.get("param_shapes") or []), model_file.get("frozen_param_shapes") or {}]
+    found |= {without_compiled(name): shape for group in groups for name, shape in group.items()}
+    return {name: tuple(shape) for name, shape in found.items()}
+
+
 def optimizer_in(file: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Shard:
     """The optimizer's part of a file. Raises what `shard_of` does."""
     return shard_of(file["optimizer_state_dict" if "optimizer_state_dict" in file else "optimizer"], weights)
