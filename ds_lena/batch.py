@@ -28,7 +28,7 @@ def grow(
 
     Under DeepSpeed the engine's accumulation is set after an update, for the next one. In plain PyTorch the loop takes
     `growing.accumulation` micro-batches for each update. HF Trainer has `BatchGrowthCallback` in
-    `ds_lena.integrations.transformers`.
+    `ds_lena.integrations.transformers_growth`.
 
     Args:
         source: a DeepSpeed engine, or in plain PyTorch the model. All ranks call it, before the first update.

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.command import free_port, launcher, remove_buffers
 from tests.faults.fault import Fault
-from tests.integrations._programs import ON_CPU, ROOT, environment
+from tests.integrations._programs import ROOT, attempt
 
 SCRIPT = str(ROOT / "tests" / "faults" / "train.py")
 BOUND = 60.0  # seconds from a death to the end of the job; without load it is about two
@@ -25,19 +24,7 @@ RELATIVE = 2e-4  # other ranks add in another order
 
 def run(folder: Path, fault: Fault, *, world: int = 0) -> subprocess.CompletedProcess[str]:
     """`train.py` on the ranks of the fault, however it ends. A job that hangs raises `subprocess.TimeoutExpired`."""
-    port = free_port()
-    try:
-        return subprocess.run(
-            [*launcher(world or fault.world, port), SCRIPT, str(folder), json.dumps(asdict(fault))],
-            cwd=ROOT,
-            env=environment(ON_CPU),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-    finally:
-        remove_buffers(port)
+    return attempt(SCRIPT, str(folder), json.dumps(asdict(fault)), ranks=world or fault.world, patience=PATIENCE)
 
 
 @functools.cache

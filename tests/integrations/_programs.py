@@ -31,11 +31,11 @@ def launch(*arguments: str) -> str:
     return _succeeded(attempt(*arguments))
 
 
-def attempt(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`deepspeed … …`, however it ends."""
+def attempt(*arguments: str, ranks: int = WORLD, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    """`deepspeed … …`, however it ends. After `patience` seconds it raises `subprocess.TimeoutExpired`."""
     port = free_port()
     try:
-        return _finish(_deepspeed(port, arguments), ON_CPU)
+        return _finish(_deepspeed(port, arguments, ranks), ON_CPU, patience)
     finally:
         remove_buffers(port)
 
@@ -75,8 +75,8 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         remove_buffers(port)
 
 
-def _deepspeed(port: int, arguments: Sequence[str]) -> list[str]:
-    return [*launcher(WORLD, port), *arguments]
+def _deepspeed(port: int, arguments: Sequence[str], ranks: int = WORLD) -> list[str]:
+    return [*launcher(ranks, port), *arguments]
 
 
 def launcher_of_a_host(hostfile: Path, number: int, first: str, port: int) -> list[str]:
@@ -90,14 +90,14 @@ def environment(more: dict[str, str]) -> dict[str, str]:
     return os.environ | more | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-def _finish(command: list[str], more: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _finish(command: list[str], more: dict[str, str], patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=ROOT,
         env=environment(more),
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=patience,
         check=False,
     )
 

@@ -105,8 +105,7 @@ class Resharding:
             self._tell(shard_at(found.own_file, found.model), found, asked)
             return None
         if kinds == {"same"} and (asked.wants_state or not self._can_reshard):
-            self._check_own(found, asked)
-            self._tell(shard_at(found.own_file, found.model), found, asked)
+            self._tell(self._check_own(found, asked), found, asked)
             return None
         if not asked.wants_state and not (self._can_reshard and has_map(found)):
             self._require_deepspeed_loads(found, asked, is_own=kinds == {"foreign"})
@@ -114,8 +113,11 @@ class Resharding:
             return None
         return self._resharded(found, asked)
 
-    def _check_own(self, found: Found, asked: Asked) -> None:
-        """Each rank loads its own file: all of them are whole and of one save, or every rank says which is not."""
+    def _check_own(self, found: Found, asked: Asked) -> saved.Shard:
+        """Each rank loads its own file: all of them are whole and of one save, or every rank says which is not.
+
+        Returns what is in this rank's.
+        """
         path = found.own_file
         shard = shard_at(path, found.model)
         content = content_of(path, shard, self._controller.config)
@@ -124,6 +126,7 @@ class Resharding:
         require_one_save(dict(from_all(self._everything, (path, content))))
         if self._can_reshard and not asked.loads_module:
             self._missing(found, asked)
+        return shard
 
     def _missing(self, found: Found, asked: Asked) -> set[str]:
         """The frozen weights and buffers that the checkpoint lacks and that need not be in it."""
