@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-PLACES = ("backward", "all-reduce", "step", "save", "load", "anywhere")
+PLACES = ("backward", "all-reduce", "step", "save", "after a file", "load", "anywhere")
 
 
 @dataclass(frozen=True)
 class Fault:
     """Rank `rank` of `world` is killed by SIGKILL in an update of number `update`, at `place`. None: it is not.
 
-    At "full disk" it is not killed: it cannot write its files any more.
+    At "save" it dies within its first file, and at "after a file" right after that. At "full disk" it is not killed: it
+    cannot write its files any more.
 
     `one_tag`: each checkpoint overwrites the one before. The run goes on with `next_world` ranks at `next_stage`.
     """
@@ -42,7 +43,7 @@ def draw(seed: int) -> Fault:
     return Fault(
         stage=stage,
         place=place,
-        update=chosen.choice([3, 5]) if place == "save" else chosen.randrange(2, 6),
+        update=chosen.choice([3, 5]) if place in ("save", "after a file") else chosen.randrange(2, 6),
         rank=chosen.randrange(2),
         one_tag=chosen.random() < 0.4,
         next_world=elsewhere[0],

@@ -13,6 +13,7 @@ FAULTS = {
     Fault(place="backward"): {"equal"},
     Fault(place="all-reduce", next_world=1, next_stage=3): {"equal"},
     Fault(place="save", rank=0, one_tag=True): {"told"},
+    Fault(place="after a file", rank=0, one_tag=True): {"told"},
     Fault(place="full disk"): {"told", "equal"},  # as rank 0 has named this checkpoint by then, or not
 }
 

@@ -54,8 +54,8 @@ def main(folder: Path, fault: Fault) -> None:
                 made.backward(made(*pair))
                 made.step()
             if (update + 1) % EVERY == 0:
-                if now and fault.place == "save":
-                    torch.save = tearing(folder)
+                if now and fault.place in ("save", "after a file"):
+                    torch.save = tearing(folder, halves=2 if fault.place == "after a file" else 1)
                 if now and fault.place == "full disk":
                     (folder / "died").touch()
                     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -90,14 +90,14 @@ def dying(folder: Path) -> Any:
     return lambda *_, **__: die(folder)
 
 
-def tearing(folder: Path) -> Any:
-    """A `torch.save` that dies in the middle of its file."""
+def tearing(folder: Path, halves: int) -> Any:
+    """A `torch.save` that dies in the middle of its file, or after both halves."""
     save = torch.save
 
     def torn(what: Any, path: Any, *rest: Any, **keys: Any) -> None:
         whole = io.BytesIO()
         save(what, whole, *rest, **keys)
-        Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) * halves // 2])
         die(folder)
 
     return torn

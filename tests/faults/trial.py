@@ -52,7 +52,7 @@ def trial(fault: Fault, folder: Path) -> str:
     assert seconds < BOUND, f"the job ended {seconds:.0f} seconds after the death of a rank"
     assert not (folder / "end.pt").exists()
     again, verdict = _again(folder, fault), "equal"
-    if again.returncode and fault.place in ("save", "full disk", "anywhere"):
+    if again.returncode and fault.place in ("save", "after a file", "full disk", "anywhere"):
         text = again.stdout + again.stderr
         assert "errors.StateError: LENA: " in text and str(folder) in text, tail(again)
         verdict = "told"

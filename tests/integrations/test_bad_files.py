@@ -41,6 +41,18 @@ def edit_everywhere(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
     return lambda path: [edit_lena(change)(file) for file in path.parent.glob("*optim_states.pt")]
 
 
+def edit_model(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """In the model file."""
+
+    def edited(path: Path) -> None:
+        model = path.with_name("mp_rank_00_model_states.pt")
+        content = torch.load(model, weights_only=False)
+        change(content)
+        torch.save(content, model)
+
+    return edited
+
+
 def first_layer(lena: dict[str, Any]) -> dict[str, Any]:
     return next(iter(lena["layers"].values()))
 
@@ -81,6 +93,20 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no moments": (lambda path: edit(path, lambda base: base["state"].pop(0)), f'{RANK_1} lacks "exp_avg" of'),
     "one moment": (lambda path: edit(path, lambda base: base["state"][0].pop("exp_avg")), 'lacks "exp_avg" of'),
     "short": (lambda path: edit(path, lambda base: base["state"][0].update(exp_avg=torch.zeros(3))), "exp_avg"),
+    "no state": (lambda path: edit(path, lambda base: base["state"].clear()), f'{RANK_1} lacks "exp_avg" of'),
+    "another lr": (
+        lambda path: edit(path, lambda base: base["param_groups"][1].update(lr=1.0)),
+        '"lr" of parameter group 1',
+    ),
+    "another step": (
+        lambda path: edit(path, lambda base: base["state"][0].update(step=torch.tensor(9.0))),
+        "updates of tensor 0 is 9.0 in",
+    ),
+    "too many tensors": (edit_lena(lambda lena: lena["pieces"].append([["net.scale", 0, 1, 0]])), "are of 4 tensors"),
+    "another save's model": (edit_model(lambda model: model.update(ds_lena_save="x")), "are of different saves"),
+    "no count": (edit_model(lambda model: model.pop("global_steps")), '"global_steps" is None'),
+    "no buffer": (edit_model(lambda model: model["module"].update(seen=None)), 'lacks "seen" of this model'),
+    "buffer a text": (edit_model(lambda model: model["module"].update(seen="text")), '"seen" is no tensor in'),
     "no group": (lambda path: edit(path, lambda base: base.pop("param_groups")), f"{RANK_1} cannot be read"),
     "no model": (lambda path: path.with_name("mp_rank_00_model_states.pt").unlink(), "holds no model file"),
     "model cut short": (
@@ -90,6 +116,26 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "latest": (lambda path: (path.parents[1] / "latest").write_text("nowhere"), "Folders in"),
     "latest is no text": (lambda path: (path.parents[1] / "latest").write_bytes(b"\xff\xfe\xff"), "latest cannot be"),
 }
+
+
+def older(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """State version 1 in both files, which has no map, and a change in that of rank 1."""
+
+    def made(path: Path) -> None:
+        edit_everywhere(lambda lena: (lena.pop("pieces"), lena.update(version=1)))(path)
+        edit(path, change)
+
+    return made
+
+
+IN_OWN_LAYOUT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "older, another update": (older(lambda base: base["lena"].update(update=99)), "are of different saves"),
+    "older, NaN": (older(lambda base: first_layer(base["lena"]).update(gain=math.nan)), '"gain" is nan'),
+    "older, no state": (older(lambda base: base["state"].clear()), f'{RANK_1} lacks "exp_avg" of'),
+    "older, another lr": (older(lambda base: base["param_groups"][0].update(lr=1.0)), '"lr" of parameter group 0'),
+    "no map at all": (edit_everywhere(lambda lena: lena.pop("pieces")), "the map of pieces is not"),
+}
+"""Files without a map load in no other layout."""
 LOADS = {"swapped": swap}
 """Not a fault: the maps say what is where. In its own layout, too, since a swapped map is not the engine's."""
 
@@ -133,7 +179,8 @@ def good(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_one_error_on_every_rank_and_nothing_changes(ranks: Ranks, good: Path, tmp_path: Path, stage: int) -> None:
     """In its own layout, and in another one."""
-    faults = {name: fault for name, (fault, _) in FAULTS.items()} | LOADS
+    expected = FAULTS | (IN_OWN_LAYOUT if stage == 2 else {})
+    faults = {name: fault for name, (fault, _) in expected.items()} | LOADS
     folders = {}
     for name, fault in faults.items():
         folder = tmp_path / name
@@ -143,7 +190,7 @@ def test_one_error_on_every_rank_and_nothing_changes(ranks: Ranks, good: Path, t
         folders[name] = str(folder)
     first, second = ranks.run(loaded_one_by_one, folders | {"good": str(good)}, stage)
     assert first == second
-    wrong = {name: first[name] for name, (_, says) in FAULTS.items() if says not in first[name][0] or first[name][1]}
+    wrong = {name: first[name] for name, (_, says) in expected.items() if says not in first[name][0] or first[name][1]}
     assert wrong == {}
     assert first["good"] == ("", [])
     assert all(first[name] == ("", []) for name in LOADS)

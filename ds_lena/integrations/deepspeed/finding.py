@@ -36,9 +36,10 @@ def require_same_shapes(module: nn.Module, found: Found) -> None:
     now |= {name: tuple(shape) for (name, _), shape in zip(parameters, shapes, strict=True)}
     for name, shape in now.items():
         if before.get(name, shape) != shape:
+            was = "is no tensor" if before[name] is None else f"has the shape {before[name]}"
             raise StateError(
-                f'LENA: "{name}" has the shape {before[name]} in {found.files.model}, and {shape} in this model. Load '
-                "the checkpoint into the model that was saved."
+                f'LENA: "{name}" {was} in {found.files.model}, and has the shape {shape} in this model. Load the '
+                "checkpoint into the model that was saved."
             )
 
 
@@ -58,12 +59,13 @@ def tag_of(view: EngineView, asked: Asked) -> str | None:
     return tags[0]
 
 
-def find(view: EngineView, folder: Path, tag: str) -> Found:
+def find(view: EngineView, asked: Asked, tag: str) -> Found:
     """Open a checkpoint.
 
     Raises:
-        StateError: it is not there, or of a model in another number of parts.
+        StateError: it is not there, is damaged, or of a model in another number of parts.
     """
+    folder = asked.folder
     place = folder / tag
     files = reading(place, lambda: saved.files_in(place, view.part))
     if files is None:
@@ -80,6 +82,8 @@ def find(view: EngineView, folder: Path, tag: str) -> Found:
             "ranks). The parts are not put together: load it with as many as it was saved "
             "with. The number of data-parallel ranks may differ."
         )
+    if not asked.module_only:
+        saved.require_counts(files.model, model, needs_schedule=asked.wants_schedule and view.scheduler is not None)
     live = saved.shard_of(view.wrapper.state_dict(), dict(named_parameters(view.module)))
     return Found(files, saved.own_file(view.engine, folder, tag), model, live)
 

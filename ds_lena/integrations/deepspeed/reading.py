@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from ...config import LenaConfig
 from ...errors import StateError
+from ...keys import group_keys, number_in
 from ...layouts.pieces import Copy, Piece, pieces_from
 from ...schedule import checkpoint
 from ._internals import saved
 from ._internals.saved import reading
+
+SAVE = "ds_lena_save"
+"""Where a model file has the name of the save that it is of. LENA's state has it under "save"."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,18 @@ class Content:
     """What one optimizer file holds. `pieces`: in each of its tensors, None if nobody has written them down.
 
     `has_lena`: it has LENA's state. `group_of`: the parameter group of each name. `keys`: the names in the base rule's
-    state. `digest`: of LENA's state.
+    state. `options`: of each parameter group, by what an error calls them. `steps`: of each tensor. `digest`: of LENA's
+    state. `fits_model`: the model file beside it is of the same save.
     """
 
     pieces: list[list[Piece]] | None
     has_lena: bool
     group_of: dict[str, int]
     keys: set[str]
+    options: dict[str, Any]
+    steps: dict[str, float]
     digest: str
+    fits_model: bool
 
 
 def shard_at(path: Path, model: Mapping[str, Any]) -> saved.Shard:
@@ -39,36 +47,51 @@ def shard_at(path: Path, model: Mapping[str, Any]) -> saved.Shard:
     return reading(path, lambda: saved.optimizer_in(saved.read_file(path), saved.weights_in(model)))
 
 
-def content_of(path: Path, shard: saved.Shard, config: LenaConfig) -> Content:
-    """What is in an optimizer file.
+def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config: LenaConfig) -> Content:
+    """What is in an optimizer file. `model`: the content of the model file that was saved with it.
 
     Raises:
         StateError: it is damaged, or LENA cannot go on from it with these keys.
     """
     lena = shard.inner.get("lena")
+    pieces, group_of, digest = None, {}, ""
     keys = reading(path, lambda: saved.state_keys(shard))
-    if not isinstance(lena, dict):
-        return Content(None, False, {}, keys, "")
-    try:
-        checkpoint.require_loadable(lena, config)
-    except StateError as error:
-        raise StateError(f"{error} The file is {path}.") from error
-    has_map = lena["version"] > 1
-    pieces = reading(path, lambda: pieces_from(lena["pieces"])) if has_map else None
-    group_of = reading(path, lambda: groups_of(shard.inner["param_groups"], pieces or []))
-    own = {key: value for key, value in lena.items() if key != "pieces"}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    return Content(pieces, True, group_of, keys, digest)
+    options = reading(path, lambda: _options(shard.inner["param_groups"], group_keys(config.base)))
+    steps = reading(path, lambda: saved.steps_in(shard))
+    if isinstance(lena, dict):
+        try:
+            checkpoint.require_loadable(lena, config)
+        except StateError as error:
+            raise StateError(f"{error} The file is {path}.") from error
+        if lena["version"] > 1:
+            pieces = reading(path, lambda: pieces_from(lena.get("pieces")))
+            group_of = reading(path, lambda: groups_of(shard.inner["param_groups"], pieces))
+        own = {key: value for key, value in lena.items() if key != "pieces"}
+        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    fits = (lena.get("save") if isinstance(lena, dict) else None) == model.get(SAVE)
+    return Content(pieces, isinstance(lena, dict), group_of, keys, options, steps, digest, fits)
+
+
+def _options(groups: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """The hyperparameters of all groups."""
+    return {
+        f'"{name}" of parameter group {number}': number_in(group[name])
+        for number, group in enumerate(groups)
+        for name in names
+        if name in group
+    }
 
 
 def groups_of(groups: list[dict[str, Any]], pieces: list[list[Piece]]) -> dict[str, int]:
     """The number of the parameter group of each parameter. `pieces`: in the tensors of the groups, by their number."""
     group_of = {number: i for i, group in enumerate(groups) for number in group["params"]}
+    if len(pieces) > len(group_of):
+        raise ValueError(f'"pieces" are of {len(pieces)} tensors, and the optimizer has {len(group_of)}')
     return {piece.name: group_of[number] for number, held in enumerate(pieces) for piece in held}
 
 
 def require_one_save(contents: Mapping[Path, Content]) -> None:
-    """Raise `StateError` if LENA's state is not the same in all files, or not in all of them."""
+    """Raise `StateError` if LENA's state is not the same in all files, or a model file is of another save."""
     first, known = next(iter(contents.items()))
     for path, content in contents.items():
         if content.has_lena != known.has_lena:
@@ -79,6 +102,24 @@ def require_one_save(contents: Mapping[Path, Content]) -> None:
                 f"LENA: {path} and {first} are of different saves: LENA's state in them differs. Restore the one that "
                 "was replaced, or load an earlier checkpoint."
             )
+        if not content.fits_model:
+            raise StateError(
+                f"LENA: {path} and the model file beside it are of different saves. A run was killed while it "
+                "overwrote an older checkpoint, perhaps. Load another one, and save each under a tag of its own."
+            )
+
+
+def require_same_steps(contents: Mapping[Path, Content]) -> None:
+    """Raise `StateError` if files of one part of the model do not go on alike: other hyperparameters, other counts."""
+    known: dict[str, tuple[Any, Path]] = {}
+    for path, content in contents.items():
+        for what, value in {**content.options, **content.steps}.items():
+            other, first = known.setdefault(what, (value, path))
+            if value != other:
+                raise StateError(
+                    f"LENA: {what} is {value} in {path} and {other} in {first}. They are of two saves, or one is "
+                    "damaged. Restore the files of one save, or load an earlier checkpoint."
+                )
 
 
 def require_there(path: Path, shard: saved.Shard, wanted: list[Copy], keys: set[str], has_masters: bool = True) -> None:

@@ -8,6 +8,7 @@ DeepSpeed changes anything, all ranks have read all that they need, or all raise
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,16 @@ from .differences import require_same_groups, tell_of_fresh_start, tell_of_keys,
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
 from .finding import Found, find, has_map, kind_of, optimizer_files, require_same_shapes, tag_of
-from .reading import Content, content_of, groups_of, require_one_save, require_there, shard_at
+from .reading import (
+    SAVE,
+    Content,
+    content_of,
+    groups_of,
+    require_one_save,
+    require_same_steps,
+    require_there,
+    shard_at,
+)
 
 
 @dataclass(frozen=True)
@@ -59,15 +69,23 @@ class Resharding:
         self._sizes = {name: shape.numel() for name, shape in zip(names, shapes, strict=True)}
         # A pipeline and experts have files of their own for the module.
         self._can_reshard = not (view.facts.pipelined or view.facts.experts)
-        lena.register_state_dict_post_hook(self._add_pieces)
+        self._save = ""
+        lena.register_state_dict_post_hook(self._add_map)
         view.around_load(self._loading)
+        view.in_checkpoints(SAVE, self._name_save)
 
-    def _add_pieces(self, lena: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+    def _name_save(self) -> str:
+        """A name that all files of one save have, and no other: so files that are left of another one are noticed."""
+        self._save = from_all(self._everything, secrets.token_hex(8))[0]
+        return self._save
+
+    def _add_map(self, lena: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
         names = [placement.name for placement in self._controller.binding.placements]
         pieces = {
             id(flat): [[names[s.parameter], s.start, s.length, s.offset] for s in segments]
             for flat, segments in self._controller.binding.layout.segments()
         }
+        packed["lena"]["save"] = self._save
         packed["lena"]["pieces"] = [pieces.get(id(p), []) for group in lena.param_groups for p in group["params"]]
 
     @contextmanager
@@ -98,13 +116,11 @@ class Resharding:
         tag = tag_of(self._view, asked)
         if tag is None:
             return None  # DeepSpeed warns
-        found = find(self._view, asked.folder, tag)
+        found = find(self._view, asked, tag)
         require_same_shapes(self._view.module, found)
         kinds = set(from_all(self._everything, kind_of(self._view, found)))
-        if kinds == {"foreign"} and asked.wants_state:
-            self._tell(shard_at(found.own_file, found.model), found, asked)
-            return None
-        if kinds == {"same"} and (asked.wants_state or not self._can_reshard):
+        is_own = len(kinds) == 1 and "other" not in kinds
+        if is_own and (asked.wants_state or (kinds == {"same"} and not self._can_reshard)):
             self._tell(self._check_own(found, asked), found, asked)
             return None
         if not asked.wants_state and not (self._can_reshard and has_map(found)):
@@ -118,22 +134,43 @@ class Resharding:
 
         Returns what is in this rank's.
         """
-        path = found.own_file
+        path, rank = found.own_file, dist.get_rank(self._view.grid.data)
         shard = shard_at(path, found.model)
-        content = content_of(path, shard, self._controller.config)
-        wanted = copies(pieces_from(found.live.inner["lena"]["pieces"]), {str(path): content.pieces or []}, self._sizes)
-        require_there(path, shard, wanted[str(path)], content.keys, has_masters=self._can_reshard)
-        require_one_save(dict(from_all(self._everything, (path, content))))
+        contents = self._of_all({path: self._content(found, rank, path, shard)})
+        keys = {key for content in contents.values() for key in content.keys}
+        own = pieces_from(found.live.inner["lena"]["pieces"])  # those of the file are the same, if it has any
+        held = contents[path].pieces
+        wanted = copies(own, {str(path): own if held is None else held}, self._sizes)[str(path)]
+        require_there(path, shard, wanted, keys, has_masters=self._can_reshard and held is not None)
         if self._can_reshard and not asked.loads_module:
             self._missing(found, asked)
         return shard
+
+    def _content(self, found: Found, rank: int, path: Path, shard: saved.Shard) -> Content:
+        """What is in the optimizer file of one data-parallel rank, which was saved with this model file."""
+        beside = found.files.model_of(rank)
+        model = found.model if beside == found.files.model else saved.read_file(beside)
+        return content_of(path, shard, model, self._controller.config)
+
+    def _of_all(self, mine: dict[Path, Content]) -> dict[Path, Content]:
+        """What all ranks have read, all of it of one save. In a pipeline the stages' numbers are their own."""
+        everything: dict[Path, Content] = {}
+        alike: dict[Path, Content] = {}
+        for part, of_rank in from_all(self._everything, (self._view.part, mine)):
+            everything |= of_rank
+            alike |= of_rank if part == self._view.part or not self._view.facts.pipelined else {}
+        require_one_save(everything)
+        require_same_steps(alike)
+        return everything
 
     def _missing(self, found: Found, asked: Asked) -> set[str]:
         """The frozen weights and buffers that the checkpoint lacks and that need not be in it."""
         frozen, buffers = names_of_rest(self._view.module, self._sizes)
         weights, files = saved.weights_in(found.model), found.files
         cut = reading(files.model, lambda: saved.frozen_in(found.model)) if files.is_cut else weights
-        missing = [name for name in frozen if name not in cut] + [name for name in buffers if name not in weights]
+        missing = [name for name in frozen if cut.get(name) is None] + [
+            name for name in buffers if weights.get(name) is None
+        ]
         if missing and asked.is_strict:
             raise StateError(
                 f'LENA: {files.model} lacks "{missing[0]}" of this model, which is not trained. If it was saved with '
@@ -212,9 +249,7 @@ class Resharding:
         """Say what the checkpoint replaces, or that it leaves the optimizer as it is."""
         if asked.wants_state:
             keys = group_keys(self._controller.config.base)
-            growing = getattr(self._view.engine, "ds_lena_growing", None)
-            is_scheduled = self._view.scheduler is not None or (growing is not None and growing.schedule is not None)
-            tell_of_keys([key for key in keys if key != "lr" or not is_scheduled], shard, found.live)
+            tell_of_keys([key for key in keys if key != "lr" or not self._view.is_scheduled], shard, found.live)
         elif not asked.module_only:
             tell_of_fresh_start(self._controller.schedule.updates)
 
@@ -229,14 +264,11 @@ class Resharding:
         ranks = reading(found.files.model, lambda: saved.ranks_in(found.model))
         paths, data = optimizer_files(self._view, found.files, ranks), self._view.grid.data
         mine = {
-            path: content_of(path, shard_at(path, found.model), self._controller.config)
-            for path in paths[dist.get_rank(data) :: dist.get_world_size(data)]
+            path: self._content(found, rank, path, shard_at(path, found.model))
+            for rank, path in list(enumerate(paths))[dist.get_rank(data) :: dist.get_world_size(data)]
         }
-        everything: dict[Path, Content] = {}
-        for of_rank in from_all(self._everything, mine):
-            everything |= of_rank
+        everything = self._of_all(mine)
         contents = {path: everything[path] for path in paths}
-        require_one_save(contents | everything)
         if any(content.pieces is None for content in contents.values()):
             raise StateError(
                 f"LENA: {found.files.model.parent} was saved in another layout (by {ranks} ranks), and does not say "

@@ -23,13 +23,15 @@ class Asked:
     """What `load_checkpoint` is asked for.
 
     `is_strict`: names of the module and the checkpoint must be the same. `wants_state`: the optimizer's state too.
-    `module_only`: nothing but the module. `loads_module`: the caller has a function for the module.
+    `wants_schedule`: the scheduler's. `module_only`: nothing but the module. `loads_module`: the caller has a function
+    for the module.
     """
 
     folder: Path
     tag: str | None
     is_strict: bool
     wants_state: bool
+    wants_schedule: bool
     module_only: bool
     loads_module: bool
 
@@ -129,6 +131,12 @@ class EngineView:
         """The engine's learning-rate scheduler, from the JSON or given to `initialize`. None without one."""
         return self._engine.lr_scheduler
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a schedule sets the learning rate in each update: a scheduler's, or that of a growing batch."""
+        growing = getattr(self._engine, "ds_lena_growing", None)
+        return self.scheduler is not None or (growing is not None and growing.schedule is not None)
+
     def set_accumulation(self, steps: int) -> None:
         """Have each update from now on take so many micro-batches of one rank. Between two updates only.
 
@@ -210,6 +218,7 @@ class EngineView:
                 tag=arguments["tag"],
                 is_strict=arguments["load_module_strict"],
                 wants_state=arguments["load_optimizer_states"] and not arguments["load_module_only"],
+                wants_schedule=arguments["load_lr_scheduler_states"] and not arguments["load_module_only"],
                 module_only=arguments["load_module_only"],
                 loads_module=arguments["custom_load_fn"] is not None,
             )
@@ -250,9 +259,7 @@ class EngineView:
         is_pipeline = hasattr(self._engine, "train_batch")
         self._after(self._engine, "train_batch" if is_pipeline else "step", lambda _: action())
 
-    def in_checkpoints(
-        self, key: str, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any] | None], None]
-    ) -> None:
+    def in_checkpoints(self, key: str, state: Callable[[], Any], load: Callable[[Any], None] = lambda _: None) -> None:
         """Save `state()` in each checkpoint, under a key of its client state, and give it to `load` when one is loaded.
 
         `load` gets None from a checkpoint without it. Weights alone, by `load_module_only`, are loaded without it.

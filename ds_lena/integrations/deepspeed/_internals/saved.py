@@ -85,6 +85,14 @@ def state_keys(shard: Shard) -> set[str]:
     return {key for state in shard.inner["state"].values() for key in state}
 
 
+def steps_in(shard: Shard) -> dict[str, float]:
+    """How many updates each tensor has had, where its state says so."""
+    states = shard.inner["state"].items()
+    return {
+        f"the number of updates of tensor {number}": float(state["step"]) for number, state in states if "step" in state
+    }
+
+
 def _key(keys: tuple[str, ...], outer: Mapping[str, Any]) -> str:
     return next(key for key in keys if key in outer)
 
@@ -137,12 +145,10 @@ def files_in(folder: Path, part: int) -> Files | None:
             )
         found["" if bf16 else "bf16_"] = {}
     optimizer = found[""] or found["bf16_"]
-    if whole.exists() and optimizer and read_file(whole).get("optimizer") is not None:
-        raise StateError(
-            f"LENA: {folder} holds the files of two saves, at ZeRO 0 and above. Move those of one of them away: "
-            "*optim_states.pt are of the one above."
-        )
     model = cut if cut.exists() else whole
+    is_at_0 = whole.exists() and read_file(whole).get("optimizer") is not None
+    if is_at_0 and not (cut.exists() and cut.stat().st_mtime > whole.stat().st_mtime):
+        return Files({0: whole}, whole)  # a save at ZeRO 1 and 2 would have left none in this file
     if whole.exists() and cut.exists() and optimizer:
         model = cut if _MASTERS[1] in read_file(min(optimizer.items())[1])["optimizer_state_dict"] else whole
     return Files(optimizer or {0: model}, model) if model.exists() else None
@@ -189,11 +195,10 @@ def read_file(path: Path) -> dict[str, Any]:
     """
 
     def read() -> dict[str, Any]:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for entry in archive.infolist():
-                    if entry.filename.endswith("/data.pkl") and entry.CRC:
-                        archive.read(entry)
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith("/data.pkl") and entry.CRC:
+                    archive.read(entry)
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
     return reading(path, read)
@@ -204,12 +209,29 @@ def weights_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
     return {without_compiled(name): value for name, value in (model_file["module"] or {}).items()}
 
 
-def shapes_in(model_file: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of weights and buffers, by name. At ZeRO-3 the weights themselves are cut, and their shapes apart."""
-    found = {name: value.shape for name, value in weights_in(model_file).items() if isinstance(value, Tensor)}
+def shapes_in(model_file: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of weights and buffers, by name; None of what is no tensor. At ZeRO-3 the weights themselves are cut,
+    and their shapes apart.
+    """
+    found = {name: getattr(value, "shape", None) for name, value in weights_in(model_file).items() if value is not None}
     groups = [*(model_file.get("param_shapes") or []), model_file.get("frozen_param_shapes") or {}]
     found |= {without_compiled(name): shape for group in groups for name, shape in group.items()}
-    return {name: tuple(shape) for name, shape in found.items()}
+    return {name: None if shape is None else tuple(shape) for name, shape in found.items()}
+
+
+def require_counts(path: Path, model_file: Mapping[str, Any], needs_schedule: bool) -> None:
+    """Raise `StateError` if a model file lacks what `load_checkpoint` takes from it for the engine itself."""
+    if needs_schedule and not isinstance(model_file.get("lr_scheduler"), Mapping):
+        raise StateError(
+            f"LENA: {path} was saved without a learning-rate scheduler, and this engine has one. Give load_checkpoint "
+            "load_lr_scheduler_states=False: the scheduler stays where it is."
+        )
+    for key in ("global_steps", "skipped_steps", "mp_world_size"):
+        value = model_file.get(key)
+        if type(value) is not int or value < 0:
+            raise StateError(
+                f'LENA: {path} is damaged: "{key}" is {value!r}. Restore it, or load an earlier checkpoint.'
+            )
 
 
 def optimizer_in(file: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Shard:
