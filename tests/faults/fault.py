@@ -13,7 +13,7 @@ class Fault:
     """Rank `rank` of `world` is killed by SIGKILL in an update of number `update`, at `place`. None: it is not.
 
     At "save" it dies within its first file, and at "after a file" right after that. At "full disk" it is not killed: it
-    cannot write its files any more.
+    cannot write its files any more, at "read-only" no rank may write into the folder, and at "stall" it stops for good.
 
     `one_tag`: each checkpoint overwrites the one before. The run goes on with `next_world` ranks at `next_stage`.
     """

@@ -6,6 +6,7 @@ update. At its end rank 0 writes report and weights into FOLDER. All numbers of 
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -30,11 +31,15 @@ from tests.faults.fault import Fault
 from tests.integrations._engines import Net, config, engine
 from tests.integrations._truth import numbers
 
+NOBODY = 65534
+STALL = timedelta(seconds=15)  # as long a rank waits for another one
 UPDATES, MICRO_BATCHES, EVERY = 8, 4, 2  # a checkpoint after every second update
 
 
 def main(folder: Path, fault: Fault) -> None:
-    deepspeed.init_distributed("gloo", timeout=timedelta(minutes=2))
+    if fault.place == "stall":  # DeepSpeed gives its groups torch's default, half an hour
+        dist.new_group = functools.partial(dist.new_group, timeout=STALL)
+    deepspeed.init_distributed("gloo", timeout=STALL if fault.place == "stall" else timedelta(minutes=2))
     torch.set_num_threads(1)
     world, rank = dist.get_world_size(), dist.get_rank()
     is_victim = rank == fault.rank
@@ -56,6 +61,9 @@ def main(folder: Path, fault: Fault) -> None:
             if (update + 1) % EVERY == 0:
                 if now and fault.place in ("save", "after a file"):
                     torch.save = tearing(folder, halves=2 if fault.place == "after a file" else 1)
+                if update == fault.update and fault.place == "read-only":
+                    (folder / "died").touch()
+                    forbid(folder)
                 if now and fault.place == "full disk":
                     (folder / "died").touch()
                     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -75,19 +83,28 @@ def prepare(made: Any, folder: Path, fault: Fault) -> None:
         statistics.sum_over = dying(folder)
     elif fault.place == "step":
         made.basic_optimizer.step = dying(folder)
+    elif fault.place == "stall":
+        made.basic_optimizer.step = dying(folder, signal.SIGSTOP)
     elif fault.place == "anywhere":
         seconds = random.Random(fault.seed).uniform(0, 0.1)
         threading.Thread(target=lambda: (time.sleep(seconds), die(folder)), daemon=True).start()
 
 
-def die(folder: Path) -> None:
+def forbid(folder: Path) -> None:
+    """From now on this process may not write into the folder. Permissions do not bind the super-user."""
+    folder.chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(NOBODY)
+
+
+def die(folder: Path, by: signal.Signals = signal.SIGKILL) -> None:
     (folder / "died").touch()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), by)
 
 
-def dying(folder: Path) -> Any:
+def dying(folder: Path, by: signal.Signals = signal.SIGKILL) -> Any:
     """A function that is the last one that this process calls."""
-    return lambda *_, **__: die(folder)
+    return lambda *_, **__: die(folder, by)
 
 
 def tearing(folder: Path, halves: int) -> Any:

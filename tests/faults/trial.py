@@ -47,6 +47,7 @@ def trial(fault: Fault, folder: Path) -> str:
         assert stopped.returncode != 0 and (folder / "died").exists(), tail(stopped)
         (folder / "died").unlink()
     broken = run(folder, fault)
+    folder.chmod(0o755)
     assert broken.returncode != 0 and (folder / "died").exists(), tail(broken)
     seconds = time.time() - (folder / "died").stat().st_mtime
     assert seconds < BOUND, f"the job ended {seconds:.0f} seconds after the death of a rank"

@@ -150,6 +150,29 @@ def test_what_differs_in_the_parameter_groups_is_said(ranks: Ranks, tmp_path: Pa
     assert 'holds the parameter "net.right.4.bias", which this model does not train' in first["error"]
 
 
+def with_scheduler(folder: str, stage: int) -> tuple[str, int]:
+    """The error in an engine that has a scheduler, and its updates after a load without that."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}
+    model = Model(seed=1)
+    keys = entries(stage, "fp32", "adamw", {}) | {"scheduler": scheduler}
+    with engine(keys, model, model_parameters=groups(model)) as made:
+        before, text = whole(made), ""
+        try:
+            made.load_checkpoint(folder)
+        except ds_lena.StateError as error:
+            text = str(error)
+        assert differing(before, whole(made)) == []
+        made.load_checkpoint(folder, load_lr_scheduler_states=False)
+        return text, made.global_steps
+
+
+def test_a_checkpoint_without_a_scheduler(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(saved, str(tmp_path), 2)
+    first, second = ranks.run(with_scheduler, str(tmp_path), 2)
+    assert first == second and first[1] == 2
+    assert "load_lr_scheduler_states=False" in first[0]
+
+
 # -- files without a map -----------------------------------------------------------------------------------------------
 
 
