@@ -24,7 +24,7 @@ TOTAL = 120
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
     "LENA": {"type": "LENA", "params": LENA},
-    "Muon": {"type": "Muon", "params": {"lr": 0.01}},
+    "Muon": {"type": "Muon", "params": {"lr": 0.01, "torch_adam": True}},  # FusedAdam would be compiled
 }
 
 

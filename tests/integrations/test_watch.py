@@ -26,7 +26,7 @@ UPDATES, ACCUMULATION = 4, 2
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
     "SGD": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
-    "Muon": {"type": "Muon", "params": {"lr": 0.01, "weight_decay": 0.01}},
+    "Muon": {"type": "Muon", "params": {"lr": 0.01, "weight_decay": 0.01, "torch_adam": True}},
     "FusedAdam": {"type": "AdamW", "params": {"lr": 0.01}},  # DeepSpeed's own, which it compiles for the CPU too
     "client": {},
 }

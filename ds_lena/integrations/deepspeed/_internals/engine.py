@@ -247,6 +247,7 @@ class EngineView:
     def _after(owner: Any, method: str, action: Callable[[Any], None]) -> None:
         original = getattr(owner, method)
 
+        @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             action(result)
@@ -266,11 +267,13 @@ class EngineView:
         """
         engine, save, restore = self._engine, self._engine.save_checkpoint, self._engine.load_checkpoint
 
+        @functools.wraps(save)
         def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
             call = inspect.signature(save).bind(*args, **kwargs)
             call.arguments["client_state"] = {**call.arguments.get("client_state", {}), key: state()}
             return save(*call.args, **call.kwargs)
 
+        @functools.wraps(restore)
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
             path, client_state = restore(*args, **kwargs)
             saved = client_state.pop(key, None) if client_state else None
@@ -303,6 +306,7 @@ class EngineView:
     def _before(owner: Any, method: str, action: Callable[[], None]) -> None:
         original = getattr(owner, method)
 
+        @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             action()
             return original(*args, **kwargs)
