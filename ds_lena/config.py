@@ -174,14 +174,26 @@ def check_group(group: Mapping[str, Any], config: LenaConfig) -> None:
                 f'LENA: a parameter group has "{name}": {group[name]!r}, which is not a key of a group with "base": '
                 f'"{config.base}". A group may have {", ".join(mine)} and "lena".'
             )
+    fault = group_fault(group, config.base)
+    if fault:
+        raise ConfigError(f"LENA: a parameter group has {fault}.")
+
+
+def group_fault(group: Mapping[str, Any], base: str) -> str | None:
+    """What is not allowed of the values that a parameter group has for the keys of its own, in words; None if all is.
+
+    A key that it does not have is no fault: the optimizer's own value counts.
+    """
+    for name in group_keys(base):
         # A scheduler may set a group's lr to 0, so only config.lr has to be positive.
         at_least_zero = name in ("lr", "weight_decay")
         accepts = not_negative if at_least_zero else KEYS[name].accepts
-        if not accepts(number_in(group[name]) if name == "lr" else group[name]):
+        if name in group and not accepts(number_in(group[name]) if name == "lr" else group[name]):
             allowed = "a number >= 0" if at_least_zero else KEYS[name].allowed
-            raise ConfigError(f'LENA: a parameter group has "{name}": {group[name]!r}; allowed is {allowed}.')
+            return f'"{name}": {group[name]!r}; allowed is {allowed}'
     if not isinstance(group.get("lena", True), bool):
-        raise ConfigError(f'LENA: a parameter group has "lena": {group["lena"]!r}; allowed is true or false.')
+        return f'"lena": {group["lena"]!r}; allowed is true or false'
+    return None
 
 
 def unknown_total_steps() -> ConfigError:

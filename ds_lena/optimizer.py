@@ -259,7 +259,7 @@ class LENA(torch.optim.Optimizer):
         """Go on from `state_dict()`. One without "lena", of AdamW say, keeps its moments and starts LENA fresh.
 
         Raises:
-            StateError: a state that these keys cannot go on from; then nothing has changed.
+            StateError: a state or parameter groups that these keys cannot go on from; then nothing has changed.
         """
         saved: dict[str, Any] | None = None
 
@@ -268,6 +268,7 @@ class LENA(torch.optim.Optimizer):
             saved = carrier.own_state(given)
             if saved is not None:
                 checkpoint.require_loadable(saved, self._config)
+            checkpoint.require_groups(given.get("param_groups"), self._config)
 
         def go_on(_: torch.optim.Optimizer) -> None:
             carrier.empty(self.param_groups, self._controller.is_managed)

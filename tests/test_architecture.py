@@ -94,7 +94,7 @@ MAY_IMPORT = {
                           "schedule.algorithm", "schedule.clock", "schedule.authors_code", "schedule.noise"},
     "schedule.carrier": set(),
     "schedule.noise": {"grad_stats.measurement", "layers", "schedule", "schedule.algorithm", "schedule.clock"},
-    "schedule.checkpoint": {"config", "errors", "schedule.clock", "schedule.noise", "schedule.schedule"},
+    "schedule.checkpoint": {"config", "errors", "keys", "schedule.clock", "schedule.noise", "schedule.schedule"},
     # where memory is: no statistics, no facts of the run
     "layouts.layout": set(),
     "layouts.plain": {"layouts.layout"},

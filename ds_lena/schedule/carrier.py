@@ -35,5 +35,6 @@ def own_state(state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """LENA's part of a `state_dict()`, or of what torch.distributed.checkpoint left of one; None if there is none."""
     if state_dict.get("lena") is not None:
         return state_dict["lena"]
-    texts = (group.get(ENTRY) for group in state_dict["param_groups"])
+    groups = state_dict.get("param_groups")
+    texts = (group.get(ENTRY) for group in (groups if isinstance(groups, list) else ()) if isinstance(group, dict))
     return next((json.loads(zlib.decompress(base64.b64decode(text))) for text in texts if text), None)

@@ -7,12 +7,13 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..config import LenaConfig
+from ..config import LenaConfig, group_fault
 from ..errors import StateError
+from ..keys import group_keys
 from .clock import ClockState, RunPlan, scalar
 from .noise import Tally
 from .schedule import Schedule
@@ -21,10 +22,8 @@ logger = logging.getLogger("ds_lena")
 
 STATE_VERSION = 2
 """An engine adds "pieces": for each tensor of the optimizer its `[name, start, length, offset]`. Version 1 has none."""
-_COUNTS = ("update", "skipped", "nonfinite")
-_AMOUNTS = ("n", "done", "planned_for")
-_OR_NONE = ("planned", "base_in_micro_batches", "base_samples", "total_steps", "planned_n", "micro_batch_size")
 _LARGEST = sys.float_info.max  # Python's integers go further
+_WAY_OUT = "Restore the file, or load an earlier checkpoint."
 _VECTORS = ("weight", "progress", "gain", "warmup", "capped")
 
 
@@ -58,64 +57,159 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def require_loadable(saved: dict[str, Any], config: LenaConfig) -> None:
+def require_loadable(saved: object, config: LenaConfig) -> None:
     """Raise `StateError` if a run with these keys cannot resume from the saved state."""
+    state = require_whole(saved)
+    if state["variant"] != config.variant:
+        raise StateError(
+            f'LENA: the checkpoint was written with "variant": "{state["variant"]}", this run has '
+            f'"{config.variant}", whose averages are others. Set "variant" as in the checkpoint.'
+        )
+    if state["base"] != config.base:
+        raise StateError(
+            f'LENA: the checkpoint was written with "base": "{state["base"]}", this run has "{config.base}", '
+            'whose state is another. Set "base" as in the checkpoint, or load the model\'s weights only.'
+        )
+
+
+def require_groups(groups: object, config: LenaConfig) -> None:
+    """Raise `StateError` if the saved parameter groups, `state_dict()["param_groups"]`, cannot be gone on with.
+
+    They may be of a stock optimizer, whose other entries are left alone.
+    """
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise StateError(
+            f'LENA: "param_groups" of the checkpoint is {_shown(groups)}, and should be a list of dictionaries. '
+            f"{_WAY_OUT}"
+        )
+    for number, group in enumerate(groups):
+        missing = [key for key in group_keys(config.base) if key not in group]
+        if missing:
+            raise StateError(
+                f'LENA: parameter group {number} of the checkpoint has no "{missing[0]}", which "base": '
+                f'"{config.base}" needs. It is damaged, or another kind of optimizer wrote it. Restore the file, or '
+                "load the model's weights only."
+            )
+        fault = group_fault(group, config.base)
+        if fault:
+            raise StateError(f"LENA: parameter group {number} of the checkpoint has {fault}. {_WAY_OUT}")
+
+
+# -- what a state may hold --------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """What a value may be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _or_none(kind: _Kind) -> _Kind:
+    return _Kind(f"None or {kind.words}", lambda value: value is None or kind.holds(value))
+
+
+def _are_numbers(value: object, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(map(_is_number, value))
+
+
+def _are_moments(value: object) -> bool:
+    rows = isinstance(value, list) and len(value) == 3 and all(_are_numbers(row, 3) for row in value)
+    return rows and value[0][0] <= 1 and all(value[i][i] >= 0 for i in range(3))  # type: ignore[index]
+
+
+_TEXT = _Kind("text", lambda value: isinstance(value, str))
+_FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
+_COUNT = _Kind("a whole number >= 0", lambda value: type(value) is int and value >= 0)
+_NUMBER = _Kind("a finite number", _is_number)
+_AMOUNT = _Kind("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
+_POSITIVE = _Kind("a finite number > 0", lambda value: _is_number(value) and value > 0)
+_SHARE = _Kind("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
+_BY_NAME = _Kind("a dictionary", lambda value: isinstance(value, dict))
+
+_ENTRIES = {
+    "variant": _TEXT,
+    "base": _TEXT,
+    "update": _COUNT,
+    "skipped": _COUNT,
+    "nonfinite": _COUNT,
+    "n": _AMOUNT,
+    "done": _AMOUNT,
+    # Infinite for a run without an end, which has no warm-up.
+    "planned": _Kind("None or a number > 0", lambda value: value in (None, math.inf) or _POSITIVE.holds(value)),
+    "planned_for": _AMOUNT,
+    "base_in_micro_batches": _POSITIVE,
+    "base_samples": _or_none(_POSITIVE),
+    "total_steps": _or_none(_POSITIVE),
+    "planned_n": _or_none(_POSITIVE),
+    "micro_batch_size": _or_none(_POSITIVE),
+    "layers": _BY_NAME,
+}
+_SET_BY_AN_UPDATE = ("n", "done", "planned", "planned_for")
+"""0 or None before the first update, and only then."""
+_AVERAGES = _Kind("a list of two finite numbers", lambda value: _are_numbers(value, 2))
+"""Noise too may be below 0: by rounding, where the micro-gradients are nearly the same."""
+_OF_LAYER = {
+    "averages": _AVERAGES,
+    "weight": _SHARE,
+    "progress": _AMOUNT,
+    "gain": _Kind("a finite number >= 1", lambda value: _is_number(value) and value >= 1),
+    "warmup": _SHARE,
+    "capped": _FLAG,
+}
+# The authors' averages may go anywhere with n > 1000, and their gain and S with them.
+_OF_LAYER_OTHERWISE = _OF_LAYER | dict.fromkeys(("progress", "gain", "warmup"), _NUMBER)
+_OF_TALLY = {
+    "moments": _Kind("three lists of three finite numbers, the first <= 1, squares >= 0", _are_moments),
+    "squares": _SHARE,
+    "micro_batches": _AMOUNT,
+    "samples": _AMOUNT,
+}
+
+
+def require_whole(saved: object) -> dict[str, Any]:
+    """The saved state, with all that LENA remembers. It needs no keys of a run.
+
+    Raises:
+        StateError: the state is of a version that is not read here, something is missing, or has a value that no run
+            has.
+    """
+    if not isinstance(saved, dict):
+        raise StateError(f"LENA: the checkpoint's LENA state is {_shown(saved)}, and no dictionary. {_WAY_OUT}")
     if saved.get("version") not in (1, STATE_VERSION):
         raise StateError(
             f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads versions 1 "
             f"to {STATE_VERSION}. Load it with the ds_lena that wrote it."
         )
-    _require_whole(saved)
-    if saved["variant"] != config.variant:
-        raise StateError(
-            f'LENA: the checkpoint was written with "variant": "{saved["variant"]}", this run has '
-            f'"{config.variant}", whose averages are others. Set "variant" as in the checkpoint.'
-        )
-    if saved["base"] != config.base:
-        raise StateError(
-            f'LENA: the checkpoint was written with "base": "{saved["base"]}", this run has "{config.base}", '
-            'whose state is another. Set "base" as in the checkpoint, or load the model\'s weights only.'
-        )
-
-
-def _require_whole(saved: dict[str, Any]) -> None:
-    """Raise `StateError` if something is missing, or is not what it should be."""
-
-    def require(holder: object, key: str, is_right: Callable[[Any], bool], where: str = "") -> None:
-        if not isinstance(holder, dict) or key not in holder or not is_right(holder[key]):
-            found = repr(holder[key])[:80] if isinstance(holder, dict) and key in holder else "nothing"
-            raise StateError(
-                f'LENA: the checkpoint\'s LENA state is damaged: {where}"{key}" is {found}. Restore the file, or '
-                "load an earlier checkpoint."
-            )
-
-    for key in ("variant", "base"):
-        require(saved, key, lambda value: isinstance(value, str))
-    for key in _COUNTS:
-        require(saved, key, lambda value: type(value) is int and value >= 0)
-    for key in _AMOUNTS:
-        require(saved, key, _is_amount)
-    for key in _OR_NONE:
-        require(saved, key, lambda value: value is None or _is_amount(value))
-    require(saved, "layers", lambda layers: isinstance(layers, dict))
+    _require(saved, _ENTRIES)
+    for key in _SET_BY_AN_UPDATE if saved["update"] else ():
+        if not saved[key]:
+            raise _damaged(f'"{key}" is {saved[key]!r} after update {saved["update"]}')
     for name, layer in saved["layers"].items():
-        where = f'in layer "{name}" '
-        require(layer, "averages", _are_averages, where)
-        for key in _VECTORS:
-            require(layer, key, _is_finite, where)
+        _require(layer, _OF_LAYER if saved["variant"] == "default" else _OF_LAYER_OTHERWISE, f'in layer "{name}" ')
+    if "tally" in saved:  # older states have none
+        _require(saved["tally"], _OF_TALLY, 'in "tally" ')
+    return saved
 
 
-def _are_averages(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_finite, value))
+def _require(holder: object, kinds: dict[str, _Kind], where: str = "") -> None:
+    for key, kind in kinds.items():
+        if not isinstance(holder, dict) or key not in holder:
+            raise _damaged(f'{where}"{key}" is nothing, and should be {kind.words}')
+        if not kind.holds(holder[key]):
+            raise _damaged(f'{where}"{key}" is {_shown(holder[key])}, and should be {kind.words}')
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= _LARGEST
+def _damaged(what: str) -> StateError:
+    return StateError(f"LENA: the checkpoint's LENA state is damaged: {what}. {_WAY_OUT}")
 
 
-def _is_amount(value: object) -> bool:
-    """Infinite is allowed: a run without an end is planned so."""
-    return isinstance(value, (int, float)) and (0 <= value <= _LARGEST or value == math.inf)
+def _shown(value: object) -> str:
+    return repr(value)[:80]
 
 
 def load(schedule: Schedule, saved: dict[str, Any]) -> None:

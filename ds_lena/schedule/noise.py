@@ -5,7 +5,7 @@ LENA's own averages of the layers are in its `LayerState`, since its decision is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -67,12 +67,13 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {name: getattr(self, name).tolist() for name in ("moments", "squares", "micro_batches", "samples")}
+        return {entry.name: getattr(self, entry.name).tolist() for entry in fields(self)}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any], device: torch.device) -> Tally:
         """From `to_dict`."""
-        return cls(**{name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in saved.items()})
+        names = [entry.name for entry in fields(cls)]
+        return cls(**{name: torch.tensor(saved[name], dtype=torch.float64, device=device) for name in names})
 
 
 @dataclass(frozen=True)

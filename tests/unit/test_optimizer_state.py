@@ -119,3 +119,49 @@ def test_a_refused_checkpoint_changes_nothing():
     assert after["lena"] == before["lena"]
     assert after["param_groups"] == before["param_groups"]
     assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("has_lena", [True, False])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda groups: groups[0].update(lr=float("nan")), 'group 0 of the checkpoint has "lr": nan; allowed is a num'),
+        (lambda groups: groups[1].update(lr=-0.1), 'group 1 of the checkpoint has "lr": -0.1'),
+        (lambda groups: groups[1].update(lr=torch.tensor(-0.5)), 'has "lr": tensor(-0.5'),
+        (lambda groups: groups[0].update(weight_decay=None), 'has "weight_decay": None'),
+        (lambda groups: groups[0].update(betas=(0.9, 1.5)), 'has "betas": (0.9, 1.5); allowed is two numbers in [0'),
+        (lambda groups: groups[1].pop("betas"), 'group 1 of the checkpoint has no "betas", which "base": "adamw" need'),
+        (lambda groups: groups[0].update(lena="no"), "has \"lena\": 'no'; allowed is true or false"),
+        (lambda groups: groups.__setitem__(0, 3), '"param_groups" of the checkpoint is [3, {'),
+    ],
+)
+def test_damaged_groups_are_refused_and_nothing_changes(change, told, has_lena):
+    one, two = weights(5, 3)
+    optimizer = LENA([{"params": [one]}, {"params": [two], "lr": 0.5}], lr=0.01, total_steps=40)
+    train(optimizer, [one, two], range(3))
+    before = through_a_file(optimizer.state_dict())
+    saved = through_a_file(optimizer.state_dict())
+    if not has_lena:
+        del saved["lena"]
+        for group in saved["param_groups"]:
+            group["lena_state"] = None
+    change(saved["param_groups"])
+    with pytest.raises(StateError) as raised:
+        optimizer.load_state_dict(saved)
+    assert told in str(raised.value) and any(way in str(raised.value) for way in ("Restore the file", "weights only"))
+    after = optimizer.state_dict()
+    assert after["lena"] == before["lena"] and after["param_groups"] == before["param_groups"]
+
+
+def test_a_state_without_groups_is_refused():
+    with pytest.raises(StateError, match='"param_groups" of the checkpoint is None'):
+        LENA(weights(5), total_steps=40).load_state_dict({"state": {}})
+
+
+def test_a_learning_rate_of_0_is_loaded():
+    parameters = weights(5)
+    optimizer = LENA(parameters, total_steps=40)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = 0.0
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0

@@ -315,19 +315,62 @@ def test_a_checkpoint_of_another_version_is_refused(version):
         checkpoint.load(new(), checkpoint.to_dict(trained()) | {"version": version})
 
 
+def of_layer(name, **values):
+    return lambda state: state["layers"][name].update(values)
+
+
+def of_tally(**values):
+    return lambda state: state["tally"].update(values)
+
+
+def of_moments(row, column, value):
+    return lambda state: state["tally"]["moments"][row].__setitem__(column, value)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda state: state.update(update=-5), '"update" is -5'),
+        (lambda state: state.update(update=-5), '"update" is -5, and should be a whole number >= 0'),
         (lambda state: state.update(update=2.5), '"update" is 2.5'),
+        (lambda state: state.update(update=True), '"update" is True'),
         (lambda state: state.pop("done"), '"done" is nothing'),
+        (lambda state: state.update(done=math.inf), '"done" is inf'),
         (lambda state: state.update(n=math.nan), '"n" is nan'),
-        (lambda state: state.update(planned="soon"), "\"planned\" is 'soon'"),
+        (lambda state: state.update(n=math.inf), '"n" is inf'),
+        (lambda state: state.update(n=True), '"n" is True'),
+        (lambda state: state.update(n=torch.tensor(4.0)), '"n" is tensor(4.), and should be a finite number >= 0'),
+        (lambda state: state.update(n=0.0), '"n" is 0.0 after update 10'),
+        (lambda state: state.update(done=0.0), '"done" is 0.0 after update 10'),
+        (lambda state: state.update(planned=None), '"planned" is None after update 10'),
+        (lambda state: state.update(planned="soon"), "\"planned\" is 'soon', and should be None or a number > 0"),
+        (lambda state: state.update(planned=0.0), '"planned" is 0.0'),
+        (lambda state: state.update(planned_for=math.inf), '"planned_for" is inf'),
+        (lambda state: state.update(base_in_micro_batches=0), '"base_in_micro_batches" is 0'),
+        (lambda state: state.update(base_in_micro_batches=math.inf), '"base_in_micro_batches" is inf'),
+        (lambda state: state.update(base_in_micro_batches=None), '"base_in_micro_batches" is None'),
+        (lambda state: state.update(base_samples=0), '"base_samples" is 0, and should be None or a finite number > 0'),
+        (lambda state: state.update(total_steps=math.inf), '"total_steps" is inf'),
+        (lambda state: state.update(planned_n=0), '"planned_n" is 0'),
+        (lambda state: state.update(micro_batch_size=-1), '"micro_batch_size" is -1'),
         (lambda state: state.update(layers=[]), '"layers" is []'),
         (lambda state: state["layers"].update(a=None), 'in layer "a" "averages" is nothing'),
         (lambda state: state["layers"]["a"]["averages"].__setitem__(0, math.nan), 'in layer "a" "averages" is [nan'),
         (lambda state: state["layers"]["b"].pop("gain"), 'in layer "b" "gain" is nothing'),
         (lambda state: state["layers"]["b"]["averages"].pop(), 'in layer "b" "averages" is ['),
+        (of_layer("a", weight=-3.0), 'in layer "a" "weight" is -3.0, and should be a number in [0, 1]'),
+        (of_layer("a", weight=1.5), 'in layer "a" "weight" is 1.5'),
+        (of_layer("a", progress=-1.0), 'in layer "a" "progress" is -1.0'),
+        (of_layer("a", gain=0.5), 'in layer "a" "gain" is 0.5, and should be a finite number >= 1'),
+        (of_layer("b", warmup=2.0), 'in layer "b" "warmup" is 2.0'),
+        (of_layer("b", capped=7), 'in layer "b" "capped" is 7, and should be true or false'),
+        (lambda state: state.update(tally=None), 'in "tally" "moments" is nothing'),
+        (lambda state: state["tally"].pop("samples"), 'in "tally" "samples" is nothing'),
+        (lambda state: state["tally"]["moments"].pop(), 'in "tally" "moments" is [['),
+        (of_moments(2, 1, math.nan), 'in "tally" "moments" is [['),
+        (of_moments(1, 1, -1.0), 'in "tally" "moments" is [['),
+        (of_moments(0, 0, 1.1), 'in "tally" "moments" is [[1.1'),
+        (of_tally(squares=-0.5), 'in "tally" "squares" is -0.5'),
+        (of_tally(micro_batches=math.inf), 'in "tally" "micro_batches" is inf'),
         (lambda state: state.update(n=10**400), '"n" is 1000'),
         (lambda state: state.pop("base"), '"base" is nothing'),
     ],
@@ -338,8 +381,35 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(change, told):
     change(state)
     with pytest.raises(StateError) as raised:
         checkpoint.load(schedule, state)
-    assert told in str(raised.value)
+    assert told in str(raised.value) and "Restore the file" in str(raised.value)
     assert report_of(schedule) == before
+
+
+def test_a_state_that_is_no_dictionary_is_refused():
+    with pytest.raises(StateError, match=r"LENA state is 'text', and no dictionary"):
+        checkpoint.load(new(), "text")
+
+
+def written(**keys):
+    """What runs have remembered: before the first update, after one, and after more with other numbers."""
+    schedule = new(**keys)
+    yield schedule
+    for n, mean_square, square_of_mean in [(1, [1, 0], [1, 0]), (2000, [3, 1], [3, 1 + 1e-9]), (4, [7, 7], [4, 1])]:
+        apply(schedule, statistics(n, mean_square, square_of_mean), RunPlan(keys.get("total_steps"), n, None))
+        yield schedule
+
+
+@pytest.mark.parametrize("keys", [
+    {"total_steps": T}, {"warmup": "none"}, {"smoothing": 0.0}, {"smoothing": 0.99, "scaling": "sqrt"},
+    {"variant": "authors-code", "total_steps": T}, {"variant": "authors-code", "warmup": "none"},
+])  # fmt: skip
+def test_all_that_a_run_writes_is_whole(keys):
+    """Without noise, with noise below 0 by rounding, without an end, and with the authors' averages below 0."""
+    for schedule in written(**keys):
+        state = checkpoint.to_dict(schedule)
+        assert checkpoint.require_whole(json.loads(json.dumps(state))) == state
+        without = {key: value for key, value in state.items() if key != "tally"} | {"version": 1}
+        assert checkpoint.require_whole(without) is without
 
 
 def test_a_checkpoint_of_the_other_variant_is_refused():
