@@ -16,9 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
+from torch import Tensor
 
 from .errors import LenaError, StateError
+from .layouts.pieces import Pieces, pieces_from, require_inside
+from .saved_files import files_in, read, stage_of
+from .schedule.checkpoint import require_whole
 
 _DEEPEST = 4  # dictionaries around LENA's state: the user's, a file's, a wrapper's, the optimizer's
 _OF_RANK = "pieces"  # the one entry that differs between the files of a checkpoint
@@ -40,105 +43,125 @@ def inspect(path: str | Path) -> dict[str, Any]:
           in micro-batches. None where nothing is known yet, and of the variant "authors-code", which averages others.
 
     Raises:
-        StateError: there is no checkpoint, a file cannot be read, or files disagree.
+        StateError: there is no checkpoint, a file is missing or cannot be read, a state is damaged, or files disagree.
     """
-    files = _files(Path(path))
+    is_folder, models, files = _files(Path(path))
     found: dict[str, dict[str, Any]] = {}
     saved_by: dict[str, Any] = {}
+    for model in models:
+        saved_by |= _origin(model)
     for file in files:
-        content = _read(file)
+        content = read(file)
         saved_by |= _origin(content)
-        states = list(_states(content))
-        if len(states) > 1:
+        holders = list(_holders(content))
+        if len(holders) > 1:
             raise StateError(
-                f"LENA: {file} holds {len(states)} states of LENA, of several optimizers. Save each apart."
+                f"LENA: {file} holds {len(holders)} states of LENA, of several optimizers. Save each apart."
             )
-        if states:
-            found[file.name] = states[0]
+        for holder in holders:
+            found[file.name] = _checked(file, holder, is_of_engine=is_folder or "ds_version" in content)
     if not found:
         raise StateError(
             f"LENA: {path} holds no state of LENA. Was it saved by another optimizer? Read were: "
             f"{', '.join(file.name for file in files[:4])}{', …' if len(files) > 4 else ''}."
         )
+    without = [file for file in files if file.name not in found]
+    if without:
+        raise StateError(
+            f"LENA: {without[0]} holds no state of LENA, and {next(iter(found))} does. Restore it, or inspect an "
+            "earlier checkpoint."
+        )
     state = _same(found)
     return {
-        "path": str(files[0].parent if len(files) > 1 else files[0]),
-        "files": {name: _pieces(one.get(_OF_RANK) or []) for name, one in found.items()},
+        "path": str(files[0].parent if is_folder else files[0]),
+        "files": {name: _counted(pieces_from(one.get(_OF_RANK, []))) for name, one in found.items()},
         "saved_by": saved_by,
         "lena": {key: value for key, value in state.items() if key != "layers"},
         "layers": {name: _layer(layer, state["variant"]) for name, layer in state["layers"].items()},
     }
 
 
-def _files(path: Path) -> list[Path]:
-    """The files that may hold LENA's state."""
+def _files(path: Path) -> tuple[bool, list[Mapping[str, Any]], list[Path]]:
+    """Whether it is a folder, what its model files hold, and the files that hold an optimizer's state."""
     if path.is_file():
-        return [path]
+        return False, [], [path]
     if not path.is_dir():
         raise StateError(f"LENA: there is no {path}. Give the folder of a checkpoint, or a file by torch.save.")
     latest = path / "latest"
     if latest.is_file():
-        folder = path / latest.read_text().strip()
+        try:
+            folder = path / latest.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StateError(f"LENA: {latest} cannot be read: {error}. Give the folder of a checkpoint.") from error
         if not folder.is_dir():
             raise StateError(f'LENA: {latest} names "{folder.name}", which is not there. Give the folder itself.')
         path = folder
-    models, optimizers = sorted(path.glob("*model_states.pt")), sorted(path.glob("*optim_states.pt"))
-    if not models and not optimizers:
+    if not any(path.glob("*model_states.pt")) and not any(path.glob("*optim_states.pt")):
         hint = " Of torch.distributed.checkpoint's folders nothing is read." if (path / ".metadata").exists() else ""
         raise StateError(
             f"LENA: {path} holds no checkpoint of DeepSpeed: neither latest, nor *_model_states.pt, nor "
             f"*_optim_states.pt.{hint}"
         )
-    return models[:1] + optimizers  # at ZeRO 0 the optimizer's state is in the model's file
+    files = files_in(path)
+    return True, list(files.models.values()), files.optimizers
 
 
-class _Empty:
-    """Stands for an object of a package that is not needed. `given`: what it was made of."""
-
-    def __new__(cls, *given: Any, **_: Any) -> _Empty:
-        made = super().__new__(cls)
-        made.given = given
-        return made
-
-    given: tuple[Any, ...]
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _read(file: Path) -> Any:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        with torch.serialization.safe_globals([(_Empty, name) for name in names]):
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of pickle, zip and torch: many kinds, and all mean the same
-        raise StateError(
-            f"LENA: {file} cannot be read: {type(error).__name__}: {str(error).splitlines()[0][:200]}. It is damaged, "
-            "or was not written by torch.save. Restore it, or inspect an earlier checkpoint."
-        ) from error
-
-
-def _states(content: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """All states of LENA in nested dictionaries."""
+def _holders(content: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The dictionaries in nested dictionaries that hold a state of LENA, as an optimizer's `state_dict()` does."""
     if not isinstance(content, Mapping) or depth > _DEEPEST:
         return
+    if isinstance(content.get("lena"), dict):
+        yield content
     for key, value in content.items():
-        if key == "lena" and isinstance(value, dict):
-            yield value
-        else:
-            yield from _states(value, depth + 1)
+        if key != "lena":
+            yield from _holders(value, depth + 1)
+
+
+def _checked(file: Path, holder: Mapping[str, Any], is_of_engine: bool) -> dict[str, Any]:
+    """LENA's state in a file. An engine has written down which pieces of the parameters the file's tensors hold."""
+    try:
+        state = require_whole(holder["lena"])
+    except StateError as error:
+        raise StateError(f"{error} The file is {file}.") from error
+    if is_of_engine and state["version"] > 1 and _OF_RANK not in state:
+        raise StateError(
+            f'LENA: the state in {file} is damaged: "{_OF_RANK}" is nothing, and an engine writes it. Restore the '
+            "file, or inspect an earlier checkpoint."
+        )
+    try:
+        pieces = pieces_from(state.get(_OF_RANK, []))
+        if _OF_RANK in state:
+            require_inside(pieces, _sizes(holder))
+    except ValueError as error:
+        raise StateError(
+            f'LENA: the state in {file} is damaged: in "{_OF_RANK}" {error}. Restore the file, or inspect an earlier '
+            "checkpoint."
+        ) from error
+    return state
+
+
+def _sizes(holder: Mapping[str, Any]) -> list[int | None]:
+    """The elements of each tensor of an optimizer, as far as the base rule's state shows them.
+
+    Raises:
+        ValueError: the optimizer's part is in another form.
+    """
+    try:
+        numbers = [number for group in holder["param_groups"] for number in group["params"]]
+        states = [holder["state"].get(number, {}).items() for number in numbers]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f'nothing can be looked up: "param_groups" or "state" is damaged ({error!r})') from error
+    of_tensors = [[v.numel() for key, v in state if key != "step" and isinstance(v, Tensor)] for state in states]
+    return [min(sizes, default=0) or None for sizes in of_tensors]
 
 
 def _origin(content: Any) -> dict[str, Any]:
     """What the files of DeepSpeed say of the engine that saved them."""
     if not isinstance(content, Mapping):
         return {}
-    inner = content.get("optimizer_state_dict")
-    stage = inner.get("zero_stage") if isinstance(inner, Mapping) else None
-    stage = stage.given[0] if isinstance(stage, _Empty) and stage.given else stage  # an enum of DeepSpeed's
     known = {
         "deepspeed": content.get("ds_version"),
-        "zero_stage": stage if isinstance(stage, int) else None,
+        "zero_stage": stage_of(content),
         "ranks": content.get("dp_world_size"),
     }
     return {key: value for key, value in known.items() if value is not None}
@@ -148,9 +171,6 @@ def _same(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The state that all files hold."""
     shared = {name: {key: value for key, value in state.items() if key != _OF_RANK} for name, state in found.items()}
     (first, state), *others = shared.items()
-    missing = {"version", "variant", "base", "update", "n", "layers"} - state.keys()
-    if missing:
-        raise StateError(f"LENA: the state in {first} is damaged: {', '.join(sorted(missing))} missing.")
     for name, other in others:
         keys = [key for key in state.keys() | other.keys() if state.get(key) != other.get(key)]
         if keys:
@@ -161,11 +181,11 @@ def _same(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return state
 
 
-def _pieces(tensors: Sequence[Sequence[Any]]) -> dict[str, int]:
+def _counted(pieces: Pieces) -> dict[str, int]:
     return {
-        "tensors": len(tensors),
-        "elements": sum(length for pieces in tensors for _, _, length, _ in pieces),
-        "parameters": len({name for pieces in tensors for name, *_ in pieces}),
+        "tensors": len(pieces),
+        "elements": sum(piece.length for tensor in pieces for piece in tensor),
+        "parameters": len({piece.name for tensor in pieces for piece in tensor}),
     }
 
 
@@ -186,7 +206,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines = [
         found["path"],
         f"{len(files)} file{'s' if len(files) > 1 else ''} with LENA's state{': ' if origin else ''}{origin}",
-        ", ".join(f"{key} {value}" for key, value in state.items() if key != _OF_RANK),
+        ", ".join(f"{key} {value}" for key, value in state.items() if not isinstance(value, dict)),
     ]
     cut = {name: one for name, one in files.items() if one["tensors"]}
     if cut:

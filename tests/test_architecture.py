@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "version", "keys", "recorded", "grad_stats", "schedule", "layouts", "update", "update.kernels",
      "update.kernels.programs"},
     {"page", "config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
-     "grad_stats.measurement", "growth",
+     "grad_stats.measurement", "growth", "saved_files",
      "layouts.layout", "update.rules.common"},
     {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "layouts.pieces",
      "update.segments", "sample_schedules",
@@ -127,7 +127,8 @@ MAY_IMPORT = {
     "update.rules.lars": RULE | {"update.rules.sgd"},
     # beside the path of an update
     "cost": {"errors", "keys", "update.rules"},
-    "inspect": {"errors"},
+    "saved_files": {"errors"},
+    "inspect": {"errors", "layouts", "layouts.pieces", "saved_files", "schedule", "schedule.checkpoint"},
 }  # fmt: skip
 """All that these modules may know of the package."""
 

@@ -45,12 +45,37 @@ def pieces_from(saved: object) -> list[list[Piece]]:
     """
     if not isinstance(saved, list) or not all(isinstance(tensor, list) for tensor in saved):
         raise ValueError("the map of pieces is not a list of lists")
-    pieces = [[Piece(*entry) for entry in tensor] for tensor in saved]
-    for piece in (piece for tensor in pieces for piece in tensor):
-        numbers = piece[1:]
-        if not isinstance(piece.name, str) or any(type(n) is not int or n < 0 for n in numbers) or not piece.length:
-            raise ValueError(f"{list(piece)} is not a piece")
-    return pieces
+    for entry in (entry for tensor in saved for entry in tensor):
+        if not _is_piece(entry):
+            raise ValueError(f"{entry!r} is not a piece [name, start, length, offset]")
+    return [[Piece(*entry) for entry in tensor] for tensor in saved]
+
+
+def _is_piece(entry: object) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 4:
+        return False
+    name, *numbers = entry
+    return isinstance(name, str) and all(type(n) is int and n >= 0 for n in numbers) and numbers[1] > 0
+
+
+def require_inside(pieces: Pieces, sizes: Sequence[int | None]) -> None:
+    """Check a file's pieces against its tensors. `sizes`: the number of elements of each tensor, None if not known.
+
+    Raises:
+        ValueError: there are pieces of more or fewer tensors, a piece lies outside its tensor, or two pieces overlap.
+    """
+    if len(pieces) != len(sizes):
+        raise ValueError(f"the map of pieces is of {len(pieces)} tensors, and there are {len(sizes)}")
+    for number, (tensor, size) in enumerate(zip(pieces, sizes, strict=True)):
+        end, before = 0, ""
+        for piece in sorted(tensor, key=lambda piece: piece.start):
+            stop = piece.start + piece.length
+            where = f'"{piece.name}" is at elements {piece.start} to {stop} of tensor {number}'
+            if size is not None and stop > size:
+                raise ValueError(f"{where}, which has {size} elements")
+            if piece.start < end:
+                raise ValueError(f'{where}, where "{before}" is too')
+            end, before = stop, piece.name
 
 
 def copies(own: Pieces, saved: Mapping[str, Pieces], sizes: Mapping[str, int]) -> dict[str, list[Copy]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -114,6 +115,8 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "empty").mkdir()
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "latest").write_text("global_step9")
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "latest").write_bytes(b"\xff\xfe")
     for name, told in {
         "nowhere": "there is no ",
         "short.pt": "cannot be read",
@@ -121,9 +124,10 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
         "stock.pt": "holds no state of LENA",
         "list.pt": "holds no state of LENA",
         "two.pt": "2 states of LENA",
-        "damaged.pt": "damaged: base, layers, n, update, variant missing",
+        "damaged.pt": 'damaged: "variant" is nothing',
         "empty": "holds no checkpoint of DeepSpeed",
         "gone": 'names "global_step9", which is not there',
+        "binary": "latest cannot be read",
     }.items():
         assert main([str(tmp_path / name)]) == 2
         said = capsys.readouterr().err
@@ -133,10 +137,200 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_files_of_two_saves_are_told(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(save, str(tmp_path / "a"), 2)
     ranks.run(save, str(tmp_path / "b"), 2, "fp32", {"gain_power": 0.2})
-    first = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    first, third = (f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (1, 2))
+    before = inspect(tmp_path / "a")
+    shutil.copy(tmp_path / "b" / "global_step3" / first, tmp_path / "a" / "global_step3" / third)
+    assert inspect(tmp_path / "a") == before, "an older save by more ranks"
     shutil.copy(tmp_path / "b" / "global_step3" / first, tmp_path / "a" / "global_step3" / first)
     with pytest.raises(ds_lena.StateError, match="hold other states of LENA"):
         inspect(tmp_path / "a")
+
+
+# -- files that are missing, of an older save, or damaged --------------------------------------------------------------
+
+MODEL, CUT = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"
+EXPERTS = [f"expp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
+RANK_0, RANK_1 = (f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2))
+
+
+def state_of(updates: int = 2) -> dict[str, Any]:
+    """An optimizer's state as a file of DeepSpeed holds it."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = ds_lena.LENA(model.named_parameters(), lr=0.1, warmup="none")
+    for _ in range(updates):
+        for _ in range(2):
+            model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()
+    state["lena"]["pieces"] = [[["weight", 0, 6, 0]], [["bias", 0, 2, 0]]]
+    return state
+
+
+def lay(
+    folder: Path, updates: int = 2, stage: int = 2, ranks: int = 2, parts: int = 1, is_bf16: bool = False, **more: Any
+) -> Path:
+    """The files of a save, in the form of DeepSpeed. `more`: entries of the model files."""
+    folder.mkdir(exist_ok=True)
+    state = state_of(updates)
+    model = {
+        "dp_world_size": ranks,
+        "mp_world_size": parts,
+        "ds_version": "0",
+        "ds_config": {"bf16": {"enabled": is_bf16}},
+    }
+    model |= {"optimizer": None if stage else state, "param_shapes": [{}] if stage else None, **more}
+    for part in range(parts):
+        end = f"mp_rank_{part:02d}"
+        if stage < 3:
+            torch.save(model, folder / f"{end}_model_states.pt")
+        for rank in range(ranks):
+            begin = f"zero_pp_rank_{rank}_{end}"
+            if stage == 3:
+                torch.save(model, folder / f"{begin}_model_states.pt")
+            if stage or more.get("num_experts"):
+                optimizer = {
+                    "optimizer_state_dict": {"zero_stage": stage, "base_optimizer_state": state},
+                    "ds_version": "0",
+                }
+                name = f"{'bf16_' if is_bf16 else ''}{begin}" if stage else f"expp_rank_{rank}_{end}"
+                torch.save(optimizer, folder / f"{name}_optim_states.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "read"),
+    [
+        ({"ranks": 3}, {"ranks": 2}, [RANK_0, RANK_1]),
+        ({"ranks": 3, "stage": 3}, {"ranks": 1, "stage": 3}, [RANK_0]),
+        ({"ranks": 1, "parts": 2}, {"ranks": 2}, [RANK_0, RANK_1]),
+        ({"ranks": 3}, {"ranks": 2, "is_bf16": True}, [f"bf16_{RANK_0}", f"bf16_{RANK_1}"]),
+        ({"ranks": 3, "is_bf16": True}, {"ranks": 1}, [RANK_0]),
+        ({"ranks": 3}, {"ranks": 2, "stage": 3}, [RANK_0, RANK_1]),
+        ({"ranks": 3, "stage": 3}, {"ranks": 1}, [RANK_0]),
+        ({"stage": 0, "num_experts": [4]}, {"stage": 0}, [MODEL]),
+        ({"stage": 0, "num_experts": [4]}, {"ranks": 1, "num_experts": [4]}, [RANK_0]),
+        ({"stage": 0}, {"stage": 0, "num_experts": [4]}, EXPERTS),
+        ({"stage": 0}, {"stage": 0, "parts": 2}, [MODEL, MODEL.replace("00", "01")]),
+    ],
+)  # fmt: skip
+def test_a_save_over_an_older_one_is_read(tmp_path: Path, older: Any, newer: Any, read: list[str]) -> None:
+    lay(tmp_path, updates=1, **older)
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "layer_00-model_states.pt")  # as pipelines have
+    found = inspect(lay(tmp_path, **newer))
+    assert list(found["files"]) == read and found["lena"]["update"] == 2
+    assert all(file == {"tensors": 2, "elements": 8, "parameters": 2} for file in found["files"].values())
+    assert found["saved_by"]["ranks"] == newer.get("ranks", 2)
+    assert "tally" in found["lena"] and "tally" not in as_text(found)
+
+
+def remove(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def add(**keys: Any) -> Any:
+    return lambda folder: lay(folder, **keys)
+
+
+@pytest.mark.parametrize(
+    ("save", "change", "told"),
+    [
+        ({}, remove(RANK_1), f"was saved by 2 ranks, and {RANK_1} is not there"),
+        ({"ranks": 3}, remove(RANK_1), f"was saved by 3 ranks, and {RANK_1} is not there"),
+        ({"ranks": 1}, remove(RANK_0), f"was saved by 1 ranks, and {RANK_0} is not there"),
+        ({"ranks": 1, "is_bf16": True}, remove(f"bf16_{RANK_0}"), f"bf16_{RANK_0} is not there"),
+        ({"stage": 3}, remove(RANK_0), f"{RANK_0} is not there"),
+        ({"stage": 3}, remove(CUT.replace("rank_0_", "rank_1_")), "zero_pp_rank_1_mp_rank_00_model_states.pt is not"),
+        ({"parts": 2}, remove(RANK_1.replace("00", "01")), "zero_pp_rank_1_mp_rank_01_optim_states.pt is not there"),
+        ({"parts": 2}, remove(MODEL.replace("00", "01")), "no model file of part 1 of the model (mp_rank_01_model"),
+        ({"stage": 0, "num_experts": [4]}, remove(EXPERTS[0]), f"{EXPERTS[0]} is not there"),
+        ({}, remove(MODEL), f"no model file of part 0 of the model ({MODEL}, or at ZeRO 3 {CUT})"),
+        ({"stage": 3}, remove(CUT), f"no model file of part 0 of the model ({MODEL}, or at ZeRO 3 {CUT})"),
+        ({"dp_world_size": None}, lambda _: None, f'"dp_world_size" in {{folder}}/{MODEL} is None'),
+        ({}, lambda folder: torch.save([1], folder / MODEL), "it holds no dictionary"),
+        ({}, add(stage=0), "the files of two saves, at ZeRO 0"),
+        ({"is_bf16": True}, add(ds_config="there.json"), "the files of two saves: bf16_zero_* are of one in bf16"),
+    ],
+)
+def test_a_missing_file_is_told(tmp_path: Path, save: Any, change: Any, told: str) -> None:
+    change(lay(tmp_path, **save))
+    with pytest.raises(ds_lena.StateError) as raised:
+        inspect(tmp_path)
+    assert told.format(folder=tmp_path) in str(raised.value)
+
+
+def first_layer(lena: dict[str, Any]) -> Any:
+    return next(iter(lena["layers"].values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state["lena"].update(update=True), '"update" is True, and should be a whole number >= 0.'),
+        (lambda state: state["lena"].update(n=torch.tensor(2.0)), '"n" is tensor(2.)'),
+        (lambda state: first_layer(state["lena"]).update(averages=[math.nan, 1.0]), '"averages" is [nan, 1.0]'),
+        (lambda state: state["lena"].update(version=3), "has version 3"),
+        (lambda state: state["lena"].pop("pieces"), '"pieces" is nothing, and an engine writes it'),
+        (lambda state: state["lena"].update(pieces=None), 'in "pieces" the map of pieces is not a list of lists'),
+        (lambda state: state["lena"]["pieces"].append([["x", 0, 1, 0]]), "is of 3 tensors, and there are 2"),
+        (lambda state: state["lena"]["pieces"].pop(), "is of 1 tensors, and there are 2"),
+        (lambda state: state["lena"]["pieces"][0].append(["x", 0, 1]), "['x', 0, 1] is not a piece"),
+        (lambda state: state["lena"]["pieces"][1][0].__setitem__(1, 1), '"bias" is at elements 1 to 3 of tensor 1'),
+        (lambda state: state["lena"]["pieces"][0].append(["x", 5, 1, 0]), '5 to 6 of tensor 0, where "weight"'),
+        (lambda state: state.pop("param_groups"), "is damaged (KeyError('param_groups'))"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_damaged_state_is_told_with_its_file(tmp_path: Path, change: Any, told: str, stage: int) -> None:
+    """The same in all files, so that they agree. In the folder, and in a file of it."""
+    files = []
+    for path in lay(tmp_path, stage=stage, ranks=2).iterdir():
+        content = torch.load(path)
+        state = (
+            content["optimizer_state_dict"]["base_optimizer_state"]
+            if "optimizer_state_dict" in content
+            else content["optimizer"]
+        )
+        if state is not None:
+            change(state)
+            torch.save(content, path)
+            files.append(path)
+    for path in (tmp_path, *files):
+        with pytest.raises(ds_lena.StateError) as raised:
+            inspect(path)
+        assert told in str(raised.value) and str(min(files) if path == tmp_path else path) in str(raised.value)
+
+
+def test_a_file_without_a_state_of_lena_is_told(tmp_path: Path) -> None:
+    path = lay(tmp_path) / RANK_1
+    content = torch.load(path)
+    content["optimizer_state_dict"]["base_optimizer_state"]["lena"] = "text"
+    torch.save(content, path)
+    with pytest.raises(ds_lena.StateError, match=f"{RANK_1} holds no state of LENA, and {RANK_0} does"):
+        inspect(tmp_path)
+
+
+def test_files_of_version_1_have_no_pieces(tmp_path: Path) -> None:
+    for path in lay(tmp_path).glob("*optim_states.pt"):
+        content = torch.load(path)
+        lena = content["optimizer_state_dict"]["base_optimizer_state"]["lena"]
+        lena["version"] = 1
+        del lena["pieces"], lena["tally"]
+        torch.save(content, path)
+    nothing = {"tensors": 0, "elements": 0, "parameters": 0}
+    assert inspect(tmp_path)["files"] == {RANK_0: nothing, RANK_1: nothing}
+
+
+def test_a_flipped_bit_in_a_number_is_told(tmp_path: Path) -> None:
+    path = lay(tmp_path) / RANK_1
+    data = path.read_bytes()
+    place = data.index(b"planned_for") + 20
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(ds_lena.StateError, match=f"{RANK_1} cannot be read"):
+        inspect(tmp_path)
 
 
 # -- the way back -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_lena.errors import StateError
-from ds_lena.layouts.pieces import Copy, Piece, copies, pieces_from
+from ds_lena.layouts.pieces import Copy, Piece, copies, pieces_from, require_inside
 
 SIZES = {"a": 6, "b": 3}
 
@@ -76,9 +76,32 @@ def test_what_does_not_cover_the_model_is_refused_by_name(saved, told):
      [[[1, 0, 1, 0]]]],
 )  # fmt: skip
 def test_a_map_in_another_form_is_not_read(saved):
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError):
         pieces_from(saved)
 
 
 def test_a_map_is_read():
     assert pieces_from([[["a", 1, 2, 3]], []]) == [[Piece("a", 1, 2, 3)], []]
+
+
+def test_pieces_that_lie_in_their_tensors_are_right():
+    require_inside([[Piece("b", 4, 3, 0), Piece("a", 0, 4, 2)], [], [Piece("a", 0, 2, 0)]], [7, 5, None])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "sizes", "told"),
+    [
+        ([[], []], [3], "is of 2 tensors, and there are 1"),
+        ([[]], [3, 3], "is of 1 tensors, and there are 2"),
+        ([[Piece("a", 2, 2, 0)]], [3], '"a" is at elements 2 to 4 of tensor 0, which has 3 elements'),
+        (
+            [[], [Piece("b", 3, 2, 0), Piece("a", 0, 4, 0)]],
+            [9, None],
+            '"b" is at elements 3 to 5 of tensor 1, where "a"',
+        ),
+    ],
+)
+def test_pieces_outside_their_tensors_are_told(pieces, sizes, told):
+    with pytest.raises(ValueError) as raised:
+        require_inside(pieces, sizes)
+    assert told in str(raised.value)
