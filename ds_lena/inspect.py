@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import LenaError, StateError
 from .layouts.pieces import Pieces, pieces_from, require_inside
 from .saved_files import files_in, read, stage_of
-from .schedule.checkpoint import require_whole
+from .schedule.checkpoint import require_groups, require_whole
 
 _DEEPEST = 4  # dictionaries around LENA's state: the user's, a file's, a wrapper's, the optimizer's
 _OF_RANK = "pieces"  # the one entry that differs between the files of a checkpoint
@@ -118,9 +118,11 @@ def _holders(content: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
 
 
 def _checked(file: Path, holder: Mapping[str, Any], is_of_engine: bool) -> dict[str, Any]:
-    """LENA's state in a file. An engine has written down which pieces of the parameters the file's tensors hold."""
+    """LENA's state in a file, checked. An engine adds which pieces of the parameters the file's tensors hold."""
     try:
         state = require_whole(holder["lena"])
+        if is_of_engine:
+            require_groups(holder.get("param_groups"), state["base"])
     except StateError as error:
         raise StateError(f"{error} The file is {file}.") from error
     if is_of_engine and state["version"] > 1 and _OF_RANK not in state:

@@ -268,7 +268,7 @@ class LENA(torch.optim.Optimizer):
             saved = carrier.own_state(given)
             if saved is not None:
                 checkpoint.require_loadable(saved, self._config)
-            checkpoint.require_groups(given.get("param_groups"), self._config)
+            checkpoint.require_groups(given.get("param_groups"), self._config.base)
 
         def go_on(_: torch.optim.Optimizer) -> None:
             carrier.empty(self.param_groups, self._controller.is_managed)

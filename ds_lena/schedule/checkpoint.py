@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from ..config import LenaConfig, group_fault
 from ..errors import StateError
-from ..keys import group_keys
+from ..keys import BASES, VARIANTS, group_keys
 from .clock import ClockState, RunPlan, scalar
 from .noise import Tally
 from .schedule import Schedule
@@ -72,7 +72,7 @@ def require_loadable(saved: object, config: LenaConfig) -> None:
         )
 
 
-def require_groups(groups: object, config: LenaConfig) -> None:
+def require_groups(groups: object, base: str) -> None:
     """Raise `StateError` if the saved parameter groups, `state_dict()["param_groups"]`, cannot be gone on with.
 
     They may be of a stock optimizer, whose other entries are left alone.
@@ -83,14 +83,14 @@ def require_groups(groups: object, config: LenaConfig) -> None:
             f"{_WAY_OUT}"
         )
     for number, group in enumerate(groups):
-        missing = [key for key in group_keys(config.base) if key not in group]
+        missing = [key for key in group_keys(base) if key not in group]
         if missing:
             raise StateError(
                 f'LENA: parameter group {number} of the checkpoint has no "{missing[0]}", which "base": '
-                f'"{config.base}" needs. It is damaged, or another kind of optimizer wrote it. Restore the file, or '
+                f'"{base}" needs. It is damaged, or another kind of optimizer wrote it. Restore the file, or '
                 "load the model's weights only."
             )
-        fault = group_fault(group, config.base)
+        fault = group_fault(group, base)
         if fault:
             raise StateError(f"LENA: parameter group {number} of the checkpoint has {fault}. {_WAY_OUT}")
 
@@ -113,6 +113,10 @@ def _or_none(kind: _Kind) -> _Kind:
     return _Kind(f"None or {kind.words}", lambda value: value is None or kind.holds(value))
 
 
+def _one_of(words: Collection[str]) -> _Kind:
+    return _Kind(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
+
+
 def _are_numbers(value: object, length: int) -> bool:
     return isinstance(value, list) and len(value) == length and all(map(_is_number, value))
 
@@ -122,7 +126,6 @@ def _are_moments(value: object) -> bool:
     return rows and value[0][0] <= 1 and all(value[i][i] >= 0 for i in range(3))  # type: ignore[index]
 
 
-_TEXT = _Kind("text", lambda value: isinstance(value, str))
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 _COUNT = _Kind("a whole number >= 0", lambda value: type(value) is int and value >= 0)
 _NUMBER = _Kind("a finite number", _is_number)
@@ -132,8 +135,8 @@ _SHARE = _Kind("a number in [0, 1]", lambda value: _is_number(value) and 0 <= va
 _BY_NAME = _Kind("a dictionary", lambda value: isinstance(value, dict))
 
 _ENTRIES = {
-    "variant": _TEXT,
-    "base": _TEXT,
+    "variant": _one_of(VARIANTS),
+    "base": _one_of(BASES),
     "update": _COUNT,
     "skipped": _COUNT,
     "nonfinite": _COUNT,

@@ -280,7 +280,10 @@ def first_layer(lena: dict[str, Any]) -> Any:
         (lambda state: state["lena"]["pieces"][0].append(["x", 0, 1]), "['x', 0, 1] is not a piece"),
         (lambda state: state["lena"]["pieces"][1][0].__setitem__(1, 1), '"bias" is at elements 1 to 3 of tensor 1'),
         (lambda state: state["lena"]["pieces"][0].append(["x", 5, 1, 0]), '5 to 6 of tensor 0, where "weight"'),
-        (lambda state: state.pop("param_groups"), "is damaged (KeyError('param_groups'))"),
+        (lambda state: state.pop("param_groups"), '"param_groups" of the checkpoint is None'),
+        (lambda state: state["param_groups"][0].pop("params"), "is damaged (KeyError('params'))"),
+        (lambda state: state["param_groups"][0].update(lr=math.nan), 'group 0 of the checkpoint has "lr": nan'),
+        (lambda state: state["param_groups"][0].pop("betas"), 'group 0 of the checkpoint has no "betas"'),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stage", [0, 2])

@@ -373,6 +373,8 @@ def of_moments(row, column, value):
         (of_tally(micro_batches=math.inf), 'in "tally" "micro_batches" is inf'),
         (lambda state: state.update(n=10**400), '"n" is 1000'),
         (lambda state: state.pop("base"), '"base" is nothing'),
+        (lambda state: state.update(base="adam"), "\"base\" is 'adam', and should be one of adamw, sgd, lars, lamb"),
+        (lambda state: state.update(variant=[]), '"variant" is [], and should be one of default, authors-code'),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_nothing_changes(change, told):
