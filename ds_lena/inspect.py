@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import LenaError, StateError
 from .layouts.pieces import Pieces, pieces_from, require_inside
-from .saved_files import files_in, read, stage_of
+from .saved_files import SAVE, all_files_in, latest_tag, read, stage_of
 from .schedule.checkpoint import require_groups, require_whole
 
 _DEEPEST = 4  # dictionaries around LENA's state: the user's, a file's, a wrapper's, the optimizer's
@@ -45,10 +45,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         StateError: there is no checkpoint, a file is missing or cannot be read, a state is damaged, or files disagree.
     """
-    is_folder, models, files = _files(Path(path))
+    models, files = _files(Path(path))
     found: dict[str, dict[str, Any]] = {}
     saved_by: dict[str, Any] = {}
-    for model in models:
+    for model in models.values():
         saved_by |= _origin(model)
     for file in files:
         content = read(file)
@@ -59,7 +59,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
                 f"LENA: {file} holds {len(holders)} states of LENA, of several optimizers. Save each apart."
             )
         for holder in holders:
-            found[file.name] = _checked(file, holder, is_of_engine=is_folder or "ds_version" in content)
+            found[file.name] = _checked(file, holder, is_of_engine=bool(models) or "ds_version" in content)
     if not found:
         raise StateError(
             f"LENA: {path} holds no state of LENA. Was it saved by another optimizer? Read were: "
@@ -72,8 +72,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "earlier checkpoint."
         )
     state = _same(found)
+    for file, model in models.items():
+        if model.get(SAVE) != state.get("save"):
+            raise StateError(
+                f"LENA: {file} and the files with the optimizer's state are of different saves. A run was killed while "
+                "it overwrote an older checkpoint, perhaps. Inspect another checkpoint."
+            )
     return {
-        "path": str(files[0].parent if is_folder else files[0]),
+        "path": str(files[0].parent if models else files[0]),
         "files": {name: _counted(pieces_from(one.get(_OF_RANK, []))) for name, one in found.items()},
         "saved_by": saved_by,
         "lena": {key: value for key, value in state.items() if key != "layers"},
@@ -81,29 +87,23 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _files(path: Path) -> tuple[bool, list[Mapping[str, Any]], list[Path]]:
-    """Whether it is a folder, what its model files hold, and the files that hold an optimizer's state."""
+def _files(path: Path) -> tuple[dict[Path, Mapping[str, Any]], list[Path]]:
+    """What the model files hold, none for a single file; and the files that hold an optimizer's state."""
     if path.is_file():
-        return False, [], [path]
+        return {}, [path]
     if not path.is_dir():
         raise StateError(f"LENA: there is no {path}. Give the folder of a checkpoint, or a file by torch.save.")
-    latest = path / "latest"
-    if latest.is_file():
-        try:
-            folder = path / latest.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise StateError(f"LENA: {latest} cannot be read: {error}. Give the folder of a checkpoint.") from error
-        if not folder.is_dir():
-            raise StateError(f'LENA: {latest} names "{folder.name}", which is not there. Give the folder itself.')
-        path = folder
+    tag = latest_tag(path)
+    if tag is not None and not (path / tag).is_dir():
+        raise StateError(f'LENA: {path / "latest"} names "{tag}", which is not there. Give the folder itself.')
+    path = path / (tag or "")
     if not any(path.glob("*model_states.pt")) and not any(path.glob("*optim_states.pt")):
         hint = " Of torch.distributed.checkpoint's folders nothing is read." if (path / ".metadata").exists() else ""
         raise StateError(
             f"LENA: {path} holds no checkpoint of DeepSpeed: neither latest, nor *_model_states.pt, nor "
             f"*_optim_states.pt.{hint}"
         )
-    files = files_in(path)
-    return True, list(files.models.values()), files.optimizers
+    return all_files_in(path)
 
 
 def _holders(content: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:

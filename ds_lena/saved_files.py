@@ -1,4 +1,4 @@
-"""Finds and reads the files of a DeepSpeed checkpoint. It needs torch alone.
+"""Finds the files of a DeepSpeed checkpoint, and reads them safely. It needs torch alone.
 
 A save into a folder of files leaves those of more ranks, of more parts of the model and of another ZeRO stage. So the
 model file says which of them belong to the save.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,50 @@ import torch
 
 from .errors import StateError
 
-_WAY_OUT = "Restore it, or inspect an earlier checkpoint."
+_WAY_OUT = "Restore it, or take an earlier checkpoint."
+_ASK = "Write the name of a checkpoint's folder into it, or ask for a checkpoint by its tag."
+
+
+SAVE = "ds_lena_save"
+"""Where a model file has the name of the save that it is of. LENA's state has it under "save"."""
 
 
 @dataclass(frozen=True)
-class SavedFiles:
-    """The files of one save. `models`: what each model file holds, one for each part of the model. `optimizers`: the
-    files with the optimizer's state; at ZeRO 0 the model files.
+class Files:
+    """The files of one save, for one part of the model.
+
+    `optimizer`: by rank; at ZeRO 0 it is `model`. `model`: that of the first rank.
     """
 
-    models: dict[Path, Mapping[str, Any]]
-    optimizers: list[Path]
+    optimizer: dict[int, Path]
+    model: Path
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each rank has a model file, as ZeRO-3 has."""
+        return self.model.name.startswith("zero_")
+
+    def model_of(self, rank: int) -> Path:
+        """The file with the frozen weights of one rank."""
+        return self.model.with_name(self.model.name.replace("zero_pp_rank_0_", f"zero_pp_rank_{rank}_"))
+
+    def models(self, parts: int) -> list[str]:
+        """The model files of all parts of the model."""
+        names = [re.sub(r"mp_rank_\d+", f"mp_rank_{part:02d}", self.model.name) for part in range(parts)]
+        return [str(self.model.with_name(name)) for name in names]
+
+    def of_ranks(self, ranks: int) -> list[Path]:
+        """The optimizer files that these ranks have saved. Raises `StateError` if one is missing."""
+        if self.optimizer.get(0) == self.model:
+            return [self.model]
+        missing = [rank for rank in range(ranks) if rank not in self.optimizer]
+        if missing:
+            part = re.search(r"mp_rank_\d+", self.model.name)
+            raise StateError(
+                f"LENA: the checkpoint {self.model.parent} was saved by {ranks} ranks, and the optimizer file of rank "
+                f"{missing[0]} is not there (*rank_{missing[0]}_{part and part[0]}_optim_states.pt). {_WAY_OUT}"
+            )
+        return [self.optimizer[rank] for rank in range(ranks)]
 
 
 class Empty:
@@ -62,22 +95,81 @@ def read(file: Path) -> Any:
     except Exception as error:  # of pickle, zip and torch: many kinds, and all mean the same
         raise StateError(
             f"LENA: {file} cannot be read: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}. It is "
-            "damaged, or was not written by torch.save. Restore it, or inspect an earlier checkpoint."
+            f"damaged, or was not written by torch.save. {_WAY_OUT}"
         ) from error
 
 
-def files_in(folder: Path) -> SavedFiles:
-    """The files of the save that the model file is of.
+def files_in(folder: Path, part: int, read: Callable[[Path], Any] = read) -> Files | None:
+    """The files of the newest save in a folder, for one part of the model. None if there is no model file.
+
+    `read(file)`: what a file holds.
+
+    Raises:
+        StateError: it is not to be told which of two saves is the newer one.
+    """
+    end = f"mp_rank_{part:02d}"
+    whole, cut = folder / f"{end}_model_states.pt", folder / f"zero_pp_rank_0_{end}_model_states.pt"
+    there = sorted((path for path in (whole, cut) if path.exists()), key=lambda path: path.stat().st_mtime)
+    if not there:
+        return None
+    newest = _dictionary(there[-1], read)
+    if newest.get("optimizer") is not None:
+        return Files({0: whole}, whole)  # a save at ZeRO 1 and 2 would have left none in this file
+    found = {kind: _by_rank(folder, kind, end) for kind in ("zero_pp", "bf16_zero_pp")}
+    if all(found.values()):
+        bf16 = _is_bf16(newest)
+        if bf16 is None:
+            raise StateError(
+                f"LENA: {folder} holds the files of two saves: bf16_zero_* are of one in bf16, zero_* of another one. "
+                "Move the optimizer files of the older save away."
+            )
+        found["zero_pp" if bf16 else "bf16_zero_pp"] = {}
+    optimizer = found["zero_pp"] or found["bf16_zero_pp"]
+    model = there[-1]
+    if len(there) == 2 and optimizer:
+        model = cut if stage_of(read(min(optimizer.items())[1])) == 3 else whole
+    return Files(optimizer or {0: model}, model)
+
+
+def latest_tag(folder: Path) -> str | None:
+    """The tag of the newest checkpoint in a folder, as its file `latest` says. None without that file.
+
+    Raises:
+        StateError: it is empty, or no text.
+    """
+    latest = folder / "latest"
+    if not latest.is_file():
+        return None
+    try:
+        tag = latest.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StateError(f"LENA: {latest} cannot be read: {error}. {_ASK}") from error
+    if not tag:
+        raise StateError(f"LENA: {latest} is empty. A run was killed while it wrote it, perhaps. {_ASK}")
+    return tag
+
+
+def all_files_in(folder: Path) -> tuple[dict[Path, Mapping[str, Any]], list[Path]]:
+    """What the model files of the newest save hold, and its optimizer files; of all parts of the model.
 
     Raises:
         StateError: a file is missing, or it is not to be told which of two saves is the newer one.
     """
-    files = _of_part(folder, 0)
-    (first,) = files.models.values()
-    for part in range(1, first.get("mp_world_size") or 1):
-        other = _of_part(folder, part)
-        files = SavedFiles(files.models | other.models, files.optimizers + other.optimizers)
-    return files
+    models: dict[Path, Mapping[str, Any]] = {}
+    optimizers: list[Path] = []
+    parts: Any = 1
+    while len(models) < parts:
+        files = files_in(folder, len(models))
+        if files is None:
+            raise StateError(
+                f"LENA: {folder} holds no model file of part {len(models)} of the model "
+                f"(*mp_rank_{len(models):02d}_model_states.pt), which says by how many ranks it was saved. {_WAY_OUT}"
+            )
+        content = _dictionary(files.model, read)
+        parts = content.get("mp_world_size") or 1
+        models[files.model] = content
+        optimizers += _optimizers(files, content)
+    return models, optimizers
 
 
 def stage_of(optimizer_file: object) -> int | None:
@@ -85,66 +177,28 @@ def stage_of(optimizer_file: object) -> int | None:
     state = optimizer_file.get("optimizer_state_dict") if isinstance(optimizer_file, Mapping) else None
     stage = state.get("zero_stage") if isinstance(state, Mapping) else None
     stage = stage.given[0] if isinstance(stage, Empty) and stage.given else stage  # an enum of DeepSpeed's
-    return stage if isinstance(stage, int) else None
+    return int(stage) if isinstance(stage, int) else None
 
 
-def _of_part(folder: Path, part: int) -> SavedFiles:
-    end = f"mp_rank_{part:02d}"
-    whole, cut = folder / f"{end}_model_states.pt", folder / f"zero_pp_rank_0_{end}_model_states.pt"
-    models = {path: _model(path) for path in (whole, cut) if path.exists()}
-    if not models:
-        raise StateError(
-            f"LENA: {folder} holds no model file of part {part} of the model ({whole.name}, or at ZeRO 3 {cut.name}), "
-            f"which says by how many ranks it was saved. {_WAY_OUT}"
-        )
-    kind, shards = _shards(folder, end, models)
-    if shards and whole in models and models[whole].get("optimizer") is not None:
-        raise StateError(
-            f"LENA: {folder} holds the files of two saves, at ZeRO 0 ({whole.name}) and above (*optim_states.pt). Move "
-            "the files of the older one away."
-        )
-    model = cut if cut in models else whole
-    if shards and len(models) == 2:
-        model = cut if stage_of(read(shards[min(shards)])) == 3 else whole
-    return SavedFiles({model: models[model]}, _optimizers(model, models[model], end, kind, shards))
-
-
-def _shards(folder: Path, end: str, models: Mapping[Path, Mapping[str, Any]]) -> tuple[str, dict[int, Path]]:
-    """How the names of optimizer files of ZeRO 1 to 3 begin, and those that are there, by rank."""
-    found = {kind: _by_rank(folder, kind, end) for kind in ("zero_pp", "bf16_zero_pp")}
-    is_bf16 = _is_bf16(models[max(models, key=lambda path: path.stat().st_mtime)])
-    if all(found.values()) and is_bf16 is None:
-        raise StateError(
-            f"LENA: {folder} holds the files of two saves: bf16_zero_* are of one in bf16, zero_* of another one. "
-            "Move the optimizer files of the older one away."
-        )
-    of_save, other = ("bf16_zero_pp", "zero_pp") if is_bf16 else ("zero_pp", "bf16_zero_pp")
-    return (other, found[other]) if found[other] and not found[of_save] else (of_save, found[of_save])
-
-
-def _optimizers(model: Path, content: Mapping[str, Any], end: str, kind: str, shards: Mapping[int, Path]) -> list[Path]:
+def _optimizers(files: Files, content: Mapping[str, Any]) -> list[Path]:
     """The optimizer files that belong to a model file."""
-    if content.get("optimizer") is not None:  # ZeRO 0
-        if not content.get("num_experts"):
-            return [model]
-        kind, shards = "expp", _by_rank(model.parent, "expp", end)
-        ranks: Any = max(shards, default=0) + 1  # each rank of experts has a file, and nothing says how many there are
-    elif shards or content.get("param_shapes") is not None:
-        ranks = content.get("dp_world_size")
-    else:  # of a model without an optimizer
-        return [model]
+    model = files.model
+    if content.get("optimizer") is not None and content.get("num_experts"):
+        shards = _by_rank(model.parent, "expp", model.name.removesuffix("_model_states.pt"))
+        return Files(shards, model).of_ranks(max(shards, default=0) + 1)  # nothing says how many ranks of experts
+    if files.optimizer == {0: model} and content.get("param_shapes") is None:
+        return [model]  # ZeRO 0, or a model without an optimizer
+    ranks: Any = content.get("dp_world_size")
     if type(ranks) is not int or ranks < 1:
         raise StateError(f'LENA: "dp_world_size" in {model} is {ranks!r}, and should be a whole number. {_WAY_OUT}')
+    optimizers = Files({} if files.optimizer == {0: model} else files.optimizer, model).of_ranks(ranks)
     for rank in range(ranks):
-        names = [f"{kind}_rank_{rank}_{end}_optim_states.pt"]
-        if model.name.startswith("zero_pp_rank_0_"):
-            names.append(model.name.replace("zero_pp_rank_0_", f"zero_pp_rank_{rank}_"))
-        for name in names:
-            if not model.with_name(name).exists():
-                raise StateError(
-                    f"LENA: {model.parent} was saved by {ranks} ranks, and {name} is not there. {_WAY_OUT}"
-                )
-    return [shards[rank] for rank in range(ranks)]
+        if not files.model_of(rank).exists():
+            raise StateError(
+                f"LENA: {model.parent} was saved by {ranks} ranks, and {files.model_of(rank).name} is not there. "
+                f"{_WAY_OUT}"
+            )
+    return optimizers
 
 
 def _by_rank(folder: Path, kind: str, end: str) -> dict[int, Path]:
@@ -153,7 +207,7 @@ def _by_rank(folder: Path, kind: str, end: str) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match}
 
 
-def _model(file: Path) -> Mapping[str, Any]:
+def _dictionary(file: Path, read: Callable[[Path], Any]) -> Mapping[str, Any]:
     content = read(file)
     if not isinstance(content, Mapping):
         raise StateError(f"LENA: {file} is no model file of DeepSpeed: it holds no dictionary. {_WAY_OUT}")

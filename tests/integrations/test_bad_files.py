@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "twice": (edit_lena(lambda lena: lena["pieces"][0].append([*lena["pieces"][0][0]])), "twice"),
     "a wild piece": (edit_lena(lambda lena: lena["pieces"][0].append(["x", 0.5, 1, 0])), "is not a piece"),
     "foreign": (
-        edit_lena(lambda lena: lena["pieces"][0].append(["x.weight", 0, 1, 0])),
+        edit_lena(lambda lena: lena["pieces"][0][0].__setitem__(0, "x.weight")),
         '"x.weight", which this model',
     ),
     "no moments": (lambda path: edit(path, lambda base: base["state"].pop(0)), f'{RANK_1} lacks "exp_avg" of'),
@@ -102,18 +102,25 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: edit(path, lambda base: base["state"][0].update(step=torch.tensor(9.0))),
         "updates of tensor 0 is 9.0 in",
     ),
-    "too many tensors": (edit_lena(lambda lena: lena["pieces"].append([["net.scale", 0, 1, 0]])), "are of 4 tensors"),
+    "too many tensors": (
+        edit_lena(lambda lena: lena["pieces"].append([["net.scale", 0, 1, 0]])),
+        "is of 4 tensors, and there are 3",
+    ),
     "another save's model": (edit_model(lambda model: model.update(ds_lena_save="x")), "are of different saves"),
     "no count": (edit_model(lambda model: model.pop("global_steps")), '"global_steps" is None'),
     "no buffer": (edit_model(lambda model: model["module"].update(seen=None)), 'lacks "seen" of this model'),
     "buffer a text": (edit_model(lambda model: model["module"].update(seen="text")), '"seen" is no tensor in'),
-    "no group": (lambda path: edit(path, lambda base: base.pop("param_groups")), f"{RANK_1} cannot be read"),
+    "no group": (
+        lambda path: edit(path, lambda base: base.pop("param_groups")),
+        '"param_groups" of the checkpoint is None',
+    ),
     "no model": (lambda path: path.with_name("mp_rank_00_model_states.pt").unlink(), "holds no model file"),
     "model cut short": (
         lambda path: path.with_name("mp_rank_00_model_states.pt").write_bytes(b"PK"),
         "mp_rank_00_model_states.pt cannot be read",
     ),
     "latest": (lambda path: (path.parents[1] / "latest").write_text("nowhere"), "Folders in"),
+    "latest is empty": (lambda path: (path.parents[1] / "latest").write_text(""), "latest is empty. A run was killed"),
     "latest is no text": (lambda path: (path.parents[1] / "latest").write_bytes(b"\xff\xfe\xff"), "latest cannot be"),
 }
 

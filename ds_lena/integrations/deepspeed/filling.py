@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import StateError
 from ...layers import named_parameters, without_compiled
 from ...layouts.pieces import Copy, Piece, copies
+from ...saved_files import Files
 from ._internals import saved
 from ._internals.engine import logical_shapes
 from ._internals.saved import reading
@@ -63,7 +64,7 @@ class Filled:
 
 
 def frozen_weights(
-    module: nn.Module, left_out: set[str], files: saved.Files, model: Mapping[str, Any]
+    module: nn.Module, left_out: set[str], files: Files, model: Mapping[str, Any]
 ) -> list[tuple[Tensor, Tensor]]:
     """This rank's part of each frozen weight, with the saved values. `left_out`: names that are not to be loaded."""
     found: list[tuple[Tensor, Tensor]] = []
@@ -77,7 +78,7 @@ def frozen_weights(
     return found
 
 
-def _frozen_weight(piece: Piece, size: int, files: saved.Files, model: Mapping[str, Any]) -> Tensor:
+def _frozen_weight(piece: Piece, size: int, files: Files, model: Mapping[str, Any]) -> Tensor:
     """The values of a piece of a frozen weight. ZeRO-3 cuts it into equal parts, of which the last are padded."""
     weights_in = saved.frozen_in if files.is_cut else saved.weights_in
     held = weights_in(model)[piece.name]

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...errors import StateError
 from ...layers import named_parameters
+from ...saved_files import Files, files_in, latest_tag
 from ._internals import saved
 from ._internals.engine import Asked, EngineView, logical_shapes
 from ._internals.saved import reading
@@ -21,7 +22,7 @@ from .reading import shard_at
 class Found:
     """A checkpoint as this rank sees it. `model`: what its model file holds. `live`: what the engine would save."""
 
-    files: saved.Files
+    files: Files
     own_file: Path
     model: dict[str, Any]
     live: saved.Shard
@@ -45,10 +46,7 @@ def require_same_shapes(module: nn.Module, found: Found) -> None:
 
 def tag_of(view: EngineView, asked: Asked) -> str | None:
     """The tag of the checkpoint that is asked for, the same on all ranks. None if there is no checkpoint."""
-    latest = asked.folder / "latest"
-    tag = asked.tag
-    if tag is None and latest.is_file():
-        tag = reading(latest, lambda: latest.read_text().strip())
+    tag = latest_tag(asked.folder) if asked.tag is None else asked.tag
     tags = from_all(view.grid.everything, None if tag is None else str(tag))
     if len(set(tags)) > 1:
         seen = ", ".join(sorted({"none" if one is None else f'"{one}"' for one in tags}))
@@ -67,7 +65,7 @@ def find(view: EngineView, asked: Asked, tag: str) -> Found:
     """
     folder = asked.folder
     place = folder / tag
-    files = reading(place, lambda: saved.files_in(place, view.part))
+    files = reading(place, lambda: files_in(place, view.part, saved.read_file))
     if files is None:
         there = sorted(path.name for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
         raise StateError(
@@ -120,17 +118,3 @@ def has_map(found: Found) -> bool:
         return False
     lena = shard_at(path, found.model).inner.get("lena")
     return isinstance(lena, dict) and "pieces" in lena
-
-
-def optimizer_files(view: EngineView, files: saved.Files, ranks: int) -> list[Path]:
-    """The optimizer files that these ranks have saved. Raises `StateError` if one is missing."""
-    if files.optimizer.get(0) == files.model:
-        return [files.model]
-    missing = [rank for rank in range(ranks) if rank not in files.optimizer]
-    if missing:
-        raise StateError(
-            f"LENA: the checkpoint {files.model.parent} was saved by {ranks} ranks, and the optimizer file of rank "
-            f"{missing[0]} is not there (*zero_pp_rank_{missing[0]}_mp_rank_{view.part:02d}_optim_states.pt)."
-            " Restore it, or load an earlier checkpoint."
-        )
-    return [files.optimizer[rank] for rank in range(ranks)]

@@ -14,13 +14,11 @@ from torch import Tensor
 from ...config import LenaConfig
 from ...errors import StateError
 from ...keys import group_keys, number_in
-from ...layouts.pieces import Copy, Piece, pieces_from
+from ...layouts.pieces import Copy, Piece, pieces_from, require_inside
+from ...saved_files import SAVE
 from ...schedule import checkpoint
 from ._internals import saved
 from ._internals.saved import reading
-
-SAVE = "ds_lena_save"
-"""Where a model file has the name of the save that it is of. LENA's state has it under "save"."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,19 @@ def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config:
     lena = shard.inner.get("lena")
     pieces, group_of, digest = None, {}, ""
     keys = reading(path, lambda: saved.state_keys(shard))
+    try:
+        checkpoint.require_groups(shard.inner.get("param_groups"), config.base)
+        if isinstance(lena, dict):
+            checkpoint.require_loadable(lena, config)
+    except StateError as error:
+        raise StateError(f"{error} The file is {path}.") from error
     options = reading(path, lambda: _options(shard.inner["param_groups"], group_keys(config.base)))
     steps = reading(path, lambda: saved.steps_in(shard))
     if isinstance(lena, dict):
-        try:
-            checkpoint.require_loadable(lena, config)
-        except StateError as error:
-            raise StateError(f"{error} The file is {path}.") from error
         if lena["version"] > 1:
+            sizes = [None if master is None else master.numel() for master in shard.masters]
             pieces = reading(path, lambda: pieces_from(lena.get("pieces")))
+            reading(path, lambda: require_inside(pieces, sizes))
             group_of = reading(path, lambda: groups_of(shard.inner["param_groups"], pieces))
         own = {key: value for key, value in lena.items() if key != "pieces"}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
@@ -85,8 +87,6 @@ def _options(groups: list[dict[str, Any]], names: Iterable[str]) -> dict[str, An
 def groups_of(groups: list[dict[str, Any]], pieces: list[list[Piece]]) -> dict[str, int]:
     """The number of the parameter group of each parameter. `pieces`: in the tensors of the groups, by their number."""
     group_of = {number: i for i, group in enumerate(groups) for number in group["params"]}
-    if len(pieces) > len(group_of):
-        raise ValueError(f'"pieces" are of {len(pieces)} tensors, and the optimizer has {len(group_of)}')
     return {piece.name: group_of[number] for number, held in enumerate(pieces) for piece in held}
 
 

@@ -24,15 +24,15 @@ from ...errors import StateError
 from ...keys import group_keys
 from ...layouts.pieces import copies, pieces_from
 from ...optimizer import LENA
+from ...saved_files import SAVE, Files
 from ._internals import saved
 from ._internals.engine import Asked, EngineView, logical_shapes
 from ._internals.saved import reading
 from .differences import require_same_groups, tell_of_fresh_start, tell_of_keys, tell_of_moved
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
-from .finding import Found, find, has_map, kind_of, optimizer_files, require_same_shapes, tag_of
+from .finding import Found, find, has_map, kind_of, require_same_shapes, tag_of
 from .reading import (
-    SAVE,
     Content,
     content_of,
     groups_of,
@@ -51,7 +51,7 @@ class Loaded:
     `frozen`: its parts of frozen weights. `buffers`: by their names in the module.
     """
 
-    files: saved.Files
+    files: Files
     state: dict[str, Any]
     masters: dict[int, Tensor]
     frozen: list[tuple[Tensor, Tensor]]
@@ -103,7 +103,7 @@ class Resharding:
                 saved.write_window(parameter, values)
             view.module.load_state_dict(loaded.buffers, strict=False)
 
-        with saved.loading(view.engine, loaded.files, load_module, loaded.state, asked.wants_state):
+        with saved.loading(view.engine, loaded.files.models(view.parts), load_module, loaded.state, asked.wants_state):
             yield True
         if view.facts.stage == 0:
             live = [p for group in self._lena.param_groups for p in group["params"]]
@@ -262,7 +262,7 @@ class Resharding:
     def _contents(self, found: Found) -> dict[Path, Content]:
         """What is in the optimizer files of this part of the model. The ranks share the work of reading them."""
         ranks = reading(found.files.model, lambda: saved.ranks_in(found.model))
-        paths, data = optimizer_files(self._view, found.files, ranks), self._view.grid.data
+        paths, data = found.files.of_ranks(ranks), self._view.grid.data
         mine = {
             path: self._content(found, rank, path, shard_at(path, found.model))
             for rank, path in list(enumerate(paths))[dist.get_rank(data) :: dist.get_world_size(data)]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,72 +94,6 @@ def steps_in(shard: Shard) -> dict[str, float]:
 
 def _key(keys: tuple[str, ...], outer: Mapping[str, Any]) -> str:
     return next(key for key in keys if key in outer)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of one checkpoint, for one part of the model.
-
-    `optimizer`: by rank; at ZeRO 0 it is `model`. `model`: that of the first rank.
-    """
-
-    optimizer: dict[int, Path]
-    model: Path
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether each rank has a model file, as ZeRO-3 has."""
-        return self.model.name.startswith("zero_")
-
-    def model_of(self, rank: int) -> Path:
-        """The file with the frozen weights of one rank."""
-        return self.model.with_name(self.model.name.replace("zero_pp_rank_0_", f"zero_pp_rank_{rank}_"))
-
-    def models(self, parts: int) -> list[str]:
-        """The model files of all parts of the model."""
-        names = [re.sub(r"mp_rank_\d+", f"mp_rank_{part:02d}", self.model.name) for part in range(parts)]
-        return [str(self.model.with_name(name)) for name in names]
-
-
-def files_in(folder: Path, part: int) -> Files | None:
-    """The files that DeepSpeed has written into a folder, for one part of the model. None if there are none.
-
-    A save into a folder of files leaves those of another ZeRO stage, and of more ranks. The newer ones are taken.
-    """
-    end = f"mp_rank_{part:02d}"
-    whole, cut = folder / f"{end}_model_states.pt", folder / f"zero_pp_rank_0_{end}_model_states.pt"
-    found: dict[str, dict[int, Path]] = {"": {}, "bf16_": {}}
-    for path in folder.glob(f"*_{end}_optim_states.pt"):
-        if match := re.fullmatch(rf"(bf16_|)zero_pp_rank_(\d+)_{end}_optim_states\.pt", path.name):
-            found[match[1]][int(match[2])] = path
-    if all(found.values()):
-        newest = max(
-            (path for path in (whole, cut) if path.exists()), key=lambda path: path.stat().st_mtime, default=None
-        )
-        bf16 = None if newest is None else _is_bf16(read_file(newest))
-        if bf16 is None:
-            raise StateError(
-                f"LENA: {folder} holds the files of two saves: bf16_zero_* are of one in bf16, zero_* of another one. "
-                "Move the optimizer files of the older save away."
-            )
-        found["" if bf16 else "bf16_"] = {}
-    optimizer = found[""] or found["bf16_"]
-    model = cut if cut.exists() else whole
-    is_at_0 = whole.exists() and read_file(whole).get("optimizer") is not None
-    if is_at_0 and not (cut.exists() and cut.stat().st_mtime > whole.stat().st_mtime):
-        return Files({0: whole}, whole)  # a save at ZeRO 1 and 2 would have left none in this file
-    if whole.exists() and cut.exists() and optimizer:
-        model = cut if _MASTERS[1] in read_file(min(optimizer.items())[1])["optimizer_state_dict"] else whole
-    return Files(optimizer or {0: model}, model) if model.exists() else None
-
-
-def _is_bf16(model_file: Mapping[str, Any]) -> bool | None:
-    """Whether it was saved in bf16. None if it does not say."""
-    entries = model_file.get("ds_config")
-    if not isinstance(entries, Mapping):
-        return None
-    entry = entries.get("bf16", entries.get("bfloat16")) or {}
-    return bool(entry.get("enabled", False))
 
 
 def own_file(engine: Any, folder: Path, tag: str) -> Path:
@@ -280,11 +213,12 @@ def write_window(parameter: Tensor, values: Tensor) -> None:
 
 @contextmanager
 def loading(
-    engine: Any, files: Files, load_module: Callable[[], None], state: dict[str, Any], wants_state: bool
+    engine: Any, models: list[str], load_module: Callable[[], None], state: dict[str, Any], wants_state: bool
 ) -> Iterator[None]:
-    """Within it `load_checkpoint` of the engine takes counts and schedules of `files`, and the optimizer's `state`.
+    """Within it `load_checkpoint` of the engine takes counts and schedules of `models`, and the optimizer's `state`.
 
-    `load_module()`: sets buffers and frozen weights. `wants_state`: else the master weights in `state` alone are taken.
+    `models`: the model files of all parts of the model. `load_module()`: sets buffers and frozen weights.
+    `wants_state`: else the master weights in `state` alone are taken.
     """
     wrapper = engine.optimizer
     load_state = wrapper.load_state_dict
@@ -301,7 +235,7 @@ def loading(
             load_state(state, **keys)
 
     instead: dict[tuple[Any, str], Callable[..., Any]] = {
-        (engine, "_get_all_ckpt_names"): lambda *_: files.models(engine.mp_world_size),
+        (engine, "_get_all_ckpt_names"): lambda *_: models,
         (engine, "load_module_state_dict"): lambda *_, **__: load_module(),
     }
     if engine.zero_optimization():
