@@ -40,11 +40,12 @@ def draw(seed: int) -> Fault:
     chosen = random.Random(seed)
     stage, place = chosen.randrange(4), PLACES[seed % len(PLACES)]
     elsewhere = (chosen.choice([1, 2, 4]), chosen.randrange(4)) if chosen.random() < 0.5 else (2, stage)
+    writes = place in ("save", "after a file")
     return Fault(
         stage=stage,
         place=place,
-        update=chosen.choice([3, 5]) if place in ("save", "after a file") else chosen.randrange(2, 6),
-        rank=chosen.randrange(2),
+        update=chosen.choice([3, 5]) if writes else chosen.randrange(2, 6),
+        rank=0 if writes and stage == 0 else chosen.randrange(2),  # rank 1 writes nothing there
         one_tag=chosen.random() < 0.4,
         next_world=elsewhere[0],
         next_stage=elsewhere[1],
