@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..noise import watch
 from ..optimizer import controller_of
@@ -47,10 +48,11 @@ class LenaCallback(TrainerCallback):
         add(events(report) | (layer_events(report) if self.layers else {}), logs, state)
 
 
-class NoiseScaleCallback(TrainerCallback):
+class NoiseScaleCallback(TrainerCallback, ExportableState):
     """Watches the Trainer's optimizer, whatever it is, under DeepSpeed, in DDP and in one process.
 
-    It adds the scalars of docs/noise_scale.md to every log of training. After `train()` has begun, `watch` is the
+    It adds the scalars of docs/noise_scale.md to every log of training. A run that is resumed goes on with the averages
+    of its checkpoint. After `train()` has begun, `watch` is the
     `Watch`, and `ds_lena.report(trainer)` has its report.
 
     Args:
@@ -62,6 +64,7 @@ class NoiseScaleCallback(TrainerCallback):
         WatchConfig.from_keys(keys)
         self.layers, self._keys = layers, keys
         self.watch: Watch | None = None
+        self.remembered: dict[str, Any] | None = None
 
     @classmethod
     def add_to(cls, trainer: Trainer, layers: bool = False, **keys: Any) -> NoiseScaleCallback:
@@ -69,6 +72,12 @@ class NoiseScaleCallback(TrainerCallback):
         callback = cls(layers, **keys)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer saves in a checkpoint."""
+        has_own = self.watch is not None and self.watch.watcher is not None  # a LENA has it in its own state
+        remembered = self.watch.state_dict() if self.watch is not None and has_own else None
+        return {"args": {"layers": self.layers, **self._keys}, "attributes": {"remembered": remembered}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer on every rank, when all is made and nothing is trained."""
@@ -78,10 +87,13 @@ class NoiseScaleCallback(TrainerCallback):
         engine = engine_of(model) if isinstance(optimizer, DeepSpeedOptimizerWrapper) else None
         if engine is not None:
             self.watch = watch(engine, **self._keys)
-            return
-        while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # accelerate's is an Optimizer, too
-        self.watch = watch(model, optimizer, **{"micro_batch_size": args.per_device_train_batch_size} | self._keys)
+        else:
+            while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+                optimizer = optimizer.optimizer  # accelerate's is an Optimizer, too
+            self.watch = watch(model, optimizer, **{"micro_batch_size": args.per_device_train_batch_size} | self._keys)
+        remembered = stored(state, self).get("remembered") if state.global_step else None
+        if remembered is not None and self.watch.watcher is not None:
+            self.watch.load_state_dict(remembered)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Called by the Trainer on every rank. Only here do the numbers come from the device."""
@@ -90,6 +102,13 @@ class NoiseScaleCallback(TrainerCallback):
         report = self.watch.report()
         beside_lena = self.watch.watcher is None
         add(noise_events(report, beside_lena) | (layer_events(report) if self.layers else {}), logs, state)
+
+
+def stored(state: Any, callback: ExportableState) -> dict[str, Any]:
+    """The attributes of a callback in the checkpoint that the Trainer goes on from. None are there without one."""
+    found = state.stateful_callbacks.get(type(callback).__name__)
+    found = found[0] if isinstance(found, list) else found
+    return found["attributes"] if found else {}
 
 
 def add(measured: dict[str, float], logs: dict[str, Any], state: Any) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
 
 from ..errors import ConfigError
 from ..growing import Growing
@@ -25,12 +24,12 @@ from ..sample_schedules import SampleSchedule
 from . import _transformers_internals as hf
 from .deepspeed._internals.engine import EngineView
 from .deepspeed.ownership import engine_of
-from .transformers import NoiseScaleCallback, add
+from .transformers import NoiseScaleCallback, add, stored
 
 logger = logging.getLogger("ds_lena")
 
 
-class BatchGrowthCallback(NoiseScaleCallback, ExportableState):
+class BatchGrowthCallback(NoiseScaleCallback):
     """Lets the batch of a Trainer follow the noise scale, and resumes where it was. It watches and logs, too.
 
     It changes `gradient_accumulation_steps` where a window of the new length can begin: at a multiple of it since the
@@ -131,9 +130,7 @@ class BatchGrowthCallback(NoiseScaleCallback, ExportableState):
 
     def position(self, state: Any, begin: tuple[int, int], is_resumed: bool) -> tuple[int, int]:
         """Where the Trainer begins: epochs, and micro-batches of one rank in the next. `begin`: by its own count."""
-        stored = state.stateful_callbacks.get(type(self).__name__) if is_resumed else None
-        stored = stored[0] if isinstance(stored, list) else stored
-        self._saved = stored["attributes"]["saved"] if stored else None
+        self._saved = stored(state, self).get("saved") if is_resumed else None
         handler = self._trainer.callback_handler
         if self not in handler.callbacks:  # the Trainer has put another one in its place
             handler.callbacks[:] = [self, *(each for each in handler.callbacks if not isinstance(each, type(self)))]

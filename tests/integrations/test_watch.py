@@ -14,10 +14,13 @@ import deepspeed
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 import ds_lena
 from benchmarks.footprint import Collectives
+from ds_lena.integrations.transformers import NoiseScaleCallback
 from tests.helpers.marks import full, rest
+from tests.integrations import _hf_growth
 from tests.integrations._engines import Net, engine, muon_in_eager, train
 from tests.integrations._engines import config as lena_config
 from tests.integrations._ranks import WORLD, Ranks
@@ -267,6 +270,47 @@ def test_an_entry_of_the_json_is_enough_and_costs_one_collective(ranks: Ranks, t
     written = {file.stem for file in tmp_path.rglob("*.csv")}
     for name in ("gain", "noise_scale", "noise_scale_samples", "noise_scale_tokens", "efficiency"):
         assert any(stem.endswith(f"lena_{name}") for stem in written), (name, written)
+
+
+def kept(folder: str, stage: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The report of four updates, of which the last two are made again by another engine from a checkpoint."""
+    with stock(config(stage, "AdamW", noise_scale={})) as made:
+        for update in range(UPDATES):
+            update_of(made, update)
+            if update == 1:
+                made.save_checkpoint(folder, client_state={"mine": 1})
+        reports = [ds_lena.report(made)]
+    with stock(config(stage, "AdamW")) as made:
+        ds_lena.watch(made).close()
+        watch = ds_lena.watch(made)
+        _, client_state = made.load_checkpoint(folder)
+        for update in range(2, UPDATES):
+            update_of(made, update)
+        return [*reports, watch.report()], {
+            key: client_state[key] for key in client_state if "ds_lena" in key or key == "mine"
+        }
+
+
+@pytest.mark.parametrize("stage", rest([0, 2, 3], [2]))
+def test_a_checkpoint_keeps_what_it_remembers(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    for (unbroken, resumed), client_state in ranks.run(kept, str(tmp_path), stage):
+        assert resumed == unbroken
+        assert client_state == {"mine": 1}
+
+
+def test_a_resumed_trainer_goes_on_with_what_it_remembers(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "use_cpu": True}
+
+    def trained(max_steps: int, checkpoint: str | None = None) -> dict[str, Any]:
+        args = TrainingArguments(str(tmp_path), max_steps=max_steps, report_to=[], disable_tqdm=True, **options)
+        trainer = Trainer(_hf_growth.model(0), args, train_dataset=_hf_growth.Tokens())
+        NoiseScaleCallback.add_to(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return ds_lena.report(trainer)
+
+    unbroken = trained(4)
+    assert trained(4, str(tmp_path / "checkpoint-2")) == unbroken
+    assert unbroken["update"] == 4
 
 
 def of_lena() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
