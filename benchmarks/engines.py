@@ -3,6 +3,7 @@
     python -m benchmarks.engines                                       starts its own ranks
     deepspeed --module benchmarks.engines --model gpt2                 the same, started by a launcher
     python -m benchmarks.engines --ranks 1 --stages 0 --tokens 128     one rank: what the hooks cost
+    python -m benchmarks.engines --muon --stages 1 2 3                 DeepSpeed's Muon, alone and watched
     python -m benchmarks.engines --check-sync                          on CUDA: count what makes the host wait, instead
     python -m benchmarks.engines --profile                             what a profiler sees in an update, instead
 
@@ -34,6 +35,7 @@ from benchmarks.timing import HEAD, Lap, Update, count_syncs, measure, table, ve
 
 QUICK = {"model": "tiny", "tokens": [64], "seconds": 1.0, "accumulation": [1]}
 PHASES = ("update", "forward_backward", "step")
+MUON, WATCHED = "DeepSpeed Muon", "DeepSpeed Muon, watched"
 LAYOUT = ["ZeRO", "accumulation", "tokens"]
 
 
@@ -42,6 +44,7 @@ def main() -> int:
     add_training(parser)
     add = parser.add_argument
     add("--base", choices=LENA, default="adamw", help="LENA's base rule; beside it the stock optimizer with that rule")
+    add("--muon", action="store_true", help="DeepSpeed's Muon, without and with ds_lena.watch, in LENA's place")
     add("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="ZeRO stages; default: all")
     add("--accumulation", type=int, nargs="+", default=[1, 4], help="micro-batches per update; default: 1 4")
     add("--tokens", type=int, nargs="+", default=[512], help=f"of a sequence, at most {POSITIONS}; default: 512")
@@ -68,7 +71,8 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
     """All cases one after the other; every rank returns the same tables and samples."""
     device = join(args.threads)
     rivals = contestants.rivals(args.base, device)[:2]
-    names, rows, found = [*rivals, LENA[args.base]], [], []
+    names = [rivals[0], MUON, WATCHED] if args.muon else [*rivals, LENA[args.base]]
+    rows, found = [], []
     for accumulation, tokens, stage in itertools.product(args.accumulation, args.tokens, args.stages):
         layout = {"stage": stage, "accumulation": accumulation, "tokens": tokens}
         engines, updates = start(names, args, stage, accumulation, tokens)
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
             seen = {name: count_syncs(update) for name, update in updates.items()}
             rows += [[*cells, name, phase, str(n)] for name, counts in seen.items() for phase, n in counts.items()]
         elif args.profile:
-            seen = summary({name: profile(updates[name]) for name in (LENA[args.base], names[0])})
+            seen = summary({name: profile(updates[name]) for name in (names[-1], names[0])})
         else:
             seen = slowest(measure(updates, args.seconds, device, meet))
             rows += [row for phase in PHASES for row in versus([phase, *cells], seen, names[0], phase)]
@@ -138,9 +142,18 @@ def make_engine(optimizer: str, args: argparse.Namespace, stage: int, accumulati
     torch.manual_seed(0)
     with _device():
         model = contestants.build_model(args.model)
+    keys = entries(args, stage, accumulation)
+    if optimizer in (MUON, WATCHED):
+        # Its Adam is torch's here: DeepSpeed's would have to be compiled.
+        muon = {"type": "Muon", "params": {"lr": 0.02, "torch_adam": True}}
+        keys |= {"optimizer": muon, "zero_optimization": {"stage": stage, "reduce_scatter": False}}
+        engine = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=keys)[0]
+        if optimizer == WATCHED:
+            ds_lena.watch(engine)
+        return engine
     made = contestants.make(optimizer, model.parameters())
     try:
-        return deepspeed.initialize(model=model, optimizer=made, config=entries(args, stage, accumulation))[0]
+        return deepspeed.initialize(model=model, optimizer=made, config=keys)[0]
     except ds_lena.LenaError as error:  # on every rank
         raise contestants.NotAvailable(str(error)) from error
 
