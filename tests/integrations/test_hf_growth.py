@@ -17,7 +17,7 @@ import ds_lena
 from ds_lena import BatchGrowth, ConfigError, cosine
 from ds_lena.integrations.transformers_growth import BatchGrowthCallback
 from tests.integrations._hf_growth import BATCH, BUDGET, LR, RANKS, SAMPLES, Endless, Tokens, model, sample
-from tests.integrations._programs import SCRIPTS, launch
+from tests.integrations._programs import SCRIPTS, launch, python
 
 Run = Callable[[str], list[dict[str, Any]]]
 EPOCH = SAMPLES // BATCH // RANKS
@@ -25,9 +25,14 @@ FITTING = int(BUDGET) // BATCH // RANKS
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf_growth")
     launch(str(SCRIPTS / "hf_growth.py"), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
     return lambda name: [json.loads((folder / f"{name}.rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -121,6 +126,19 @@ def test_resuming_goes_on_at_the_right_sample_to_the_bit(run: Run, whole: str, p
         assert again["report"] == at_once["report"] and again["clock"] == at_once["clock"]
         assert again["samples"] == pytest.approx(BATCH * RANKS * sum(left), rel=1e-3)
         assert again["max_steps"][1:] == at_once["max_steps"][1:]
+
+
+def test_resuming_on_one_rank_keeps_the_batch_in_samples(run: Run, folder: Path) -> None:
+    at_once, beside = run("ddp")
+    left = at_once["windows"][6:]
+    python(str(SCRIPTS / "hf_growth.py"), str(folder))
+    again = json.loads((folder / "one rank.rank0.json").read_text())
+    assert again["windows"] == [2 * window for window in left]
+    number = sum(left)
+    seen = [batch for pair in zip(at_once["seen"][-number:], beside["seen"][-number:], strict=True) for batch in pair]
+    assert again["seen"] == seen and again["clock"] == at_once["clock"]
+    assert path_error(again["weights"], at_once["weights"]) < 1e-5
+    assert again["report"]["noise_scale"] == pytest.approx(at_once["report"]["noise_scale"], rel=1e-3)
 
 
 def test_data_without_a_length_needs_a_budget_and_may_end(run: Run) -> None:

@@ -1,6 +1,7 @@
 """HF Trainer with a batch that grows; started by the deepspeed launcher.
 
-`hf_growth.py FOLDER` writes what each run and rank came to into FOLDER, one JSON file for each.
+`hf_growth.py FOLDER` writes what each run and rank came to into FOLDER, one JSON file for each. On one rank it goes on
+with what two have trained there.
 """
 
 import json
@@ -9,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -47,7 +47,7 @@ class Remember(TrainerCallback):
         self.saved.append(state.global_step)
 
 
-def train(folder, resume=None, optimizer=ADAMW, stage=2, data=None, restore=False, **more):
+def train(folder, resume=None, optimizer=ADAMW, stage=2, data=None, restore=False, accumulation=ACCUMULATION, **more):
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # a Trainer before has set it
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -62,9 +62,9 @@ def train(folder, resume=None, optimizer=ADAMW, stage=2, data=None, restore=Fals
     arguments = TrainingArguments(
         output_dir=str(folder),
         deepspeed=deepspeed if stage is not None else None,
-        ddp_backend="gloo",
+        ddp_backend=None if os.environ["WORLD_SIZE"] == "1" else "gloo",
         per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
+        gradient_accumulation_steps=accumulation,
         learning_rate=LR,
         max_grad_norm=0.0,
         save_steps=3,
@@ -121,9 +121,14 @@ def main(folder):
         "endless": lambda: train(folder / "endless", data=Endless()),
         "ended": lambda: train(folder / "ended", data=Endless(60)),
     }
-    for name, run in runs.items():
+    alone = {
+        "one rank": lambda: train(
+            folder / "e", str(folder / "ddp" / "checkpoint-6"), stage=None, accumulation=2 * ACCUMULATION
+        )
+    }
+    for name, run in (alone if os.environ["WORLD_SIZE"] == "1" else runs).items():
         result = run()
-        (folder / f"{name}.rank{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+        (folder / f"{name}.rank{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
