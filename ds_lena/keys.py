@@ -5,7 +5,7 @@ docs/keys.md is made from it, and the arguments of `LENA` are tested against it.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from numbers import Real
@@ -65,7 +65,8 @@ class Key:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and bool(abs(value) <= sys.float_info.max)
 
 
 def _positive(value: Any) -> bool:

@@ -125,10 +125,10 @@ def files_in(folder: Path, part: int, read: Callable[[Path], Any] = read) -> Fil
             )
         found["zero_pp" if bf16 else "bf16_zero_pp"] = {}
     optimizer = found["zero_pp"] or found["bf16_zero_pp"]
-    model = there[-1]
+    model, has_shards = there[-1], newest.get("param_shapes") is not None
     if len(there) == 2 and optimizer:
         model = cut if stage_of(read(min(optimizer.items())[1])) == 3 else whole
-    return Files(optimizer or {0: model}, model)
+    return Files(optimizer if optimizer or has_shards else {0: model}, model)
 
 
 def latest_tag(folder: Path) -> str | None:
@@ -167,6 +167,8 @@ def all_files_in(folder: Path) -> tuple[dict[Path, Mapping[str, Any]], list[Path
             )
         content = _dictionary(files.model, read)
         parts = content.get("mp_world_size") or 1
+        if type(parts) is not int:
+            raise StateError(f'LENA: "mp_world_size" in {files.model} is {parts!r}. {_WAY_OUT}')
         models[files.model] = content
         optimizers += _optimizers(files, content)
     return models, optimizers
@@ -186,12 +188,12 @@ def _optimizers(files: Files, content: Mapping[str, Any]) -> list[Path]:
     if content.get("optimizer") is not None and content.get("num_experts"):
         shards = _by_rank(model.parent, "expp", model.name.removesuffix("_model_states.pt"))
         return Files(shards, model).of_ranks(max(shards, default=0) + 1)  # nothing says how many ranks of experts
-    if files.optimizer == {0: model} and content.get("param_shapes") is None:
+    if files.optimizer == {0: model}:
         return [model]  # ZeRO 0, or a model without an optimizer
     ranks: Any = content.get("dp_world_size")
     if type(ranks) is not int or ranks < 1:
         raise StateError(f'LENA: "dp_world_size" in {model} is {ranks!r}, and should be a whole number. {_WAY_OUT}')
-    optimizers = Files({} if files.optimizer == {0: model} else files.optimizer, model).of_ranks(ranks)
+    optimizers = files.of_ranks(ranks)
     for rank in range(ranks):
         if not files.model_of(rank).exists():
             raise StateError(

@@ -127,7 +127,7 @@ def _are_moments(value: object) -> bool:
 
 
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
-_COUNT = _Kind("a whole number >= 0", lambda value: type(value) is int and value >= 0)
+_COUNT = _Kind("a whole number >= 0", lambda value: type(value) is int and 0 <= value < 1 << 63)
 _NUMBER = _Kind("a finite number", _is_number)
 _AMOUNT = _Kind("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
 _POSITIVE = _Kind("a finite number > 0", lambda value: _is_number(value) and value > 0)
@@ -183,7 +183,7 @@ def require_whole(saved: object) -> dict[str, Any]:
     """
     if not isinstance(saved, dict):
         raise StateError(f"LENA: the checkpoint's LENA state is {_shown(saved)}, and no dictionary. {_WAY_OUT}")
-    if saved.get("version") not in (1, STATE_VERSION):
+    if type(saved.get("version")) is not int or saved["version"] not in (1, STATE_VERSION):
         raise StateError(
             f"LENA: the checkpoint's LENA state has version {saved.get('version')!r}; this ds_lena reads versions 1 "
             f"to {STATE_VERSION}. Load it with the ds_lena that wrote it."

@@ -36,6 +36,27 @@ def edit_lena(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], ob
     return lambda path: edit(path, lambda base: change(base["lena"]))
 
 
+def edit_wrapper(**entries: Any) -> Callable[[Path], object]:
+    """What the wrapper itself saves."""
+
+    def edited(path: Path) -> None:
+        content = torch.load(path, weights_only=False)
+        content["optimizer_state_dict"] |= entries
+        torch.save(content, path)
+
+    return edited
+
+
+def edit_states(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """The state of each tensor, in the files of both ranks."""
+
+    def in_all(base: dict[str, Any]) -> None:
+        for state in base["state"].values():
+            change(state)
+
+    return lambda path: [edit(file, in_all) for file in path.parent.glob("*optim_states.pt")]
+
+
 def edit_everywhere(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """In the files of both ranks, so that they agree."""
     return lambda path: [edit_lena(change)(file) for file in path.parent.glob("*optim_states.pt")]
@@ -94,6 +115,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "one moment": (lambda path: edit(path, lambda base: base["state"][0].pop("exp_avg")), 'lacks "exp_avg" of'),
     "short": (lambda path: edit(path, lambda base: base["state"][0].update(exp_avg=torch.zeros(3))), "exp_avg"),
     "no state": (lambda path: edit(path, lambda base: base["state"].clear()), f'{RANK_1} lacks "exp_avg" of'),
+    "no moment anywhere": (edit_states(lambda state: state.pop("exp_avg")), 'lacks "exp_avg" of'),
+    "whole numbers": (edit_states(lambda state: state.update(exp_avg=state["exp_avg"].long())), 'lacks "exp_avg" of'),
+    "below 0 updates": (edit_states(lambda state: state.update(step=torch.tensor(-5.0))), "has had -5 updates"),
+    "another clipping": (edit_wrapper(clip_grad=2.0), '"clip_grad" is 2.0 in'),
+    "no loss scaler": (edit_wrapper(loss_scaler=None), '"loss_scaler" is None'),
+    "a group more": (
+        lambda path: edit(path, lambda base: base["param_groups"].append({"params": []})),
+        "parameter group",
+    ),
     "another lr": (
         lambda path: edit(path, lambda base: base["param_groups"][1].update(lr=1.0)),
         '"lr" of parameter group 1',
@@ -108,11 +138,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another save's model": (edit_model(lambda model: model.update(ds_lena_save="x")), "are of different saves"),
     "no count": (edit_model(lambda model: model.pop("global_steps")), '"global_steps" is None'),
+    "samples a text": (edit_model(lambda model: model.update(global_samples="text")), "\"global_samples\" is 'text'"),
     "no buffer": (edit_model(lambda model: model["module"].update(seen=None)), 'lacks "seen" of this model'),
     "buffer a text": (edit_model(lambda model: model["module"].update(seen="text")), '"seen" is no tensor in'),
     "no group": (
         lambda path: edit(path, lambda base: base.pop("param_groups")),
-        '"param_groups" of the checkpoint is None',
+        "param_groups",
     ),
     "no model": (lambda path: path.with_name("mp_rank_00_model_states.pt").unlink(), "holds no model file"),
     "model cut short": (
@@ -140,11 +171,15 @@ IN_OWN_LAYOUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "older, NaN": (older(lambda base: first_layer(base["lena"]).update(gain=math.nan)), '"gain" is nan'),
     "older, no state": (older(lambda base: base["state"].clear()), f'{RANK_1} lacks "exp_avg" of'),
     "older, another lr": (older(lambda base: base["param_groups"][0].update(lr=1.0)), '"lr" of parameter group 0'),
+    "long": (edit_states(lambda state: state.update(exp_avg=torch.zeros(1000))), 'lacks "exp_avg" of'),
+    "no clipping": (edit_wrapper(clip_grad=None), '"clip_grad" is None'),
     "no map at all": (edit_everywhere(lambda lena: lena.pop("pieces")), "the map of pieces is not"),
 }
-"""Files without a map load in no other layout."""
-LOADS = {"swapped": swap}
-"""Not a fault: the maps say what is where. In its own layout, too, since a swapped map is not the engine's."""
+"""Files without a map load in no other layout. There, and at ZeRO 3, other entries are taken."""
+LOADS = {"swapped": swap, "no weight": edit_model(lambda model: model["module"].pop("net.left.0.weight"))}
+"""Not a fault: the maps say what is where. In its own layout, too, since a swapped map is not the engine's. And the
+masters are in the optimizer's files.
+"""
 
 
 def remembered(made: Any) -> dict[str, Any]:
@@ -201,6 +236,40 @@ def test_one_error_on_every_rank_and_nothing_changes(ranks: Ranks, good: Path, t
     assert wrong == {}
     assert first["good"] == ("", [])
     assert all(first[name] == ("", []) for name in LOADS)
+
+
+def edit_rank_1(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """The model file that rank 1 has at ZeRO 3."""
+
+    def edited(path: Path) -> None:
+        model = path.with_name(path.name.replace("optim", "model"))
+        content = torch.load(model, weights_only=False)
+        change(content)
+        torch.save(content, model)
+
+    return edited
+
+
+OF_RANK_1 = {
+    "another count": (edit_rank_1(lambda model: model.update(global_steps=7)), '"global_steps" of the model file is 7'),
+    "no count": (edit_rank_1(lambda model: model.pop("skipped_steps")), '"skipped_steps" is None'),
+    "no frozen weight": (edit_rank_1(lambda model: model["frozen_param_fragments"].clear()), "rank_1"),
+    "no buffer": (edit_rank_1(lambda model: model["module"].pop("seen")), ""),  # that of rank 0 is taken
+}
+
+
+def test_the_model_files_of_all_ranks_are_checked(ranks: Ranks, tmp_path: Path) -> None:
+    good, folders = tmp_path / "good", {}
+    ranks.run(saved, str(good), 3)
+    for name, (fault, _) in OF_RANK_1.items():
+        shutil.copytree(good, tmp_path / name)
+        fault(next((tmp_path / name).rglob(RANK_1)))
+        folders[name] = str(tmp_path / name)
+    first, second = ranks.run(loaded_one_by_one, folders, 3)
+    assert first == second
+    for name, (_, says) in OF_RANK_1.items():
+        text, changed = first[name]
+        assert says in text and bool(says) == bool(text) and (changed == [] or not says), (name, first[name])
 
 
 def loaded_from_own(folders: list[str]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from ...errors import StateError
@@ -15,22 +16,26 @@ from ._internals import saved
 from ._internals.engine import Asked, EngineView, logical_shapes
 from ._internals.saved import reading
 from .exchange import from_all
+from .fitting import require_engine_state
 from .reading import shard_at
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint as this rank sees it. `model`: what its model file holds. `live`: what the engine would save."""
+    """A checkpoint as this rank sees it. `model`: what its model file holds. `own_model`: what that of this rank holds,
+    if there is one for each. `live`: what the engine would save.
+    """
 
     files: Files
     own_file: Path
     model: dict[str, Any]
+    own_model: dict[str, Any]
     live: saved.Shard
 
 
-def require_same_shapes(module: nn.Module, found: Found) -> None:
+def require_same_shapes(module: nn.Module, path: Path, model: dict[str, Any]) -> None:
     """Raise `StateError` if a weight or buffer of the checkpoint has another shape in this model."""
-    before = reading(found.files.model, lambda: saved.shapes_in(found.model))
+    before = reading(path, lambda: saved.shapes_in(model))
     parameters = named_parameters(module)
     now = {name: tuple(value.shape) for name, value in module.named_buffers()}
     shapes = logical_shapes([parameter for _, parameter in parameters])
@@ -39,7 +44,7 @@ def require_same_shapes(module: nn.Module, found: Found) -> None:
         if before.get(name, shape) != shape:
             was = "is no tensor" if before[name] is None else f"has the shape {before[name]}"
             raise StateError(
-                f'LENA: "{name}" {was} in {found.files.model}, and has the shape {shape} in this model. Load the '
+                f'LENA: "{name}" {was} in {path}, and has the shape {shape} in this model. Load the '
                 "checkpoint into the model that was saved."
             )
 
@@ -69,8 +74,8 @@ def find(view: EngineView, asked: Asked, tag: str) -> Found:
     if files is None:
         there = sorted(path.name for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
         raise StateError(
-            f"LENA: {place} holds no model file (*model_states.pt). Give load_checkpoint the tag of a checkpoint "
-            f"that is there. Folders in {folder}: {', '.join(there) or 'none'}."
+            f"LENA: {place} holds no model file (*mp_rank_{view.part:02d}_model_states.pt). Give load_checkpoint the "
+            f"tag of a checkpoint that is there. Folders in {folder}: {', '.join(there) or 'none'}."
         )
     model = saved.read_file(files.model)
     parts = reading(files.model, lambda: saved.parts_in(model))
@@ -80,10 +85,13 @@ def find(view: EngineView, asked: Asked, tag: str) -> Found:
             "ranks). The parts are not put together: load it with as many as it was saved "
             "with. The number of data-parallel ranks may differ."
         )
+    own_path = files.model_of(dist.get_rank(view.grid.data))
+    own_model = saved.read_file(own_path) if own_path != files.model and own_path.exists() else model
     if not asked.module_only:
-        saved.require_counts(files.model, model, needs_schedule=asked.wants_schedule and view.scheduler is not None)
+        require_engine_state(files.model, model, view, asked)
+        require_engine_state(own_path, own_model, view, asked)
     live = saved.shard_of(view.wrapper.state_dict(), dict(named_parameters(view.module)))
-    return Found(files, saved.own_file(view.engine, folder, tag), model, live)
+    return Found(files, saved.own_file(view.engine, folder, tag), model, own_model, live)
 
 
 def kind_of(view: EngineView, found: Found) -> str:
@@ -103,7 +111,7 @@ def kind_of(view: EngineView, found: Found) -> str:
     if stage == 0 and not is_apart and found.model.get("optimizer") is None:
         return "other"
     shard = shard_at(path, found.model)
-    if shard.form != live.form:
+    if reading(path, lambda: shard.form) != live.form:
         return "other"
     lena = shard.inner.get("lena")
     if not isinstance(lena, dict) or "pieces" not in lena:
@@ -113,6 +121,8 @@ def kind_of(view: EngineView, found: Found) -> str:
 
 def has_map(found: Found) -> bool:
     """Whether the checkpoint says which pieces lie where. It may be without an optimizer's state."""
+    if not found.files.optimizer:
+        return False
     path = min(found.files.optimizer.items())[1]
     if path == found.files.model and found.model.get("optimizer") is None:
         return False

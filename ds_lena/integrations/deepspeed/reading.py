@@ -17,8 +17,10 @@ from ...keys import group_keys, number_in
 from ...layouts.pieces import Copy, Piece, pieces_from, require_inside
 from ...saved_files import SAVE
 from ...schedule import checkpoint
+from ...update.rules import RULES, Rule
 from ._internals import saved
 from ._internals.saved import reading
+from .fitting import COUNTS
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,15 @@ class Content:
     """What one optimizer file holds. `pieces`: in each of its tensors, None if nobody has written them down.
 
     `has_lena`: it has LENA's state. `group_of`: the parameter group of each name. `keys`: the names in the base rule's
-    state. `options`: of each parameter group, by what an error calls them. `steps`: of each tensor. `digest`: of LENA's
-    state. `fits_model`: the model file beside it is of the same save.
+    state, of each tensor: those that there have to be, or of another optimizer those that there are. `options`: what
+    has to be the same in all files, by what an error calls it. `steps`: of each tensor. `digest`: of LENA's state.
+    `fits_model`: the model file beside it is of the same save.
     """
 
     pieces: list[list[Piece]] | None
     has_lena: bool
     group_of: dict[str, int]
-    keys: set[str]
+    keys: dict[int, set[str]]
     options: dict[str, Any]
     steps: dict[str, float]
     digest: str
@@ -53,25 +56,38 @@ def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config:
     """
     lena = shard.inner.get("lena")
     pieces, group_of, digest = None, {}, ""
-    keys = reading(path, lambda: saved.state_keys(shard))
     try:
         checkpoint.require_groups(shard.inner.get("param_groups"), config.base)
         if isinstance(lena, dict):
             checkpoint.require_loadable(lena, config)
     except StateError as error:
         raise StateError(f"{error} The file is {path}.") from error
-    options = reading(path, lambda: _options(shard.inner["param_groups"], group_keys(config.base)))
+    groups = shard.inner["param_groups"]
+    keys = reading(path, lambda: _keys(shard, None if lena is None else RULES[config.base]))
+    options = reading(path, lambda: _options(groups, group_keys(config.base)))
+    options |= {f'"{key}"': value for key, value in saved.own_entries(shard).items() if isinstance(value, (int, float))}
+    options |= {f'"{key}" of the model file': model.get(key) for key in COUNTS}
     steps = reading(path, lambda: saved.steps_in(shard))
     if isinstance(lena, dict):
         if lena["version"] > 1:
             sizes = [None if master is None else master.numel() for master in shard.masters]
             pieces = reading(path, lambda: pieces_from(lena.get("pieces")))
             reading(path, lambda: require_inside(pieces, sizes))
-            group_of = reading(path, lambda: groups_of(shard.inner["param_groups"], pieces))
+            group_of = reading(path, lambda: groups_of(groups, pieces))
         own = {key: value for key, value in lena.items() if key != "pieces"}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     fits = (lena.get("save") if isinstance(lena, dict) else None) == model.get(SAVE)
     return Content(pieces, isinstance(lena, dict), group_of, keys, options, steps, digest, fits)
+
+
+def _keys(shard: saved.Shard, rule: Rule | None) -> dict[int, set[str]]:
+    """The names in the state of each tensor, by its number: what the rule needs, or without one what any tensor has."""
+    there = {key for state in shard.inner["state"].values() for key in state}
+    return {
+        number: there if rule is None else {*rule.buffers(group), "step"}
+        for group in shard.inner["param_groups"]
+        for number in group["params"]
+    }
 
 
 def _options(groups: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
@@ -122,25 +138,37 @@ def require_same_steps(contents: Mapping[Path, Content]) -> None:
                 )
 
 
-def require_there(path: Path, shard: saved.Shard, wanted: list[Copy], keys: set[str], has_masters: bool = True) -> None:
+def require_there(
+    path: Path,
+    shard: saved.Shard,
+    wanted: list[Copy],
+    keys: Mapping[int, set[str]],
+    largest: Mapping[int, int] | None = None,
+    has_masters: bool = True,
+) -> None:
     """Raise `StateError` if a file lacks something of what is to be copied from it.
 
-    `keys`: the names in the base rule's state. `has_masters`: the master weights are in the file too.
+    `keys`: the names in the base rule's state of each tensor, none without them. `largest`: the most elements that the
+    state of a tensor may have, where that matters. `has_masters`: the master weights are in the file too.
     """
     for copy in wanted:
-        state = shard.inner["state"].get(copy.source, {})
-        lacking = sorted(keys - state.keys())
+        state, end = shard.inner["state"].get(copy.source, {}), copy.begin + copy.length
+        lacking = sorted(keys.get(copy.source, set()) - state.keys())
+        names = [key for key in sorted(keys.get(copy.source, ())) if key in state and key != "step"]
+        wrong = [
+            key for key in names if not end <= _size(state[key]) <= (largest or {}).get(copy.source, _size(state[key]))
+        ]
         if lacking and (state or not shard.may_lack_state):
             what = f'"{lacking[0]}"'
-        elif has_masters and not _reaches(shard.masters[copy.source], copy):
+        elif has_masters and _size(shard.masters[copy.source]) < end:
             what = "the master weights"
+        elif wrong:
+            what = f'"{wrong[0]}"'
         else:
-            short = sorted(key for key, value in state.items() if key != "step" and not _reaches(value, copy))
-            if not short:
-                continue
-            what = f'"{short[0]}"'
+            continue
         raise StateError(f'LENA: {path} lacks {what} of "{copy.name}". Restore it, or load an earlier checkpoint.')
 
 
-def _reaches(tensor: object, copy: Copy) -> bool:
-    return isinstance(tensor, Tensor) and tensor.numel() >= copy.begin + copy.length
+def _size(tensor: object) -> int:
+    """Its elements. 0 of what is no tensor of real numbers."""
+    return tensor.numel() if isinstance(tensor, Tensor) and tensor.is_floating_point() else 0

@@ -22,9 +22,10 @@ from torch import Tensor
 from ...controller import Controller
 from ...errors import StateError
 from ...keys import group_keys
+from ...layers import without_compiled
 from ...layouts.pieces import copies, pieces_from
 from ...optimizer import LENA
-from ...saved_files import SAVE, Files
+from ...saved_files import SAVE, Files, latest_tag
 from ._internals import saved
 from ._internals.engine import Asked, EngineView, logical_shapes
 from ._internals.saved import reading
@@ -32,6 +33,7 @@ from .differences import require_same_groups, tell_of_fresh_start, tell_of_keys,
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
 from .finding import Found, find, has_map, kind_of, require_same_shapes, tag_of
+from .fitting import module_misfit, require_wrapper_state
 from .reading import (
     Content,
     content_of,
@@ -117,15 +119,30 @@ class Resharding:
         if tag is None:
             return None  # DeepSpeed warns
         found = find(self._view, asked, tag)
-        require_same_shapes(self._view.module, found)
-        kinds = set(from_all(self._everything, kind_of(self._view, found)))
-        is_own = len(kinds) == 1 and "other" not in kinds
-        if is_own and (asked.wants_state or (kinds == {"same"} and not self._can_reshard)):
-            self._tell(self._check_own(found, asked), found, asked)
-            return None
-        if not asked.wants_state and not (self._can_reshard and has_map(found)):
-            self._require_deepspeed_loads(found, asked, is_own=kinds == {"foreign"})
+        require_same_shapes(self._view.module, found.files.model, found.model)
+        kind, reshards = kind_of(self._view, found), self._can_reshard and has_map(found)
+        loads_module = not asked.loads_module and (kind != "other" or not (asked.wants_state or reshards))
+        rank = dist.get_rank(self._view.grid.data)
+        misfit = ""
+        if loads_module:
+            misfit = module_misfit(self._view, asked.folder / tag, found.files, rank, found.own_model, asked.is_strict)
+        of_ranks = from_all(self._everything, (kind, misfit))
+        kinds, misfits = {kind for kind, _ in of_ranks}, [misfit for _, misfit in of_ranks if misfit]
+        if misfits and reshards:
+            return self._resharded(found, asked)
+        by_deepspeed = not asked.wants_state and not reshards and kinds != {"same"}
+        if by_deepspeed:
+            self._require_deepspeed_loads(found, asked, tag, is_own=kinds == {"foreign"})
+        if misfits:
+            raise StateError(
+                f"LENA: {misfits[0]}. Restore it, or load the checkpoint into the model that was saved. If names alone "
+                "differ, load_module_strict=False of load_checkpoint leaves such weights as they are."
+            )
+        if by_deepspeed:
             self._tell(found.live, found, asked)
+            return None
+        if len(kinds) == 1 and "other" not in kinds and (asked.wants_state or not reshards):
+            self._tell(self._check_own(found, asked), found, asked)
             return None
         return self._resharded(found, asked)
 
@@ -137,11 +154,14 @@ class Resharding:
         path, rank = found.own_file, dist.get_rank(self._view.grid.data)
         shard = shard_at(path, found.model)
         contents = self._of_all({path: self._content(found, rank, path, shard)})
-        keys = {key for content in contents.values() for key in content.keys}
+        own_keys, has_lena = contents[path].keys, contents[path].has_lena
+        all_keys = {key for content in contents.values() for keys in content.keys.values() for key in keys}
+        keys = own_keys if has_lena else dict.fromkeys(own_keys, all_keys)
         own = pieces_from(found.live.inner["lena"]["pieces"])  # those of the file are the same, if it has any
         held = contents[path].pieces
         wanted = copies(own, {str(path): own if held is None else held}, self._sizes)[str(path)]
-        require_there(path, shard, wanted, keys, has_masters=self._can_reshard and held is not None)
+        largest = {number: tensor.numel() for number, tensor in enumerate(self._own_masters())}
+        require_there(path, shard, wanted, keys, largest, has_masters=self._can_reshard and held is not None)
         if self._can_reshard and not asked.loads_module:
             self._missing(found, asked)
         return shard
@@ -150,6 +170,7 @@ class Resharding:
         """What is in the optimizer file of one data-parallel rank, which was saved with this model file."""
         beside = found.files.model_of(rank)
         model = found.model if beside == found.files.model else saved.read_file(beside)
+        reading(path, lambda: require_wrapper_state(path, shard, found.live))
         return content_of(path, shard, model, self._controller.config)
 
     def _of_all(self, mine: dict[Path, Content]) -> dict[Path, Content]:
@@ -171,6 +192,13 @@ class Resharding:
         missing = [name for name in frozen if cut.get(name) is None] + [
             name for name in buffers if weights.get(name) is None
         ]
+        live = {without_compiled(name) for name in saved.module_of(self._view.engine)}
+        unknown = sorted(weights.keys() - live)
+        if unknown and asked.is_strict:
+            raise StateError(
+                f'LENA: {files.model} holds "{unknown[0]}", which this model lacks. Load the checkpoint into the model '
+                "that was saved, or give load_checkpoint load_module_strict=False: it is left out."
+            )
         if missing and asked.is_strict:
             raise StateError(
                 f'LENA: {files.model} lacks "{missing[0]}" of this model, which is not trained. If it was saved with '
@@ -179,7 +207,7 @@ class Resharding:
             )
         return set(missing)
 
-    def _require_deepspeed_loads(self, found: Found, asked: Asked, is_own: bool) -> None:
+    def _require_deepspeed_loads(self, found: Found, asked: Asked, tag: str, is_own: bool) -> None:
         """Refuse the weights alone where DeepSpeed loads nothing or waits for ever. `is_own`: the layout is its own."""
         files = found.files
         if (self._view.facts.stage == 3 or files.is_cut) and (asked.module_only or not is_own):
@@ -188,6 +216,12 @@ class Resharding:
                 "or an older ds_lena wrote it. Of such files DeepSpeed loads no weights alone at ZeRO-3. In the layout "
                 "that it was saved in, use load_optimizer_states=False without load_module_only. In others, make one "
                 "file of it by zero_to_fp32.py, and load that into the model before deepspeed.initialize."
+            )
+
+        if self._view.facts.stage == 3 and latest_tag(asked.folder) != tag:
+            raise StateError(
+                f"LENA: of files without a map DeepSpeed loads the weights alone from the checkpoint that "
+                f'{asked.folder / "latest"} names, whatever tag is asked for. Write "{tag}" into it.'
             )
 
     # -- from its layout to the engine's ------------------------------------------------------------------------------
@@ -214,12 +248,11 @@ class Resharding:
             old = {name: group for content in contents.values() for name, group in content.group_of.items()}
             own = groups_of(found.live.inner["param_groups"], pieces)
             tell_of_moved({n: g for of_rank in from_all(self._everything, own) for n, g in of_rank.items()}, old)
-        keys = {key for content in contents.values() for key in content.keys} if asked.wants_state else set()
         filled = Filled(self._own_masters(), pieces)
         for file, wanted in plan.items():
             if wanted:
                 path, shard = Path(file), shard_at(Path(file), found.model)
-                require_there(path, shard, wanted, keys)
+                require_there(path, shard, wanted, contents[path].keys if asked.wants_state else {})
                 filled.take(path, shard, wanted, asked.wants_state)
         missing = self._missing(found, asked)
         _, buffers = names_of_rest(self._view.module, self._sizes)

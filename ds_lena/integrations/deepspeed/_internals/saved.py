@@ -46,10 +46,14 @@ class Shard:
         return is_new or not any(key in self.outer for key in _MASTERS[:2])
 
     @property
-    def form(self) -> tuple[frozenset[str], list[int | None]]:
-        """What tells one wrapper from another: its keys, and the sizes of its tensors. Not what LENA adds."""
+    def form(self) -> tuple[frozenset[str], list[int | None], list[int]]:
+        """What tells one wrapper from another: its keys, the sizes of its tensors, how many there are in each group.
+
+        Not what LENA adds.
+        """
         sizes = [None if master is None else master.numel() for master in self.masters]
-        return frozenset(self.outer) - {"lena"}, [] if self.outer is self.inner else sizes
+        groups = [len(group["params"]) for group in self.inner["param_groups"]]
+        return frozenset(self.outer) - {"lena"}, [] if self.outer is self.inner else sizes, groups
 
     def with_state(self, inner: dict[str, Any], masters: list[Tensor], of: Shard) -> dict[str, Any]:
         """What this wrapper would save with another state and other masters. Its other entries are those of `of`."""
@@ -79,14 +83,16 @@ def shard_of(outer: dict[str, Any], weights: Mapping[str, Tensor]) -> Shard:
     return Shard(outer, outer[_key(_INNER, outer)], list(masters))
 
 
-def state_keys(shard: Shard) -> set[str]:
-    """The names in the state of any tensor."""
-    return {key for state in shard.inner["state"].values() for key in state}
-
-
 def steps_in(shard: Shard) -> dict[str, float]:
-    """How many updates each tensor has had, where its state says so."""
+    """How many updates each tensor has had, where its state says so.
+
+    Raises:
+        ValueError: it is no whole number, or below 0.
+    """
     states = shard.inner["state"].items()
+    for number, state in states:
+        if "step" in state and not (float(state["step"]) >= 0 and float(state["step"]).is_integer()):
+            raise ValueError(f"tensor {number} has had {float(state['step']):g} updates")
     return {
         f"the number of updates of tensor {number}": float(state["step"]) for number, state in states if "step" in state
     }
@@ -152,19 +158,59 @@ def shapes_in(model_file: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None
     return {name: None if shape is None else tuple(shape) for name, shape in found.items()}
 
 
-def require_counts(path: Path, model_file: Mapping[str, Any], needs_schedule: bool) -> None:
-    """Raise `StateError` if a model file lacks what `load_checkpoint` takes from it for the engine itself."""
-    if needs_schedule and not isinstance(model_file.get("lr_scheduler"), Mapping):
-        raise StateError(
-            f"LENA: {path} was saved without a learning-rate scheduler, and this engine has one. Give load_checkpoint "
-            "load_lr_scheduler_states=False: the scheduler stays where it is."
+def module_in(engine: Any, folder: Path, model_file: Mapping[str, Any]) -> dict[str, Any]:
+    """What `load_checkpoint` gives to the engine's module, by name: from the model file, and from those of layers and
+    experts.
+    """
+    if hasattr(engine.module, "ckpt_layer_path_list"):
+        return _layers_in(engine.module, folder)
+    found: dict[str, Any] = dict(model_file["module"])
+    if engine.has_moe_layers:
+        engine.load_moe_state_dict(
+            str(folder.parent),
+            folder.name,
+            found,
+            not isinstance(model_file["num_experts"], list),
+            model=engine.module,
+            num_experts=engine.num_experts,
+            checkpoint_engine=engine.checkpoint_engine,
+            checkpoint_mp_rank=engine.checkpoint_mp_rank,
         )
-    for key in ("global_steps", "skipped_steps", "mp_world_size"):
-        value = model_file.get(key)
-        if type(value) is not int or value < 0:
-            raise StateError(
-                f'LENA: {path} is damaged: "{key}" is {value!r}. Restore it, or load an earlier checkpoint.'
-            )
+    return found
+
+
+def _layers_in(module: Any, folder: Path) -> dict[str, Any]:
+    """Of the layers of this rank's stage of a pipeline."""
+    found: dict[str, Any] = {}
+    for number, layer in enumerate(module.forward_funcs):
+        if hasattr(layer, "load_state_dict"):
+            paths = [Path(path) for path in module.ckpt_layer_path_list(str(folder), number)]
+            if not paths:
+                raise FileNotFoundError(f"the file of layer {number + module._local_start} is not there")
+            contents = [read_file(path) for path in paths]  # a part for each tensor-parallel rank
+            found |= {f"{number}.{name}": value for name, value in contents[0].items()}
+    return found
+
+
+def module_of(engine: Any) -> dict[str, Any]:
+    """The engine's module in the form of `module_in`. Of a layer in parts the shapes are left out."""
+    module = engine.module
+    if not hasattr(module, "ckpt_layer_path_list"):
+        return dict(module.state_dict())
+    layers = [(n, layer) for n, layer in enumerate(module.forward_funcs) if hasattr(layer, "load_state_dict")]
+    states = {f"{n}.{name}": value for n, layer in layers for name, value in layer.state_dict().items()}
+    return states if engine.mp_world_size == 1 else dict.fromkeys(states)
+
+
+def frozen_sizes(engine: Any) -> dict[str, int]:
+    """The elements of this rank's part of each frozen weight, by the engine's name for it."""
+    frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
+    return {engine.param_names[p]: getattr(p, "ds_tensor", p).numel() for p in frozen if p in engine.param_names}
+
+
+def own_entries(shard: Shard) -> dict[str, Any]:
+    """What a wrapper saves of its own, beside masters and the optimizer's state. None without a wrapper."""
+    return {} if shard.outer is shard.inner else {key: shard.outer[key] for key in _GLOBAL if key in shard.outer}
 
 
 def optimizer_in(file: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Shard:
@@ -190,7 +236,12 @@ def has_order_of(model_file: Mapping[str, Any], engine: Any) -> bool:
 
 def frozen_in(model_file: Mapping[str, Any]) -> dict[str, Tensor]:
     """This rank's parts of frozen weights, by name. At ZeRO 0 and 1 none are apart from the model's weights."""
-    return {without_compiled(name): value for name, value in (model_file["frozen_param_fragments"] or {}).items()}
+    return {without_compiled(name): value for name, value in (fragments_in(model_file) or {}).items()}
+
+
+def fragments_in(model_file: Mapping[str, Any]) -> Any:
+    """The same by the engine's own names, as they are in the file. None if the file has none."""
+    return model_file.get("frozen_param_fragments")
 
 
 def window_of(parameter: Any) -> tuple[int, int]:
