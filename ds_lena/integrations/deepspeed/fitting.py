@@ -24,7 +24,9 @@ def require_engine_state(path: Path, model: Mapping[str, Any], view: EngineView,
     """Raise `StateError` if a model file lacks what an engine takes from it for itself: its counts, its scheduler."""
     for key in (*COUNTS, "mp_world_size"):
         value = model.get(key, 0 if key == "global_samples" else None)  # older files do not have it
-        if type(value) is not int or not 0 <= value < 1 << 63:
+        # With sequence parallelism the samples are no whole number.
+        is_count = type(value) is int or (type(value) is float and key == "global_samples")
+        if not is_count or not 0 <= value < 1 << 63:
             raise StateError(f'LENA: {path} is damaged: "{key}" is {value!r:.80}. {_WAY_OUT}')
     if not asked.wants_schedule or view.scheduler is None:
         return
