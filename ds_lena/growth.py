@@ -20,7 +20,11 @@ MOST_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class BatchGrowth:
-    """A batch of `factor` times the noise scale. A batch is in micro-batches, over all ranks and accumulation.
+    """A batch of `factor` x noise scale ** `power`. A batch is in micro-batches, over all ranks and accumulation.
+
+    With a noise scale B, an update of n is worth 1 / (1 + B / n) of one without noise. So as much progress costs B + n
+    micro-batches, and 1 + B / n updates. If an update costs as much as r micro-batches beside its own, as in time or in
+    money, the whole is least at n = sqrt(r B): `power` 0.5 and `factor` sqrt(r).
 
     Args:
         factor: > 0. 1 costs few samples more than small batches; a larger one makes fewer updates and costs more.
@@ -30,6 +34,7 @@ class BatchGrowth:
             interval, which grows later.
         every: updates between two decisions, >= 1. On a GPU a decision waits for the device.
         shrink: let the batch become smaller, too.
+        power: in (0, 1]. 1 follows the noise scale itself, 0.5 its square root.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -41,6 +46,7 @@ class BatchGrowth:
     by: str = "noise_scale"
     every: int = 10
     shrink: bool = False
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -53,6 +59,7 @@ class BatchGrowth:
                 ("by", self.by, self.by in BY, " or ".join(f'"{name}"' for name in BY)),
                 ("every", self.every, is_count(self.every), "a whole number of updates >= 1"),
                 ("shrink", self.shrink, isinstance(self.shrink, bool), "true or false"),
+                ("power", self.power, is_number(self.power) and 0 < self.power <= 1, "a number in (0, 1]"),
             ],
         )
         if self.largest < self.smallest:
@@ -84,7 +91,8 @@ class BatchGrowth:
     def next(self, now: int, noise_scale: float, replicas: int, done: int = 0, lowest: int = 1) -> int:
         """The accumulation of the next updates, on each of `replicas` data-parallel ranks.
 
-        It is the largest that is not above factor x noise scale, within the bounds, and at most twice as large as now.
+        It is the largest that is not above factor x noise scale ** power, within the bounds, and at most twice as large
+        as now.
         A noise scale that is infinite, not positive or not a number says that there is no signal: nothing changes.
 
         Args:
@@ -98,7 +106,7 @@ class BatchGrowth:
         least = max(least, lowest)
         if not math.isfinite(noise_scale) or noise_scale <= 0:
             return now
-        wanted = min(self.factor * noise_scale / replicas, most, MOST_AT_ONCE * now)
+        wanted = min(self.factor * noise_scale**self.power / replicas, most, MOST_AT_ONCE * now)
         target = max(math.floor(wanted), least)
         upwards: Iterable[int] = range(target, now, -1)
         downwards: Iterable[int] = range(target, now) if self.shrink else ()

@@ -29,6 +29,8 @@ def growth(**keys: Any) -> BatchGrowth:
         (4, 7.9, {"factor": 0.8}, 6),
         (4, 100.0, {}, 8),  # at most twice as large
         (4, 1.0, {}, 4),  # it never shrinks
+        (4, 49.0, {"power": 0.5}, 7),
+        (4, 9.0, {"power": 0.5, "factor": 2.0}, 6),
         (4, 3.9, {"shrink": True}, 3),
         (4, 0.1, {"shrink": True}, 2),
         (100, 1000.0, {}, 128),
@@ -70,6 +72,7 @@ def test_it_grows_where_a_window_can_begin_and_never_above_what_was_wanted() -> 
         ({"by": "loss"}, '"noise_scale" or "noise_scale_low"'),
         ({"every": True}, '"every": True'),
         ({"shrink": 1}, "true or false"),
+        ({"power": 0}, '"power": 0'),
     ],
 )
 def test_bad_keys_are_told(keys: dict[str, Any], message: str) -> None:
