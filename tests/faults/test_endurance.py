@@ -18,7 +18,7 @@ from tests.integrations._ranks import Ranks
 UPDATES, EVERY = 20_000, 2_000
 PATIENCE = 3600.0  # seconds; alone on two cores it takes some minutes
 DATA = 100  # updates with data of their own
-GROWN = 2**20  # bytes that Python's and torch's allocators may still take after the first tenth
+GROWN = 2**20  # bytes that Python's and torch's allocators may still take after the first fifth
 
 
 def held(made: Any) -> dict[str, int]:
@@ -64,7 +64,7 @@ def test_a_long_run_holds_no_more_at_its_end(tmp_path: Path, stage: int) -> None
         print(f"\nrank {rank}, ZeRO {stage}")
         for row in found:
             print("  ", row)
-        first, last = found[0], found[-1]
+        first, last = found[1], found[-1]  # caches fill in the first part
         same = ("handles", "threads", "hooks", "tensors")
         assert {key: last[key] for key in same} == {key: first[key] for key in same}
         assert last["objects"] <= first["objects"] + 50  # DeepSpeed's timers and torch's caches
