@@ -2,15 +2,16 @@
 
 Settings of all methods: `lr`, `beta2`, `weight_decay` (of matrices alone), `clip` (of the gradient norm),
 `warmup_fraction` (a linear warm-up, as a share of the run), `lr_power` (the learning rate is `lr` x n ^ `lr_power`),
-`full_batch_at` and `batch_lr_power` (a batch that grows, see `windows`; an update's learning rate is multiplied by its
-micro-batches ^ `batch_lr_power`). For a LENA, all others are keys of its JSON entry, and the warm-up is its own.
+`full_batch_at` (a batch that grows as planned, see `windows`), `growth_factor` or `norm_test` (one that follows the
+noise, from 2 micro-batches to n, see `growing.py`), `batch_lr_power` (the learning rate of an update is multiplied by
+its micro-batches ^ `batch_lr_power`). For a LENA, all others are keys of its JSON entry, and the warm-up is its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import schedulefree
@@ -19,13 +20,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_lena
+from ds_lena.growing import Growing
 
 from ..common.errors import InputError
 from . import muon
+from .growing import SMALLEST, NormTest, follow
 from .preconditioned import precondition
 
 Settings = Mapping[str, Any]
-_SHARED = {"lr", "lr_power", "beta2", "weight_decay", "clip", "warmup_fraction", "full_batch_at", "batch_lr_power"}
+FOLLOWS_NOISE = {"growth_factor", "norm_test"}
+_GROWS = {"full_batch_at", "batch_lr_power"} | FOLLOWS_NOISE
+_SHARED = {"lr", "lr_power", "beta2", "weight_decay", "clip", "warmup_fraction"} | _GROWS
 _NO_KEYS = _SHARED - {"lr", "weight_decay", "warmup_fraction"} | {"muon_lr"}
 """Settings that are no keys of LENA's entry."""
 _FINAL_LR = 0.1
@@ -34,11 +39,15 @@ _FINAL_LR = 0.1
 
 @dataclass
 class Contestant:
-    """What trains a model: its optimizers, and how the run goes."""
+    """What trains a model: its optimizers, and how the run goes.
+
+    `growing`: says the `accumulation` of the next update, where the batch follows the noise.
+    """
 
     optimizers: list[Optimizer]
     warmup_fraction: float = 0.0
     decays: bool = True
+    growing: Growing | NormTest | None = None
     peaks: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,23 +97,43 @@ def check(optimizer: str, settings: Settings) -> None:
             _lena_of([nn.Parameter(torch.zeros(1))], {"beta2": 0.9, **settings}, nn.Module(), updates=1)
         except (ds_lena.ConfigError, TypeError) as error:
             raise InputError(str(error)) from error
+    if len({"full_batch_at"} & settings.keys() | FOLLOWS_NOISE & settings.keys()) > 1:
+        raise InputError("a batch grows by one of full_batch_at, growth_factor and norm_test")
+    if "growth_factor" in settings:
+        try:
+            ds_lena.BatchGrowth(settings["growth_factor"], SMALLEST, SMALLEST)
+        except ds_lena.ConfigError as error:
+            raise InputError(str(error)) from error
+    if "norm_test" in settings and ("lena" in optimizer or not 0 < settings["norm_test"] < 1):
+        raise InputError("norm_test is between 0 and 1, and not for a LENA, whose averages are its own")
     if unknown := settings.keys() - allowed:
         raise InputError(f"no setting is called {', '.join(unknown)}; there are {', '.join(sorted(allowed))}")
 
 
 def build(optimizer: str, settings: Settings, model: nn.Module, n: int, updates: int) -> Contestant:
-    """`optimizer` is a name of `OPTIMIZERS`; the run has `updates` updates of `n` micro-batches."""
+    """`optimizer` is a name of `OPTIMIZERS`; the run has `updates` updates of `n` micro-batches.
+
+    Where the batch follows the noise, n is the largest, and `updates` is what the run would have at the smallest.
+    """
     lr = settings["lr"] * n ** settings.get("lr_power", 0)
     scaled = {"beta2": 0.999, "weight_decay": 0.0, **settings, "lr": lr}
-    return OPTIMIZERS[optimizer](scaled, model, updates)
+    found = OPTIMIZERS[optimizer](scaled, model, updates)
+    if FOLLOWS_NOISE & settings.keys():
+        if len(found.optimizers) > 1:  # one that has all parameters, and moves none, so that all are measured
+            found = replace(found, optimizers=[*found.optimizers, torch.optim.SGD(model.parameters(), lr=0.0)])
+        found.growing = follow(found.optimizers[-1], settings, model, n)
+    return found
 
 
 def windows(settings: Settings, n: int, micro_batches: int) -> list[int]:
-    """Micro-batches of every update of a run. With `full_batch_at`, the batch grows to n as powers of two.
+    """Micro-batches of every update of a run, as planned. With `full_batch_at`, the batch grows to n as powers of two.
 
     Batch warm-up, Merrill et al., https://arxiv.org/abs/2505.23971: the batch follows the critical one, which grows
-    while the loss falls; here as the tokens seen do, until the share `full_batch_at` of the run.
+    while the loss falls; here as the tokens seen do, until the share `full_batch_at` of the run. A batch that follows
+    the noise has the plan of its first updates.
     """
+    if FOLLOWS_NOISE & settings.keys():
+        n = SMALLEST
     found: list[int] = []
     done = 0
     while done < micro_batches:

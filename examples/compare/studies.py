@@ -34,6 +34,7 @@ LR_POWER, GAIN_POWER = {"lr_power": Float(0.0, 1.0)}, {"gain_power": Float(0.5, 
 WARMUP, SHORT_WARMUP = {"warmup_fraction": Float(0.02, 0.5)}, {"warmup_fraction": Float(0.01, 0.2)}
 MUON_LR = {"muon_lr": Float(0.001, 0.05, log=True)}
 GROWTH = {"full_batch_at": Float(0.1, 1.0), "batch_lr_power": Float(0.0, 0.75)}
+FACTORS, SINGLE, ROOT = (0.5, 1, 2, 4, 8), {"warmup_fraction": 0.2}, {"batch_lr_power": 0.5}
 TRUST = {"trust_coefficient": Float(0.001, 0.1, log=True)}
 BOUND = {"max_relative_gain": Choice([1.5, 2.0, 4.0, None])}
 UNSCALED = {"scaling": "none", "warmup": "fixed"}
@@ -97,6 +98,17 @@ METHODS = [
     lena("lena-lamb-0.5", base="lamb", gain_power=0.5, lr=0.0125),
     lena("lena-lamb-0.85", base="lamb", lr=0.0125),
     Method("preconditioned-0.5", "preconditioned-lena", AS_IT_COMES | {"gain_power": 0.5}),
+    # Batches that follow the noise, from 2 micro-batches to the n of the study. Nothing is tuned: GPT's single worker has
+    # chosen the warm-up, as lr and beta2, and all else is as it comes. "root": the learning rate follows the square root
+    # of the batch.
+    *(Method(f"adamw-growth-{factor}", "adamw", SINGLE | {"growth_factor": factor}) for factor in FACTORS),
+    *(Method(f"adamw-root-growth-{factor}", "adamw", SINGLE | ROOT | {"growth_factor": factor}) for factor in FACTORS),
+    *(lena(f"lena-growth-{factor}", growth_factor=factor) for factor in FACTORS),
+    *(Method(f"norm-test-{eta}", "adamw", SINGLE | ROOT | {"norm_test": eta}) for eta in (0.7, 0.45)),
+    # Muon with few micro-batches, to start from; and searches at n = 8.
+    Method("muon-base", "muon", SINGLE, {"muon_lr": Float(0.005, 0.2, log=True)}),
+    Method("adamw-8", "adamw", {}, WARMUP | {"lr_power": Float(0.25, 1.25)}),
+    Method("muon-8", "muon", {}, WARMUP | {"muon_lr": Float(0.005, 0.1, log=True)} | LR_POWER),
     # SGD, as in the LENA paper: warm-ups none, fixed and by layer (for AdaScale: by the model), and a tuned LARS.
     Method("single-worker-sgd", "sgd", {}, lr(0.003, 0.3) | {"warmup_fraction": Float(0.0, 0.1)}),
     Method("lars", "lena", {"base": "lars"} | UNSCALED, lr(0.01, 1.0) | TRUST | {"warmup_fraction": Float(0.01, 0.25)}),
@@ -174,6 +186,18 @@ again(GPT_8, "bert-128", n=128, settings_of=BERT_32, **ON_BERT)
 # The largest batch with trials of its own: how much of the distance is tuning?
 TUNED = study("gpt-128-tuned", "adamw", n=128, trials=12, **ON_GPT)
 again(TUNED, "bert-128-tuned", **ON_BERT)
+# The front of updates and loss: batches that follow the noise, and fixed ones.
+study(
+    "gpt-growth",
+    "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4 lena-growth-2 "
+    "adamw-root-growth-2 lena-growth-8 adamw-root-growth-8 lena-growth-0.5 adamw-root-growth-0.5 adamw-growth-4 "
+    "norm-test-0.7 norm-test-0.45 adamw-growth-2 adamw-growth-8 adamw-growth-0.5",
+    n=128,
+    seeds=(1,),
+    **ON_GPT,
+)
+study("gpt-2", "muon-base", n=2, trials=5, seeds=(1,), **ON_GPT)
+GPT_8_TUNED = study("gpt-8-tuned", "adamw-8 muon-8", n=8, trials=6, seeds=(1,), **ON_GPT)
 # A model on which nothing was chosen: do the defaults hold?
 LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
 THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"

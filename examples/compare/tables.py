@@ -60,8 +60,11 @@ def _outcome(study: Study, method: Method, runs: Runs) -> Outcome | None:
     if settings is None or not by_seed.keys() >= set(study.seeds):
         return None
     own = [by_seed[seed] for seed in study.seeds]
-    seen = [0, *accumulate(windows(settings, study.n, study.task.micro_batches))]
-    curves = [[(update, seen[update], loss) for update, loss in run.intermediate_values.items()] for run in own]
+    curves = []
+    for run in own:
+        counted = [size for size, updates in run.user_attrs.get("batches", []) for _ in range(updates)]
+        seen = [0, *accumulate(counted or windows(settings, study.n, study.task.micro_batches))]
+        curves.append([(update, seen[update], loss) for update, loss in run.intermediate_values.items()])
     losses = [loss(run) for run in own]
     return Outcome(study, method, settings, own, curves, None if None in losses else fmean(losses))
 

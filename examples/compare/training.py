@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import optuna
@@ -19,7 +20,8 @@ def train(stage: Stage, settings: Mapping[str, Any], seed: int, trial: optuna.tr
     """Train once, on one core. Evaluations, in even steps, are reported to `trial` by the number of updates.
 
     Of the method `lena` in a study with a picture the first seed leaves an attribute `gains` of the trial, too: rows of
-    (update, {layer: (gain, noise scale)}).
+    (update, {layer: (gain, noise scale)}). Where the batch follows the noise, an attribute `batches` is what it was:
+    (micro-batches of an update, so many updates), in their order.
 
     Returns:
         The last loss.
@@ -33,12 +35,16 @@ def train(stage: Stage, settings: Mapping[str, Any], seed: int, trial: optuna.tr
     torch.set_num_threads(1)
     torch.compiler.reset()
     problem = task.problem(seed)
-    batches = windows(settings, study.n, task.micro_batches)
-    contestant = build(stage.method.optimizer, settings, problem.model, study.n, len(batches))
+    planned = windows(settings, study.n, task.micro_batches)
+    contestant = build(stage.method.optimizer, settings, problem.model, study.n, len(planned))
     contestant.mode(training=True)
     ends = {round(task.micro_batches * (i + 1) / evaluations) for i in range(evaluations)}
     done, loss, gains = 0, math.nan, []
-    for update, batch in enumerate(batches, start=1):
+    batches: list[int] = []
+    while done < task.micro_batches:
+        following = planned[len(batches)] if contestant.growing is None else contestant.growing.accumulation
+        batch = min(following, task.micro_batches - done)
+        batches.append(batch)
         _update(problem, contestant, settings, done, batch, task.micro_batches)
         before, done = done, done + batch
         if any(before < end <= done for end in ends):
@@ -46,11 +52,13 @@ def train(stage: Stage, settings: Mapping[str, Any], seed: int, trial: optuna.tr
             loss = round(problem.evaluate(stage.split), 5)
             contestant.mode(training=True)
             _prune_unless_finite(loss)
-            trial.report(loss, update)
+            trial.report(loss, len(batches))
             if with_gains:
-                gains.append((update, _gains(ds_lena.report(contestant.optimizers[0]))))
+                gains.append((len(batches), _gains(ds_lena.report(contestant.optimizers[0]))))
     if gains:
         trial.set_user_attr("gains", gains)
+    if contestant.growing is not None:
+        trial.set_user_attr("batches", [(size, len(list(same))) for size, same in groupby(batches)])
     return loss
 
 
