@@ -10,8 +10,10 @@
 | `language.py`, `images.py`         | the tasks: a model, data in three splits, a loss; `order.py` shuffles          |
 | `optimizers.py`                    | a method's settings -> optimizers, schedule, batches                           |
 | `muon.py`, `preconditioned.py`     | Muon, alone and with LENA's factors; an experiment with LENA's statistics      |
+| `growing.py`                       | batches that follow the noise: `ds_lena.grow`, and the norm test               |
 | `training.py`                      | one run                                                                        |
 | `runs.py`                          | what has been run, in optuna's storage; what its trials have chosen            |
 | `workers.py`                       | runs what is left, on all cores                                                |
 | `tables.py`, `pictures.py`         | `results/tables.md`, `results/*.svg`                                           |
+| `front.py`                         | `results/front.md`: updates and loss of batches that follow the noise          |
 """

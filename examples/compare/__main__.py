@@ -23,7 +23,7 @@ def main() -> None:
     running = commands.add_parser("run", help="go on with the studies; interrupt it whenever you like")
     running.add_argument("study", nargs="*", help="studies to run, with what they depend on; all if none is named")
     running.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a core for each")
-    commands.add_parser("report", help="write tables.md and pictures from the runs")
+    commands.add_parser("report", help="write tables.md, front.md and pictures from the runs")
     args = parser.parse_args()
     try:
         {"run": _run, "report": _report}[args.command](args)
@@ -53,6 +53,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from .front import fronts
     from .pictures import draw
     from .tables import tables
 
@@ -60,6 +61,7 @@ def _report(args: argparse.Namespace) -> None:
     for stage in stages(studies.values()):
         runs.check(stage)
     (args.results / "tables.md").write_text(tables(studies.values(), runs))
+    (args.results / "front.md").write_text(fronts(studies.values(), runs))
     draw(studies.values(), runs, args.results)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a study: the losses of all methods, and what LENA measured by kind of tensor."""
+"""Pictures: the losses of a study's methods, what LENA measured by kind of tensor, and a task's front."""
 
 from __future__ import annotations
 
@@ -14,22 +14,43 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from ..common.plot import FAINT, INK, KINDS, dress, kind_of
+from .front import Point, lines, points
+from .optimizers import FOLLOWS_NOISE
 from .plan import Study
 from .runs import Runs
 from .tables import Outcome, outcomes, targets
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B05FA0", "#E69F00", "#56B4E9", "#6B5B95", "#9A9A9A", "#8C564B")
 _SHOWN = len(_COLOURS)
+_FIXED = {
+    "single-worker": ("s", _COLOURS[0]),
+    "adamw": ("o", _COLOURS[0]),
+    "adamw-8": ("D", _COLOURS[0]),
+    "lena-as-is": ("o", _COLOURS[1]),
+    "muon-base": ("s", _COLOURS[2]),
+    "muon": ("o", _COLOURS[2]),
+    "muon-8": ("D", _COLOURS[2]),
+    "batch-warmup": ("^", _COLOURS[3]),
+}
+"""Marker and colour of the methods that a front names, beside those that follow the noise."""
+_BASES = {"adamw": _COLOURS[0], "lena": _COLOURS[1], "muon": _COLOURS[2], "norm": _COLOURS[4]}
+"""Colour of the lines of a front, by how their names begin."""
 Gains = Sequence[tuple[int, Mapping[str, Sequence[float | None]]]]
 """Rows of (update, {layer: (gain, noise scale)})."""
 
 
 def draw(studies: Collection[Study], runs: Runs, folder: Path) -> None:
-    """`STUDY.svg` for each study that asks for it, and `STUDY-gains.svg` where LENA's numbers were kept."""
+    """`STUDY.svg` for each study that asks for it, and `STUDY-gains.svg` where LENA's numbers were kept.
+
+    And `TASK-front.svg` where batches follow the noise.
+    """
     for study in studies:
+        if study.base is None and (front := points(study, studies, runs)):
+            _save(_front(study, front), folder / f"{study.task.name}-front.svg")
         found = outcomes(study, runs) if study.picture else []
         # A batch that grows takes many more and smaller updates, which would not lie beside the others'.
-        shown = [outcome for outcome in found if outcome.loss is not None and "full_batch_at" not in outcome.settings]
+        grows = {"full_batch_at"} | FOLLOWS_NOISE
+        shown = [outcome for outcome in found if outcome.loss is not None and not grows & outcome.settings.keys()]
         if shown:
             _save(_losses(study, shown, targets(study, runs)), folder / f"{study.name}.svg")
         for outcome in found:
@@ -62,6 +83,45 @@ def _losses(study: Study, shown: Sequence[Outcome], goals: Sequence[float]) -> F
     axes.set_xlabel("update; dashed: the single worker after 1/8, 1/4, 1/2 of its run", fontsize=9.5)
     axes.legend(edgecolor="none", framealpha=1.0, fontsize=8.5, title="at the end", title_fontsize=8.5)
     return figure
+
+
+def _front(single: Study, found: Sequence[Point]) -> Figure:
+    """Loss against updates: lines are batches that follow the noise, markers fixed ones and planned ones."""
+    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    placed = [point for point in found if point.place]
+    for family, line in lines(found).items():
+        updates, losses, _ = zip(*line, strict=True)
+        style = {"linestyle": (0, (4, 2))} if "root" in family or "norm" in family else {}
+        colour = _BASES.get(family.partition("-")[0], INK)
+        axes.plot(updates, losses, color=colour, marker=".", linewidth=1.8, label=family, **style)
+        for x, y, factor in line:
+            _tell(axes, f"×{factor:g}", (x, y), colour, above=False)
+    for point in (point for point in placed if not point.follows_noise):
+        marker, colour = _FIXED.get(point.family, (".", "#BBBBBB"))
+        is_named = point.family in _FIXED
+        label = point.family if is_named else "others"
+        known = label in axes.get_legend_handles_labels()[1]
+        style = {"s": 34 if is_named else 16, "facecolors": "none" if is_named else colour, "edgecolors": colour}
+        axes.scatter(*point.place, marker=marker, zorder=2 + is_named, label=None if known else label, **style)
+        if is_named:
+            _tell(axes, f"{point.batch:g}", point.place, colour, above=True)
+    losses = sorted(point.place[1] for point in placed)
+    axes.set_ylim(losses[0] - 0.06, losses[0] + 1.35)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    task = single.task
+    dress(axes, f"{task.name}: {task.measure} on the test split after {task.micro_batches:,} micro-batches")
+    axes.set_xlabel("updates of the run; ×: factor of the noise scale; numbers: fixed micro-batches in an update")
+    axes.legend(frameon=False, fontsize=8.5, loc="upper right")
+    return figure
+
+
+def _tell(axes: Axes, words: str, place: tuple[float, float], colour: str, above: bool) -> None:
+    offset = (0, 6) if above else (0, -11)
+    axes.annotate(
+        words, place, offset, textcoords="offset points", ha="center", color=colour, fontsize=7, annotation_clip=True
+    )
 
 
 def _gains(study: Study, rows: Gains) -> Figure:

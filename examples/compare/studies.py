@@ -98,9 +98,8 @@ METHODS = [
     lena("lena-lamb-0.5", base="lamb", gain_power=0.5, lr=0.0125),
     lena("lena-lamb-0.85", base="lamb", lr=0.0125),
     Method("preconditioned-0.5", "preconditioned-lena", AS_IT_COMES | {"gain_power": 0.5}),
-    # Batches that follow the noise, from 2 micro-batches to the n of the study. Nothing is tuned: GPT's single worker has
-    # chosen the warm-up, as lr and beta2, and all else is as it comes. "root": the learning rate follows the square root
-    # of the batch.
+    # Batches that follow the noise, from 2 micro-batches to the n of the study. Nothing is tuned: lr, beta2 and warm-up
+    # are those of GPT's single worker. "root": the learning rate follows the square root of the batch.
     *(Method(f"adamw-growth-{factor}", "adamw", SINGLE | {"growth_factor": factor}) for factor in FACTORS),
     *(Method(f"adamw-root-growth-{factor}", "adamw", SINGLE | ROOT | {"growth_factor": factor}) for factor in FACTORS),
     *(lena(f"lena-growth-{factor}", growth_factor=factor) for factor in FACTORS),
@@ -196,8 +195,8 @@ study(
     seeds=(1,),
     **ON_GPT,
 )
-study("gpt-2", "muon-base", n=2, trials=5, seeds=(1,), **ON_GPT)
-GPT_8_TUNED = study("gpt-8-tuned", "adamw-8 muon-8", n=8, trials=6, seeds=(1,), **ON_GPT)
+study("gpt-2", "muon-base", n=2, trials=4, seeds=(1,), **ON_GPT)
+GPT_8_TUNED = study("gpt-8-tuned", "muon-8 adamw-8", n=8, trials=6, seeds=(1,), **ON_GPT)
 # A model on which nothing was chosen: do the defaults hold?
 LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
 THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"

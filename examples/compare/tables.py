@@ -44,7 +44,7 @@ class Outcome:
         if None in updates:
             return "not reached"
         smaller = fmean(seen) < 0.99 * self.study.n * fmean(updates)
-        return _spread(updates, 0) + (f" ({fmean(seen):,.0f} micro-batches)" if smaller else "")
+        return spread(updates, 0) + (f" ({fmean(seen):,.0f} micro-batches)" if smaller else "")
 
 
 def outcomes(study: Study, runs: Runs) -> list[Outcome]:
@@ -116,7 +116,7 @@ def overview(single: Study, studies: Collection[Study], runs: Runs) -> str:
     measure = "accuracy" if single.task.measure == "share of errors" else "loss"
     title = f"## {single.task.name}: last {measure}, updates to {goals[_MIDDLE]:.3f}\n"
     cells = [[name, *(row.get(n, "") for n in ns)] for name, row in rows.items()]
-    return "\n".join([title, *_markdown(["method", *(f"n = {n}" for n in ns)], cells)])
+    return "\n".join([title, *markdown(["method", *(f"n = {n}" for n in ns)], cells)])
 
 
 def _cell(outcome: Outcome, goal: float) -> str:
@@ -141,14 +141,14 @@ def table(study: Study, runs: Runs) -> str:
     rows = []
     for outcome in found:
         losses = [loss(run) for run in outcome.runs]
-        last = f"{losses.count(None)} of {len(losses)} diverged" if outcome.loss is None else _spread(losses, 3)
+        last = f"{losses.count(None)} of {len(losses)} diverged" if outcome.loss is None else spread(losses, 3)
         trials = Stage(study.chooser, outcome.method, tunes=True).size
         rows.append([outcome.method.name, last, *map(outcome.took, goals), str(trials), _words(outcome.settings)])
     head = ["method", task.measure, *(f"updates to {goal:.3f}" for goal in goals), "trials", "settings"]
-    return "\n".join([title, *_markdown(head, rows)])
+    return "\n".join([title, *markdown(head, rows)])
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Mean, and half the range."""
     return f"{fmean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
@@ -158,7 +158,7 @@ def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 

@@ -1,0 +1,110 @@
+"""The front of updates and loss at equal tokens: batches that follow the noise beside fixed ones, on one task."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+
+from .optimizers import FOLLOWS_NOISE
+from .plan import Study
+from .runs import Runs, Stage, loss
+from .tables import Outcome, markdown, outcomes, spread
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a batch, over all seeds that it has in any study.
+
+    `family`: the method, without its factor. `batch`: the factor, or the micro-batches. `updates`, `losses`: of each
+    seed; a loss is None where the run diverged.
+    """
+
+    family: str
+    batch: float
+    follows_noise: bool
+    trials: int
+    updates: Sequence[int]
+    losses: Sequence[float | None]
+
+    @property
+    def place(self) -> tuple[float, float] | None:
+        """Mean updates and mean loss; None where a run diverged."""
+        return None if None in self.losses else (fmean(self.updates), fmean(self.losses))
+
+
+def points(single: Study, studies: Collection[Study], runs: Runs) -> list[Point]:
+    """All that was run on the task of `single`, with the test split, the fewest updates first.
+
+    None where no batch follows the noise.
+    """
+    pooled: dict[object, list[Outcome]] = defaultdict(list)
+    for study in studies:
+        if study.task == single.task and study.split == "test":
+            for outcome in outcomes(study, runs):
+                pooled[outcome.method.name, study.n, str(outcome.settings)].append(outcome)
+    found = [_point(same) for same in pooled.values()]
+    if not any(point.follows_noise for point in found):
+        return []
+    return sorted(found, key=lambda point: (fmean(point.updates), point.family))
+
+
+def _point(same: Sequence[Outcome]) -> Point:
+    first, own = same[0], [run for outcome in same for run in outcome.runs]
+    name, batch = first.method.name, float(first.study.n)
+    follows = FOLLOWS_NOISE & first.settings.keys()
+    for key in follows:
+        batch = first.settings[key]
+        name = name.removesuffix(f"-{batch}")
+    trials = Stage(first.study.chooser, first.method, tunes=True).size
+    updates = [max(run.intermediate_values, default=0) for run in own]
+    return Point(name, batch, bool(follows), trials, updates, [loss(run) for run in own])
+
+
+def lines(found: Sequence[Point]) -> dict[str, list[tuple[float, float, float]]]:
+    """Of each family that follows the noise: (updates, loss, factor), the fewest updates first."""
+    by_family = defaultdict(list)
+    for point in found:
+        if point.follows_noise and point.place:
+            by_family[point.family].append((*point.place, point.batch))
+    return {family: sorted(line) for family, line in by_family.items()}
+
+
+def at(line: Sequence[tuple[float, float, float]], updates: float) -> float | None:
+    """The loss of a family at so many updates, on a straight line over their logarithm; None beyond its ends."""
+    for (few, first, _), (many, second, _) in pairwise(line):
+        if few <= updates <= many:
+            return first + (second - first) * math.log(updates / few) / math.log(many / few)
+    return None
+
+
+def fronts(studies: Collection[Study], runs: Runs) -> str:
+    """The fronts of all tasks on which a batch follows the noise, as Markdown."""
+    tables = [_table(study.task.name, points(study, studies, runs)) for study in studies if study.base is None]
+    return "\n\n".join(["# Updates and loss at equal tokens", _HOW, *filter(None, tables)]) + "\n"
+
+
+def _table(task: str, found: Sequence[Point]) -> str:
+    growing = {family: line for family, line in lines(found).items() if len(line) > 1}
+    rows = []
+    for point in found:
+        last = "diverged" if point.place is None else spread(point.losses, 3)
+        others = [at(line, point.place[0]) if point.place else None for line in growing.values()]
+        batch = f"{'×' if point.follows_noise else 'n = '}{point.batch:g}"
+        cells = ["" if other is None or point.follows_noise else f"{other:.3f}" for other in others]
+        seeds, trials = str(len(point.losses)), str(point.trials)
+        rows.append([point.family, batch, spread(point.updates, 0), last, seeds, trials, *cells])
+    head = ["method", "batch", "updates", "loss", "seeds", "trials", *growing]
+    return "\n".join([f"## {task}\n", *markdown(head, rows)]) if rows else ""
+
+
+_HOW = """Made by `python -m examples.compare report` from the records here, the fewest updates first.
+
+- All runs of a task see the same tokens. The loss is the last one on the test split, "±" half the range over the seeds.
+- "× F": the batch follows the noise, by F noise scales, or at a norm test of F. "n": micro-batches in an update.
+- The last columns are for a fixed batch, or a planned one: what the families that follow the noise have at as many
+  updates, on a straight line over the logarithm of updates between two factors; empty beyond their ends. Where the loss
+  is the smaller number, the fixed batch lies below that front."""
