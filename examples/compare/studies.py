@@ -15,10 +15,11 @@ from examples.compare.plan import Method, Study
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 LM = {"weight_decay": 0.1, "clip": 1.0}
-# GPT-2 of 0.24 M parameters on 1.6 M tokens; and with three quarters of the updates.
+# GPT-2 of 0.24 M parameters on 1.6 M tokens; and with three quarters and one quarter of them.
 GPT_DATA = {"vocab_size": 512, "evaluation_blocks": 512}
 GPT = Language(name="gpt", architecture="gpt2", **GPT_DATA, micro_batches=6144, evaluations=24, settings=LM)
 GPT_SHORT = replace(GPT, name="gpt-short", micro_batches=4608, evaluations=18)
+GPT_QUARTER = replace(GPT, name="gpt-quarter", micro_batches=1536, evaluations=6)
 # ModernBERT of 0.18 M parameters on 2.1 M bytes, 15% of them predicted.
 BERT = Language(name="bert", architecture="modernbert", micro_batches=8192, evaluations=32, settings=LM)
 # A Llama of 0.22 M parameters on 1.6 M bytes. No key and no default of LENA was chosen on this one.
@@ -104,10 +105,8 @@ METHODS = [
     *(Method(f"adamw-root-growth-{factor}", "adamw", SINGLE | ROOT | {"growth_factor": factor}) for factor in FACTORS),
     *(lena(f"lena-growth-{factor}", growth_factor=factor) for factor in FACTORS),
     *(Method(f"norm-test-{eta}", "adamw", SINGLE | ROOT | {"norm_test": eta}) for eta in (0.7, 0.45)),
-    # Muon with few micro-batches, to start from; and searches at n = 8.
+    # Muon with few micro-batches, to start from.
     Method("muon-base", "muon", SINGLE, {"muon_lr": Float(0.005, 0.2, log=True)}),
-    Method("adamw-8", "adamw", {}, WARMUP | {"lr_power": Float(0.25, 1.25)}),
-    Method("muon-8", "muon", {}, WARMUP | {"muon_lr": Float(0.005, 0.1, log=True)} | LR_POWER),
     # SGD, as in the LENA paper: warm-ups none, fixed and by layer (for AdaScale: by the model), and a tuned LARS.
     Method("single-worker-sgd", "sgd", {}, lr(0.003, 0.3) | {"warmup_fraction": Float(0.0, 0.1)}),
     Method("lars", "lena", {"base": "lars"} | UNSCALED, lr(0.01, 1.0) | TRUST | {"warmup_fraction": Float(0.01, 0.25)}),
@@ -188,15 +187,14 @@ again(TUNED, "bert-128-tuned", **ON_BERT)
 # The front of updates and loss: batches that follow the noise, and fixed ones.
 study(
     "gpt-growth",
-    "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4 lena-growth-2 "
-    "adamw-root-growth-2 lena-growth-8 adamw-root-growth-8 lena-growth-0.5 adamw-root-growth-0.5 adamw-growth-4 "
-    "norm-test-0.7 norm-test-0.45 adamw-growth-2 adamw-growth-8 adamw-growth-0.5",
+    "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4",
     n=128,
     seeds=(1,),
     **ON_GPT,
 )
-study("gpt-2", "muon-base", n=2, trials=4, seeds=(1,), **ON_GPT)
-GPT_8_TUNED = study("gpt-8-tuned", "muon-8 adamw-8", n=8, trials=6, seeds=(1,), **ON_GPT)
+study("gpt-quarter-2", "muon-base", task=GPT_QUARTER, n=2, trials=4, seeds=(1,), base=GPT_1)
+study("gpt-16", "muon lena-as-is adamw", n=16, settings_of=GPT_32, seeds=(1,), **ON_GPT)
+study("gpt-4", "muon lena-as-is adamw", n=4, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 # A model on which nothing was chosen: do the defaults hold?
 LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
 THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"

@@ -28,12 +28,13 @@ WORDS = Language(name="words", architecture="modernbert", evaluation_blocks=16, 
 IMAGES = Images(name="images", width=4, depths=(1, 1), rows_per_micro_batch=8, **LENGTH)
 SPACE = {"lr": FloatDistribution(0.001, 0.01, log=True), "beta2": CategoricalDistribution([0.95, 0.99])}
 TOO_FAST = Method("too-fast", "adamw", {"lr": 1e30})
+GROWS = Method("grows-1", "adamw", {"growth_factor": 1})
 SGD = Method("lena-sgd", "lena", {"base": "sgd", "lr": 0.02})
 WORDS_1 = Study(name="words-1", task=WORDS, n=1, methods=(Method("single", "adamw", {}, SPACE),), trials=3, seeds=(1,))
 STUDIES = [
     WORDS_1,
     Study(
-        name="words-4", task=WORDS, n=4, base=WORDS_1, methods=(Method("lena", "lena"), TOO_FAST), seeds=(1, 2),
+        name="words-4", task=WORDS, n=4, base=WORDS_1, methods=(Method("lena", "lena"), TOO_FAST, GROWS), seeds=(1, 2),
         picture=True,
     ),
     Study(name="images-4", task=IMAGES, n=4, methods=(SGD,), seeds=(1,)),
@@ -71,7 +72,7 @@ def compare(monkeypatch, *arguments: str) -> None:
 def test_killed_studies_go_on_and_every_run_is_there_once(monkeypatch, capfd):
     command = [sys.executable, "-m", "examples.compare", *OPTIONS, "run", "words-4"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert running.stdout.readline() == "8 runs to go\n"
+    assert running.stdout.readline() == "10 runs to go\n"
     ended = [running.stdout.readline()]
     running.kill()
     ended += running.stdout.readlines()  # until its workers are gone, too
@@ -79,7 +80,7 @@ def test_killed_studies_go_on_and_every_run_is_there_once(monkeypatch, capfd):
     journal.write_text(journal.read_text() + '{"op_code": 4, "worker')
 
     compare(monkeypatch, "run")
-    assert f"{9 - len(ended)} runs to go" in capfd.readouterr().out
+    assert f"{11 - len(ended)} runs to go" in capfd.readouterr().out
     studies, runs = read(Path("studies.py")), Runs(Path("results"))
     found = {(stage.study.name, stage.name): runs.of(stage) for stage in stages(studies.values())}
     assert {name: [run.user_attrs.get("seed", 0) for run in own] for name, own in found.items()} == {
@@ -87,6 +88,7 @@ def test_killed_studies_go_on_and_every_run_is_there_once(monkeypatch, capfd):
         ("words-1", "single/seeds"): [1],
         ("words-4", "lena/seeds"): [1, 2],
         ("words-4", "too-fast/seeds"): [1, 2],
+        ("words-4", "grows-1/seeds"): [1, 2],
         ("images-4", "lena-sgd/seeds"): [1],
     }
     for (_, name), own in found.items():
@@ -97,6 +99,10 @@ def test_killed_studies_go_on_and_every_run_is_there_once(monkeypatch, capfd):
                 assert run.value == run.intermediate_values[max(run.intermediate_values)]
                 assert len(run.intermediate_values) == (1 if "trials" in name else 4)
     chosen = min(found["words-1", "single/trials"], key=lambda run: run.value).params
+    for run in found["words-4", "grows-1/seeds"]:
+        batches = run.user_attrs["batches"]
+        assert batches[0][0] == 2 and sum(size * updates for size, updates in batches) == 16
+        assert max(run.intermediate_values) == sum(updates for _, updates in batches)
     for stage in stages([studies["words-4"]])[1:3]:
         assert {key: runs.settings(stage)[key] for key in ("lr", "beta2")} == chosen
         runs.check(stage)
@@ -112,7 +118,9 @@ def test_the_report_has_tables_and_pictures(monkeypatch):
     text = Path("results/tables.md").read_text()
     assert "## words-4: words, n = 4" in text and "| lena |" in text and "| lena-sgd |" in text
     assert "| too-fast | 2 of 2 diverged |" in text
-    assert {path.name for path in Path("results").glob("*.svg")} == {"words-4.svg", "words-4-gains.svg"}
+    assert "| grows | ×1 | 8 ± 0 |" in Path("results/front.md").read_text()
+    drawn = {path.name for path in Path("results").glob("*.svg")}
+    assert drawn == {"words-4.svg", "words-4-gains.svg", "words-front.svg"}
 
 
 def test_two_commands_do_not_write_the_same_results(monkeypatch):

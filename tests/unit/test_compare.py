@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from examples.common.blocks import train_tokenizer
 from examples.common.errors import InputError
 from examples.compare import language, tables
+from examples.compare.front import at, fronts
 from examples.compare.language import Language
 from examples.compare.optimizers import OPTIMIZERS, build, windows
 from examples.compare.pictures import draw
@@ -83,6 +84,10 @@ def parameters(runs, study, method):
         (lambda: Method("l", "lena", {"muon_lr": 1}), "method l: no setting is called muon_lr"),
         (lambda: Method("l", "lena", {"total_steps": 9}), "total_steps"),
         (lambda: Method("l", "lena", {}, {"gain_power": FloatDistribution(-1, 1)}), 'method l: LENA: "gain_power"'),
+        (lambda: Method("g", "adamw", {"growth_factor": 0}), 'method g: BatchGrowth: "factor": 0 is not allowed'),
+        (lambda: Method("g", "adamw", {"growth_factor": 1, "full_batch_at": 1}), "method g: a batch grows by one of"),
+        (lambda: Method("g", "adamw", {"norm_test": 1.5}), "method g: norm_test is between 0 and 1"),
+        (lambda: Method("g", "lena", {"norm_test": 0.5}), "method g: norm_test is between 0 and 1, and not for a LENA"),
         (lambda: Method("l", "lena", {}, {"layer": CategoricalDistribution(["model", "all"])}), 'LENA: "layer"'),
     ],
 )
@@ -295,8 +300,56 @@ def test_lr_warms_up_and_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.004, rel=1e-2)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "schedule-free"])
+def test_a_batch_that_may_not_grow_trains_as_a_fixed_one(name):
+    watched, alone = (toy_steps(name, SETTINGS | more).state_dict() for more in ({"growth_factor": 1.0}, {}))
+    assert all(torch.equal(watched[key], alone[key]) for key in alone)
+
+
+def toy_loss(model, i):
+    data = torch.arange(8)[i::2]
+    return cross_entropy(model(data), data // 4)
+
+
+def toy_noise(model):
+    """Of two micro-batches: the variance of their gradients, and the squared norm of the averaged one."""
+    parameters = list(model.parameters())
+    first, second = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(toy_loss(model, i), parameters)]).double() for i in (0, 1)
+    )
+    return (first - second).square().sum().item() / 2, ((first + second) / 2).square().sum().item()
+
+
+def toy_update(contestant, model):
+    for i in (0, 1):
+        (toy_loss(model, i) / 2).backward()
+    contestant.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(("eta", "largest"), [(0.1, 128), (0.1, 3), (0.99, 128)])
+def test_a_norm_test_that_fails_asks_for_the_batch_that_would_pass(name, eta, largest):
+    model = Toy()
+    noise, square = toy_noise(model)
+    contestant = build(name, SETTINGS | {"norm_test": eta}, model, largest, 1)
+    assert contestant.growing.accumulation == 2
+    toy_update(contestant, model)
+    assert contestant.growing.accumulation == max(2, min(math.ceil(noise / (eta**2 * square)), largest))
+    assert noise / (0.1**2 * square) > 3 > 2 > noise / (0.99**2 * square)
+
+
+def test_a_batch_follows_the_noise_scale_of_all_parameters():
+    model = Toy()
+    contestant = build("muon", SETTINGS | {"growth_factor": 0.5}, model, 64, 20)
+    noise, square = toy_noise(model)
+    toy_update(contestant, model)
+    found = contestant.growing.watch.report()["noise_scale"]
+    assert found == pytest.approx(noise / (square - noise / 2), rel=1e-4)
+
+
 def test_a_batch_that_grows_does_so_by_powers_of_two_and_ends_at_the_budget():
     assert windows({}, 32, 100) == [32, 32, 32, 4]
+    assert windows({"growth_factor": 4}, 32, 5) == windows({"norm_test": 0.5}, 32, 5) == [2, 2, 1]
     grown = windows({"full_batch_at": 0.5}, 32, 1024)
     assert sum(grown) == 1024 and grown[0] == 1 and grown[-2] == 32
     assert grown[:-1] == sorted(grown[:-1]) and set(grown[:-1]) == {1, 2, 4, 8, 16, 32}
@@ -366,6 +419,41 @@ def test_a_table_counts_micro_batches_where_the_batch_grew(runs):
     assert f"| grows | 2.000 ± 0.000 | 10 ± 0 ({sum(batches[:10])} micro-batches) |" in tables.tables([large], runs)
 
 
+def test_a_front_has_fixed_batches_beside_what_follows_the_noise(runs, tmp_path):
+    finish_single_worker(runs)
+    assert "## toy" not in fronts(ALL, runs)
+    grows = [Method(f"grows-{factor}", "adamw", {"growth_factor": factor}) for factor in (1, 4)]
+    study, more = (replace(LARGE, name=f"with-{seed}", methods=(*grows, FIXED), seeds=(seed,)) for seed in (1, 2))
+    for own, losses in ((study, (2.0, 3.0)), (more, (2.2, None))):
+        for method, loss, updates in zip(grows, losses, (16, 4), strict=True):
+            finish(runs, Stage(own, method, tunes=False), loss and [(updates, loss)])
+        finish(runs, Stage(own, FIXED, tunes=False), [(8, 2.5)])
+    text = fronts([SMALL, study], runs)
+    assert "| method | batch | updates | loss | seeds | trials | grows |" in text
+    assert "| grows | ×4 | 4 ± 0 | 3.000 ± 0.000 | 1 | 0 |  |" in text
+    assert "| fixed | n = 8 | 8 ± 0 | 2.500 ± 0.000 | 1 | 0 | 2.500 |" in text, "in the middle, by the logarithm"
+    assert "| one | n = 1 | 64 ± 0 | 1.000 ± 0.000 | 2 | 3 |  |" in text, "beyond the ends"
+    both = fronts([SMALL, study, more], runs)
+    assert "| grows | ×1 | 16 ± 0 | 2.100 ± 0.100 | 2 | 0 |" in both
+    assert "| grows | ×4 | 2 ± 2 | diverged | 2 | 0 |" in both
+    draw([SMALL, study, more], runs, tmp_path)
+    assert (tmp_path / "toy-front.svg").exists()
+    assert at([(8, 3.0, 4), (32, 2.0, 1)], 7) is None
+
+
+def test_a_table_counts_micro_batches_as_the_noise_had_them(runs):
+    finish_single_worker(runs)
+    grows = Method("grows", "adamw", {"growth_factor": 1})
+    study = replace(LARGE, methods=(grows,), seeds=(1,))
+    stage = Stage(study, grows, tunes=False)
+    optuna_study, trial = runs.begin(stage, runs.settings(stage))
+    for update, loss in ((4, 4.0), (12, 2.0)):
+        trial.report(loss, update)
+    trial.set_user_attr("batches", [(2, 4), (7, 8)])
+    optuna_study.tell(trial, 2.0)
+    assert "| grows | 2.000 ± 0.000 | 4 ± 0 (8 micro-batches) |" in tables.tables([study], runs)
+
+
 def test_neither_target_nor_picture_without_a_run_that_came_to_its_end(runs, tmp_path):
     finish_trials(runs, SMALL, ONE, 3.0, 2.0, None)
     finish(runs, Stage(SMALL, ONE, tunes=False), None, None)
@@ -384,6 +472,7 @@ def test_results_belong_to_the_studies_and_the_tables_to_the_results():
         for run in runs.of(stage):
             assert run.intermediate_values and {"commit", "versions", "seconds"} <= run.user_attrs.keys()
     assert (RESULTS / "tables.md").read_text() == tables.tables(studies, runs)
+    assert (RESULTS / "front.md").read_text() == fronts(studies, runs)
 
 
 SPREAD = re.compile(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)?")
