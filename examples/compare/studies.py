@@ -36,6 +36,7 @@ WARMUP, SHORT_WARMUP = {"warmup_fraction": Float(0.02, 0.5)}, {"warmup_fraction"
 MUON_LR = {"muon_lr": Float(0.001, 0.05, log=True)}
 GROWTH = {"full_batch_at": Float(0.1, 1.0), "batch_lr_power": Float(0.0, 0.75)}
 FACTORS, SINGLE, ROOT = (0.5, 1, 2, 4, 8), {"warmup_fraction": 0.2}, {"batch_lr_power": 0.5}
+MUON_BASE = {"muon_lr": 0.0129}  # what muon-base has chosen on a quarter of GPT's run
 TRUST = {"trust_coefficient": Float(0.001, 0.1, log=True)}
 BOUND = {"max_relative_gain": Choice([1.5, 2.0, 4.0, None])}
 UNSCALED = {"scaling": "none", "warmup": "fixed"}
@@ -47,6 +48,11 @@ LENA_SGD = AS_IT_COMES | {"base": "sgd", "gain_power": 1.0}
 def lena(name, **changes):
     """LENA as it comes, but for the changes."""
     return Method(name, "lena", AS_IT_COMES | changes)
+
+
+def growing(name, optimizer, settings):
+    """A batch of each factor of the noise scale."""
+    return [Method(f"{name}-growth-{factor}", optimizer, settings | {"growth_factor": factor}) for factor in FACTORS]
 
 
 def cap(low):
@@ -101,9 +107,11 @@ METHODS = [
     Method("preconditioned-0.5", "preconditioned-lena", AS_IT_COMES | {"gain_power": 0.5}),
     # Batches that follow the noise, from 2 micro-batches to the n of the study. Nothing is tuned: lr, beta2 and warm-up
     # are those of GPT's single worker. "root": the learning rate follows the square root of the batch.
-    *(Method(f"adamw-growth-{factor}", "adamw", SINGLE | {"growth_factor": factor}) for factor in FACTORS),
-    *(Method(f"adamw-root-growth-{factor}", "adamw", SINGLE | ROOT | {"growth_factor": factor}) for factor in FACTORS),
-    *(lena(f"lena-growth-{factor}", growth_factor=factor) for factor in FACTORS),
+    *growing("adamw", "adamw", SINGLE),
+    *growing("adamw-root", "adamw", SINGLE | ROOT),
+    *growing("lena", "lena", AS_IT_COMES),
+    *growing("muon", "muon", SINGLE | MUON_BASE),
+    *growing("muon-root", "muon", SINGLE | MUON_BASE | ROOT),
     *(Method(f"norm-test-{eta}", "adamw", SINGLE | ROOT | {"norm_test": eta}) for eta in (0.7, 0.45)),
     # Muon with few micro-batches, to start from.
     Method("muon-base", "muon", SINGLE, {"muon_lr": Float(0.005, 0.2, log=True)}),
@@ -187,7 +195,9 @@ again(TUNED, "bert-128-tuned", **ON_BERT)
 # The front of updates and loss: batches that follow the noise, and fixed ones.
 study(
     "gpt-growth",
-    "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4",
+    "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4 muon-root-growth-1 "
+    "muon-growth-1 lena-growth-2 muon-root-growth-2 lena-growth-0.5 muon-root-growth-0.5 adamw-root-growth-2 "
+    "adamw-root-growth-0.5 muon-root-growth-4 norm-test-0.7",
     n=128,
     seeds=(1,),
     **ON_GPT,
