@@ -2,9 +2,9 @@
 
 Settings of all methods: `lr`, `beta2`, `weight_decay` (of matrices alone), `clip` (of the gradient norm),
 `warmup_fraction` (a linear warm-up, as a share of the run), `lr_power` (the learning rate is `lr` x n ^ `lr_power`),
-`full_batch_at` (a batch that grows as planned, see `windows`), `growth_factor` or `norm_test` (one that follows the
-noise, from 2 micro-batches to n, see `growing.py`), `batch_lr_power` (the learning rate of an update is multiplied by
-its micro-batches ^ `batch_lr_power`). For a LENA, all others are keys of its JSON entry, and the warm-up is its own.
+`full_batch_at` (a batch that grows as planned, see `windows`), `growth_factor`, `update_price` or `norm_test` (one that
+follows the noise, from 2 micro-batches to n, see `growing.py`), `batch_lr_power` (the learning rate of an update is
+multiplied by its micro-batches ^ `batch_lr_power`). For a LENA, all others are keys of its JSON entry, and the warm-up is its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .growing import SMALLEST, NormTest, follow
 from .preconditioned import precondition
 
 Settings = Mapping[str, Any]
-FOLLOWS_NOISE = {"growth_factor", "norm_test"}
+FOLLOWS_NOISE = {"growth_factor", "update_price", "norm_test"}
 _GROWS = {"full_batch_at", "batch_lr_power"} | FOLLOWS_NOISE
 _SHARED = {"lr", "lr_power", "beta2", "weight_decay", "clip", "warmup_fraction"} | _GROWS
 _NO_KEYS = _SHARED - {"lr", "weight_decay", "warmup_fraction"} | {"muon_lr"}
@@ -98,10 +98,10 @@ def check(optimizer: str, settings: Settings) -> None:
         except (ds_lena.ConfigError, TypeError) as error:
             raise InputError(str(error)) from error
     if len({"full_batch_at"} & settings.keys() | FOLLOWS_NOISE & settings.keys()) > 1:
-        raise InputError("a batch grows by one of full_batch_at, growth_factor and norm_test")
-    if "growth_factor" in settings:
+        raise InputError("a batch grows by one of full_batch_at, growth_factor, update_price and norm_test")
+    for key in {"growth_factor", "update_price"} & settings.keys():
         try:
-            ds_lena.BatchGrowth(settings["growth_factor"], SMALLEST, SMALLEST)
+            ds_lena.BatchGrowth(settings[key], SMALLEST, SMALLEST)
         except ds_lena.ConfigError as error:
             raise InputError(str(error)) from error
     if "norm_test" in settings and ("lena" in optimizer or not 0 < settings["norm_test"] < 1):

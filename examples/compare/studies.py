@@ -35,7 +35,8 @@ LR_POWER, GAIN_POWER = {"lr_power": Float(0.0, 1.0)}, {"gain_power": Float(0.5, 
 WARMUP, SHORT_WARMUP = {"warmup_fraction": Float(0.02, 0.5)}, {"warmup_fraction": Float(0.01, 0.2)}
 MUON_LR = {"muon_lr": Float(0.001, 0.05, log=True)}
 GROWTH = {"full_batch_at": Float(0.1, 1.0), "batch_lr_power": Float(0.0, 0.75)}
-FACTORS, SINGLE, ROOT = (0.5, 1, 2, 4, 8), {"warmup_fraction": 0.2}, {"batch_lr_power": 0.5}
+FACTORS, PRICES = (0.5, 1, 2, 4, 8), (4, 16, 64)
+SINGLE, ROOT = {"warmup_fraction": 0.2}, {"batch_lr_power": 0.5}
 MUON_BASE = {"muon_lr": 0.0129}  # what muon-base has chosen on a quarter of GPT's run
 TRUST = {"trust_coefficient": Float(0.001, 0.1, log=True)}
 BOUND = {"max_relative_gain": Choice([1.5, 2.0, 4.0, None])}
@@ -51,8 +52,9 @@ def lena(name, **changes):
 
 
 def growing(name, optimizer, settings):
-    """A batch of each factor of the noise scale."""
-    return [Method(f"{name}-growth-{factor}", optimizer, settings | {"growth_factor": factor}) for factor in FACTORS]
+    """A batch of each factor of the noise scale; and of the root of each price x the noise scale."""
+    found = [Method(f"{name}-growth-{factor}", optimizer, settings | {"growth_factor": factor}) for factor in FACTORS]
+    return found + [Method(f"{name}-price-{price}", optimizer, settings | {"update_price": price}) for price in PRICES]
 
 
 def cap(low):
@@ -113,8 +115,9 @@ METHODS = [
     *growing("muon", "muon", SINGLE | MUON_BASE),
     *growing("muon-root", "muon", SINGLE | MUON_BASE | ROOT),
     *(Method(f"norm-test-{eta}", "adamw", SINGLE | ROOT | {"norm_test": eta}) for eta in (0.7, 0.45)),
-    # Muon with few micro-batches, to start from.
+    # Muon with few micro-batches, to start from; and with that learning rate x the root of a fixed batch.
     Method("muon-base", "muon", SINGLE, {"muon_lr": Float(0.005, 0.2, log=True)}),
+    Method("muon-root", "muon", SINGLE | MUON_BASE | ROOT),
     # SGD, as in the LENA paper: warm-ups none, fixed and by layer (for AdaScale: by the model), and a tuned LARS.
     Method("single-worker-sgd", "sgd", {}, lr(0.003, 0.3) | {"warmup_fraction": Float(0.0, 0.1)}),
     Method("lars", "lena", {"base": "lars"} | UNSCALED, lr(0.01, 1.0) | TRUST | {"warmup_fraction": Float(0.01, 0.25)}),
@@ -197,13 +200,14 @@ study(
     "gpt-growth",
     "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4 muon-root-growth-1 "
     "muon-growth-1 lena-growth-2 muon-root-growth-2 lena-growth-0.5 muon-root-growth-0.5 adamw-root-growth-2 "
-    "adamw-root-growth-0.5 muon-root-growth-4 norm-test-0.7",
+    "adamw-root-growth-0.5 muon-root-growth-4 norm-test-0.7 "
+    "lena-price-16 muon-root-price-16 lena-price-4 lena-price-64 muon-root-price-4 muon-root-price-64",
     n=128,
     seeds=(1,),
     **ON_GPT,
 )
 study("gpt-quarter-2", "muon-base", task=GPT_QUARTER, n=2, trials=4, seeds=(1,), base=GPT_1)
-study("gpt-16", "muon lena-as-is adamw", n=16, settings_of=GPT_32, seeds=(1,), **ON_GPT)
+study("gpt-16", "muon lena-as-is muon-root adamw", n=16, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 study("gpt-4", "muon lena-as-is adamw", n=4, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 # A model on which nothing was chosen: do the defaults hold?
 LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
