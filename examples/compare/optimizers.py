@@ -4,7 +4,8 @@ Settings of all methods: `lr`, `beta2`, `weight_decay` (of matrices alone), `cli
 `warmup_fraction` (a linear warm-up, as a share of the run), `lr_power` (the learning rate is `lr` x n ^ `lr_power`),
 `full_batch_at` (a batch that grows as planned, see `windows`), `growth_factor`, `update_price` or `norm_test` (one that
 follows the noise, from 2 micro-batches to n, see `growing.py`), `batch_lr_power` (the learning rate of an update is
-multiplied by its micro-batches ^ `batch_lr_power`). For a LENA, all others are keys of its JSON entry, and the warm-up is its own.
+multiplied by its micro-batches ^ `batch_lr_power`). For a LENA, all others are keys of its JSON entry, and the warm-up
+is its own.
 """
 
 from __future__ import annotations

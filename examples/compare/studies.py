@@ -38,6 +38,7 @@ GROWTH = {"full_batch_at": Float(0.1, 1.0), "batch_lr_power": Float(0.0, 0.75)}
 FACTORS, PRICES = (0.5, 1, 2, 4, 8), (4, 16, 64)
 SINGLE, ROOT = {"warmup_fraction": 0.2}, {"batch_lr_power": 0.5}
 MUON_BASE = {"muon_lr": 0.0129}  # what muon-base has chosen on a quarter of GPT's run
+MUON_32 = {"muon_lr": 0.04, "lr": 0.037, "warmup_fraction": 0.362, "beta2": 0.99}  # what muon has chosen in gpt-32
 TRUST = {"trust_coefficient": Float(0.001, 0.1, log=True)}
 BOUND = {"max_relative_gain": Choice([1.5, 2.0, 4.0, None])}
 UNSCALED = {"scaling": "none", "warmup": "fixed"}
@@ -108,12 +109,14 @@ METHODS = [
     lena("lena-lamb-0.85", base="lamb", lr=0.0125),
     Method("preconditioned-0.5", "preconditioned-lena", AS_IT_COMES | {"gain_power": 0.5}),
     # Batches that follow the noise, from 2 micro-batches to the n of the study. Nothing is tuned: lr, beta2 and warm-up
-    # are those of GPT's single worker. "root": the learning rate follows the square root of the batch.
+    # are those of GPT's single worker. "root": the learning rate follows the square root of the batch. "kept": all
+    # settings are those that trials have chosen for a fixed batch, of 32.
     *growing("adamw", "adamw", SINGLE),
     *growing("adamw-root", "adamw", SINGLE | ROOT),
     *growing("lena", "lena", AS_IT_COMES),
     *growing("muon", "muon", SINGLE | MUON_BASE),
     *growing("muon-root", "muon", SINGLE | MUON_BASE | ROOT),
+    *growing("muon-kept", "muon", MUON_32),
     *(Method(f"norm-test-{eta}", "adamw", SINGLE | ROOT | {"norm_test": eta}) for eta in (0.7, 0.45)),
     # Muon with few micro-batches, to start from; and with that learning rate x the root of a fixed batch.
     Method("muon-base", "muon", SINGLE, {"muon_lr": Float(0.005, 0.2, log=True)}),
@@ -199,9 +202,9 @@ again(TUNED, "bert-128-tuned", **ON_BERT)
 study(
     "gpt-growth",
     "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4 muon-root-growth-1 "
-    "muon-growth-1 lena-growth-2 muon-root-growth-2 lena-growth-0.5 muon-root-growth-0.5 adamw-root-growth-2 "
-    "adamw-root-growth-0.5 muon-root-growth-4 norm-test-0.7 "
-    "lena-price-16 muon-root-price-16 lena-price-4 lena-price-64 muon-root-price-4 muon-root-price-64",
+    "muon-growth-1 lena-growth-2 muon-root-growth-2 lena-price-16 muon-root-price-16 muon-kept-growth-1 "
+    "muon-kept-price-16 lena-price-64 lena-growth-0.5 muon-kept-growth-2 muon-kept-price-64 adamw-root-growth-2 "
+    "norm-test-0.7 muon-kept-growth-0.5",
     n=128,
     seeds=(1,),
     **ON_GPT,
