@@ -118,9 +118,10 @@ METHODS = [
     *growing("muon-root", "muon", SINGLE | MUON_BASE | ROOT),
     *growing("muon-kept", "muon", MUON_32),
     *(Method(f"norm-test-{eta}", "adamw", SINGLE | ROOT | {"norm_test": eta}) for eta in (0.7, 0.45)),
-    # Muon with few micro-batches, to start from; and with that learning rate x the root of a fixed batch.
+    # Muon with few micro-batches, to start from; and fixed batches with the settings of growing ones.
     Method("muon-base", "muon", SINGLE, {"muon_lr": Float(0.005, 0.2, log=True)}),
     Method("muon-root", "muon", SINGLE | MUON_BASE | ROOT),
+    Method("muon-kept", "muon", MUON_32),
     # SGD, as in the LENA paper: warm-ups none, fixed and by layer (for AdaScale: by the model), and a tuned LARS.
     Method("single-worker-sgd", "sgd", {}, lr(0.003, 0.3) | {"warmup_fraction": Float(0.0, 0.1)}),
     Method("lars", "lena", {"base": "lars"} | UNSCALED, lr(0.01, 1.0) | TRUST | {"warmup_fraction": Float(0.01, 0.25)}),
@@ -210,7 +211,10 @@ study(
     **ON_GPT,
 )
 study("gpt-quarter-2", "muon-base", task=GPT_QUARTER, n=2, trials=4, seeds=(1,), base=GPT_1)
-study("gpt-16", "muon lena-as-is muon-root adamw", n=16, settings_of=GPT_32, seeds=(1,), **ON_GPT)
+study("gpt-16", "muon lena-as-is muon-root muon-kept adamw", n=16, settings_of=GPT_32, seeds=(1,), **ON_GPT)
+study("gpt-8-kept", "muon-kept", n=8, seeds=(1,), **ON_GPT)
+study("gpt-growth-seeds", "muon-kept-price-16 muon-kept-growth-1", n=128, seeds=(2, 3), **ON_GPT)
+study("gpt-16-seeds", "muon-kept muon", n=16, settings_of=GPT_32, seeds=(2, 3), **ON_GPT)
 study("gpt-4", "muon lena-as-is adamw", n=4, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 # A model on which nothing was chosen: do the defaults hold?
 LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
