@@ -19,12 +19,12 @@ from .tables import Outcome, markdown, outcomes, spread
 class Point:
     """A method at a batch, over all seeds that it has in any study.
 
-    `family`: the method, without its factor. `batch`: the factor, or the micro-batches. `updates`, `losses`: of each
-    seed; a loss is None where the run diverged.
+    `family`: the method, without its factor. `batch`: the factor, or the micro-batches, in words. `updates`, `losses`:
+    of each seed; a loss is None where the run diverged.
     """
 
     family: str
-    batch: float
+    batch: str
     follows_noise: bool
     trials: int
     updates: Sequence[int]
@@ -36,6 +36,9 @@ class Point:
         return None if None in self.losses else (fmean(self.updates), fmean(self.losses))
 
 
+_SIGNS = {"growth_factor": "×", "update_price": "r = ", "norm_test": "η = "}
+
+
 def points(single: Study, studies: Collection[Study], runs: Runs) -> list[Point]:
     """All that was run on the task of `single`, with the test split, the fewest updates first.
 
@@ -45,7 +48,7 @@ def points(single: Study, studies: Collection[Study], runs: Runs) -> list[Point]
     for study in studies:
         if study.task == single.task and study.split == "test":
             for outcome in outcomes(study, runs):
-                pooled[outcome.method.name, study.n, str(outcome.settings)].append(outcome)
+                pooled[outcome.method.name, study.n, str(sorted(outcome.settings.items()))].append(outcome)
     found = [_point(same) for same in pooled.values()]
     if not any(point.follows_noise for point in found):
         return []
@@ -54,18 +57,21 @@ def points(single: Study, studies: Collection[Study], runs: Runs) -> list[Point]
 
 def _point(same: Sequence[Outcome]) -> Point:
     first, own = same[0], [run for outcome in same for run in outcome.runs]
-    name, batch = first.method.name, float(first.study.n)
+    name, batch = first.method.name, f"n = {first.study.n}"
     follows = FOLLOWS_NOISE & first.settings.keys()
     for key in follows:
-        batch = first.settings[key]
-        name = name.removesuffix(f"-{batch}")
+        name, batch = name.removesuffix(f"-{first.settings[key]}"), f"{_SIGNS[key]}{first.settings[key]:g}"
     trials = Stage(first.study.chooser, first.method, tunes=True).size
     updates = [max(run.intermediate_values, default=0) for run in own]
     return Point(name, batch, bool(follows), trials, updates, [loss(run) for run in own])
 
 
-def lines(found: Sequence[Point]) -> dict[str, list[tuple[float, float, float]]]:
-    """Of each family that follows the noise: (updates, loss, factor), the fewest updates first."""
+Line = Sequence[tuple[float, float, str]]
+"""Of a family: (updates, loss, batch), the fewest updates first."""
+
+
+def lines(found: Sequence[Point]) -> dict[str, Line]:
+    """The families that follow the noise."""
     by_family = defaultdict(list)
     for point in found:
         if point.follows_noise and point.place:
@@ -73,7 +79,7 @@ def lines(found: Sequence[Point]) -> dict[str, list[tuple[float, float, float]]]
     return {family: sorted(line) for family, line in by_family.items()}
 
 
-def at(line: Sequence[tuple[float, float, float]], updates: float) -> float | None:
+def at(line: Line, updates: float) -> float | None:
     """The loss of a family at so many updates, on a straight line over their logarithm; None beyond its ends."""
     for (few, first, _), (many, second, _) in pairwise(line):
         if few <= updates <= many:
@@ -93,10 +99,9 @@ def _table(task: str, found: Sequence[Point]) -> str:
     for point in found:
         last = "diverged" if point.place is None else spread(point.losses, 3)
         others = [at(line, point.place[0]) if point.place else None for line in growing.values()]
-        batch = f"{'×' if point.follows_noise else 'n = '}{point.batch:g}"
         cells = ["" if other is None or point.follows_noise else f"{other:.3f}" for other in others]
         seeds, trials = str(len(point.losses)), str(point.trials)
-        rows.append([point.family, batch, spread(point.updates, 0), last, seeds, trials, *cells])
+        rows.append([point.family, point.batch, spread(point.updates, 0), last, seeds, trials, *cells])
     head = ["method", "batch", "updates", "loss", "seeds", "trials", *growing]
     return "\n".join([f"## {task}\n", *markdown(head, rows)]) if rows else ""
 
@@ -104,7 +109,8 @@ def _table(task: str, found: Sequence[Point]) -> str:
 _HOW = """Made by `python -m examples.compare report` from the records here, the fewest updates first.
 
 - All runs of a task see the same tokens. The loss is the last one on the test split, "±" half the range over the seeds.
-- "× F": the batch follows the noise, by F noise scales, or at a norm test of F. "n": micro-batches in an update.
+- A batch that follows the noise has F noise scales B ("×F"), or sqrt(r B) micro-batches, or what a norm test at η asks
+  for. "n": micro-batches in a fixed one, and the largest of one that grows as planned (batch-warmup).
 - The last columns are for a fixed batch, or a planned one: what the families that follow the noise have at as many
   updates, on a straight line over the logarithm of updates between two factors; empty beyond their ends. Where the loss
   is the smaller number, the fixed batch lies below that front."""

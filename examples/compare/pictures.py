@@ -25,11 +25,9 @@ _SHOWN = len(_COLOURS)
 _FIXED = {
     "single-worker": ("s", _COLOURS[0]),
     "adamw": ("o", _COLOURS[0]),
-    "adamw-8": ("D", _COLOURS[0]),
     "lena-as-is": ("o", _COLOURS[1]),
-    "muon-base": ("s", _COLOURS[2]),
     "muon": ("o", _COLOURS[2]),
-    "muon-8": ("D", _COLOURS[2]),
+    "muon-kept": ("D", _COLOURS[2]),
     "batch-warmup": ("^", _COLOURS[3]),
 }
 """Marker and colour of the methods that a front names, beside those that follow the noise."""
@@ -92,11 +90,11 @@ def _front(single: Study, found: Sequence[Point]) -> Figure:
     placed = [point for point in found if point.place]
     for family, line in lines(found).items():
         updates, losses, _ = zip(*line, strict=True)
-        style = {"linestyle": (0, (4, 2))} if "root" in family or "norm" in family else {}
+        style = {"linestyle": (0, (4, 2))} if family.endswith("price") else {}
         colour = _BASES.get(family.partition("-")[0], INK)
         axes.plot(updates, losses, color=colour, marker=".", linewidth=1.8, label=family, **style)
-        for x, y, factor in line:
-            _tell(axes, f"×{factor:g}", (x, y), colour, above=False)
+        for x, y, batch in line:
+            _tell(axes, batch, (x, y), colour, above=False)
     for point in (point for point in placed if not point.follows_noise):
         marker, colour = _FIXED.get(point.family, (".", "#BBBBBB"))
         is_named = point.family in _FIXED
@@ -105,14 +103,14 @@ def _front(single: Study, found: Sequence[Point]) -> Figure:
         style = {"s": 34 if is_named else 16, "facecolors": "none" if is_named else colour, "edgecolors": colour}
         axes.scatter(*point.place, marker=marker, zorder=2 + is_named, label=None if known else label, **style)
         if is_named:
-            _tell(axes, f"{point.batch:g}", point.place, colour, above=True)
+            _tell(axes, point.batch, point.place, colour, above=True)
     losses = sorted(point.place[1] for point in placed)
     axes.set_ylim(losses[0] - 0.06, losses[0] + 1.35)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     task = single.task
     dress(axes, f"{task.name}: {task.measure} on the test split after {task.micro_batches:,} micro-batches")
-    axes.set_xlabel("updates of the run; ×: factor of the noise scale; numbers: fixed micro-batches in an update")
+    axes.set_xlabel("updates; lines: the batch follows the noise scale (×) or its root (r); n: fixed, or planned")
     axes.legend(frameon=False, fontsize=8.5, loc="upper right")
     return figure
 

@@ -338,6 +338,17 @@ def test_a_norm_test_that_fails_asks_for_the_batch_that_would_pass(name, eta, la
     assert noise / (0.1**2 * square) > 3 > 2 > noise / (0.99**2 * square)
 
 
+@pytest.mark.parametrize(("scale", "price"), [(3.0, 16), (40.0, 16), (40.0, 64), (9.0, 4)])
+def test_a_priced_batch_costs_least(scale, price):
+    contestant = build("adamw", SETTINGS | {"update_price": price}, Toy(), 128, 1)
+    growth, found = contestant.growing.growth, 2
+    for _ in range(8):
+        found = growth.next(found, scale, replicas=1)
+    cost = {n: scale + n + price * (1 + scale / n) for n in range(2, 129)}
+    assert abs(found - min(cost, key=cost.get)) <= 1  # it is rounded down
+    assert growth.next(8, -1.0, replicas=1) == growth.next(8, math.inf, replicas=1) == 8
+
+
 def test_a_batch_follows_the_noise_scale_of_all_parameters():
     model = Toy()
     contestant = build("muon", SETTINGS | {"growth_factor": 0.5}, model, 64, 20)
