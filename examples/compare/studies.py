@@ -122,6 +122,7 @@ METHODS = [
     Method("muon-base", "muon", SINGLE, {"muon_lr": Float(0.005, 0.2, log=True)}),
     Method("muon-root", "muon", SINGLE | MUON_BASE | ROOT),
     Method("muon-kept", "muon", MUON_32),
+    Method("muon-16", "muon", {}, WARMUP | {"muon_lr": Float(0.01, 0.1, log=True)} | LR_POWER),  # searched at n = 16
     # SGD, as in the LENA paper: warm-ups none, fixed and by layer (for AdaScale: by the model), and a tuned LARS.
     Method("single-worker-sgd", "sgd", {}, lr(0.003, 0.3) | {"warmup_fraction": Float(0.0, 0.1)}),
     Method("lars", "lena", {"base": "lars"} | UNSCALED, lr(0.01, 1.0) | TRUST | {"warmup_fraction": Float(0.01, 0.25)}),
@@ -215,11 +216,18 @@ study("gpt-16", "muon lena-as-is muon-root muon-kept adamw", n=16, settings_of=G
 study("gpt-8-kept", "muon-kept", n=8, seeds=(1,), **ON_GPT)
 study("gpt-growth-seeds", "muon-kept-price-16 muon-kept-growth-1", n=128, seeds=(2, 3), **ON_GPT)
 study("gpt-16-seeds", "muon-kept muon", n=16, settings_of=GPT_32, seeds=(2, 3), **ON_GPT)
+study("gpt-16-tuned", "muon-16", n=16, trials=6, seeds=(1,), **ON_GPT)
 study("gpt-4", "muon lena-as-is adamw", n=4, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 # A model on which nothing was chosen: do the defaults hold?
 LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
 THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"
-study("llama-32", THIRD, task=LLAMA, n=32, base=LLAMA_1, trials=12)
+LLAMA_32 = study("llama-32", THIRD, task=LLAMA, n=32, base=LLAMA_1, trials=12)
+# The front on these two: of Muon, with the settings that trials have chosen for n = 32.
+study("llama-16", "muon", task=LLAMA, n=16, base=LLAMA_1, settings_of=LLAMA_32, seeds=(1,))
+for task, base, lr_32 in ((LLAMA, LLAMA_1, 0.041), (BERT, BERT_1, 0.056)):
+    grown = {method.name: method for method in growing("muon-kept", "muon", MUON_32 | {"lr": lr_32})}
+    of_task = tuple(grown[f"muon-kept-{name}"] for name in ("price-16", "growth-1", "price-64"))
+    STUDIES.append(Study(name=f"{task.name}-growth", task=task, n=128, methods=of_task, base=base, seeds=(1,)))
 FASHION_1 = study("fashion-1", "single-worker-sgd", task=FASHION, n=1, trials=12)
 FASHION_32 = study(
     "fashion-32",
