@@ -206,7 +206,7 @@ study(
     "adamw-growth-1 lena-growth-1 adamw-root-growth-1 lena-growth-4 adamw-root-growth-4 muon-root-growth-1 "
     "muon-growth-1 lena-growth-2 muon-root-growth-2 lena-price-16 muon-root-price-16 muon-kept-growth-1 "
     "muon-kept-price-16 lena-price-64 lena-growth-0.5 muon-kept-growth-2 muon-kept-price-64 adamw-root-growth-2 "
-    "norm-test-0.7 muon-kept-growth-0.5",
+    "norm-test-0.7 adamw-root-price-16",
     n=128,
     seeds=(1,),
     **ON_GPT,
@@ -214,8 +214,8 @@ study(
 study("gpt-quarter-2", "muon-base", task=GPT_QUARTER, n=2, trials=4, seeds=(1,), base=GPT_1)
 study("gpt-16", "muon lena-as-is muon-root muon-kept adamw", n=16, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 study("gpt-8-kept", "muon-kept", n=8, seeds=(1,), **ON_GPT)
-study("gpt-growth-seeds", "muon-kept-price-16 muon-kept-growth-1", n=128, seeds=(2, 3), **ON_GPT)
-study("gpt-16-seeds", "muon-kept muon", n=16, settings_of=GPT_32, seeds=(2, 3), **ON_GPT)
+study("gpt-growth-seeds", "muon-kept-price-16 lena-price-16", n=128, seeds=(2, 3), **ON_GPT)
+study("gpt-16-seeds", "muon-kept lena-as-is", n=16, settings_of=GPT_32, seeds=(2, 3), **ON_GPT)
 study("gpt-16-tuned", "muon-16", n=16, trials=6, seeds=(1,), **ON_GPT)
 study("gpt-4", "muon lena-as-is adamw", n=4, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 # A model on which nothing was chosen: do the defaults hold?
