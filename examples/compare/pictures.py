@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -84,42 +84,40 @@ def _losses(study: Study, shown: Sequence[Outcome], goals: Sequence[float]) -> F
 
 
 def _front(single: Study, found: Sequence[Point]) -> Figure:
-    """Loss against updates: lines are batches that follow the noise, markers fixed ones and planned ones."""
-    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    """Loss against updates: thick lines are batches that follow the noise, thin ones fixed and planned ones."""
+    figure = Figure(figsize=(8.5, 6), layout="constrained")
     axes = figure.subplots()
-    placed = [point for point in found if point.place]
-    for family, line in lines(found).items():
-        updates, losses, _ = zip(*line, strict=True)
+    for family, line in sorted(lines(point for point in found if point.follows_noise).items()):
         style = {"linestyle": (0, (4, 2))} if family.endswith("price") else {}
         colour = _BASES.get(family.partition("-")[0], INK)
-        axes.plot(updates, losses, color=colour, marker=".", linewidth=1.8, label=family, **style)
-        for x, y, batch in line:
-            _tell(axes, batch, (x, y), colour, above=False)
-    for point in (point for point in placed if not point.follows_noise):
-        marker, colour = _FIXED.get(point.family, (".", "#BBBBBB"))
-        is_named = point.family in _FIXED
-        label = point.family if is_named else "others"
-        known = label in axes.get_legend_handles_labels()[1]
-        style = {"s": 34 if is_named else 16, "facecolors": "none" if is_named else colour, "edgecolors": colour}
-        axes.scatter(*point.place, marker=marker, zorder=2 + is_named, label=None if known else label, **style)
-        if is_named:
-            _tell(axes, point.batch, point.place, colour, above=True)
-    losses = sorted(point.place[1] for point in placed)
-    axes.set_ylim(losses[0] - 0.06, losses[0] + 1.35)
+        updates, losses, batches = zip(*line, strict=True)
+        axes.plot(updates, losses, color=colour, marker="*", markersize=8, linewidth=1.8, label=family, **style)
+        _tell(axes, zip(updates, losses, batches, strict=True), colour, offset=-12)
+    others = lines(point for point in found if not point.follows_noise)
+    for family, (marker, colour) in _FIXED.items():
+        if family in others:
+            updates, losses, batches = zip(*others.pop(family), strict=True)
+            style = {"marker": marker, "markerfacecolor": "none", "linewidth": 0.7, "linestyle": ":"}
+            axes.plot(updates, losses, color=colour, label=family, **style)
+            _tell(axes, zip(updates, losses, batches, strict=True), colour, offset=6)
+    rest = [point for line in others.values() for point in line]
+    if rest:
+        axes.plot(*zip(*[point[:2] for point in rest], strict=True), ".", color="#BBBBBB", zorder=0, label="others")
+    lowest = min((point.place[1] for point in found if point.place), default=0.0)
+    axes.set_ylim(lowest - 0.05, lowest + 0.7)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     task = single.task
     dress(axes, f"{task.name}: {task.measure} on the test split after {task.micro_batches:,} micro-batches")
-    axes.set_xlabel("updates; lines: the batch follows the noise scale (×) or its root (r); n: fixed, or planned")
+    axes.set_xlabel("updates; stars: the batch follows the noise scale (×) or its root (r); n: fixed, or planned")
     axes.legend(frameon=False, fontsize=8.5, loc="upper right")
     return figure
 
 
-def _tell(axes: Axes, words: str, place: tuple[float, float], colour: str, above: bool) -> None:
-    offset = (0, 6) if above else (0, -11)
-    axes.annotate(
-        words, place, offset, textcoords="offset points", ha="center", color=colour, fontsize=7, annotation_clip=True
-    )
+def _tell(axes: Axes, points: Iterable[tuple[float, float, str]], colour: str, offset: float) -> None:
+    for x, y, words in points:
+        style = {"ha": "center", "color": colour, "fontsize": 7, "annotation_clip": True}
+        axes.annotate(words, (x, y), (0, offset), textcoords="offset points", **style)
 
 
 def _gains(study: Study, rows: Gains) -> Figure:

@@ -434,22 +434,25 @@ def test_a_front_has_fixed_batches_beside_what_follows_the_noise(runs, tmp_path)
     finish_single_worker(runs)
     assert "## toy" not in fronts(ALL, runs)
     grows = [Method(f"grows-{factor}", "adamw", {"growth_factor": factor}) for factor in (1, 4)]
-    study, more = (replace(LARGE, name=f"with-{seed}", methods=(*grows, FIXED), seeds=(seed,)) for seed in (1, 2))
+    muon = Method("muon", "muon", {"muon_lr": 0.01})
+    study, more = (replace(LARGE, name=f"with-{seed}", methods=(*grows, FIXED, muon), seeds=(seed,)) for seed in (1, 2))
     for own, losses in ((study, (2.0, 3.0)), (more, (2.2, None))):
         for method, loss, updates in zip(grows, losses, (16, 4), strict=True):
             finish(runs, Stage(own, method, tunes=False), loss and [(updates, loss)])
         finish(runs, Stage(own, FIXED, tunes=False), [(8, 2.5)])
+        finish(runs, Stage(own, muon, tunes=False), [(8, 0.5)])  # not beside an AdamW
     text = fronts([SMALL, study], runs)
-    assert "| method | batch | updates | loss | seeds | trials | grows |" in text
-    assert "| grows | ×4 | 4 ± 0 | 3.000 ± 0.000 | 1 | 0 |  |" in text
-    assert "| fixed | n = 8 | 8 ± 0 | 2.500 ± 0.000 | 1 | 0 | 2.500 |" in text, "in the middle, by the logarithm"
-    assert "| one | n = 1 | 64 ± 0 | 1.000 ± 0.000 | 2 | 3 |  |" in text, "beyond the ends"
+    assert "| method | batch | updates | loss | seeds | trials | fixed | difference |" in text
+    assert "| grows | ×4 | 4 ± 0 | 3.000 ± 0.000 | 1 | 0 |  |  |" in text, "beyond the ends of the fixed ones"
+    assert "| grows | ×1 | 16 ± 0 | 2.000 ± 0.000 | 1 | 0 | 2.000 | +0.000 |" in text, "a third, by the logarithm"
+    assert "| fixed | n = 8 | 8 ± 0 | 2.500 ± 0.000 | 1 | 0 |  |  |" in text
+    assert "| one | n = 1 | 64 ± 0 | 1.000 ± 0.000 | 2 | 3 |  |  |" in text
     both = fronts([SMALL, study, more], runs)
-    assert "| grows | ×1 | 16 ± 0 | 2.100 ± 0.100 | 2 | 0 |" in both
-    assert "| grows | ×4 | 2 ± 2 | diverged | 2 | 0 |" in both
+    assert "| grows | ×1 | 16 ± 0 | 2.100 ± 0.100 | 2 | 0 | 2.000 | +0.100 |" in both
+    assert "| grows | ×4 | 2 ± 2 | diverged | 2 | 0 |  |  |" in both
     draw([SMALL, study, more], runs, tmp_path)
     assert (tmp_path / "toy-front.svg").exists()
-    assert at([(8, 3.0, 4), (32, 2.0, 1)], 7) is None
+    assert at([(8, 3.0, "n = 8"), (32, 2.0, "n = 2")], 7) is None
 
 
 def test_a_table_counts_micro_batches_as_the_noise_had_them(runs):
