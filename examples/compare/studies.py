@@ -223,7 +223,8 @@ LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
 THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"
 LLAMA_32 = study("llama-32", THIRD, task=LLAMA, n=32, base=LLAMA_1, trials=12)
 # The front on these two: of Muon, with the settings that trials have chosen for n = 32.
-study("llama-16", "muon", task=LLAMA, n=16, base=LLAMA_1, settings_of=LLAMA_32, seeds=(1,))
+LLAMA_16 = study("llama-16", "muon", task=LLAMA, n=16, base=LLAMA_1, settings_of=LLAMA_32, seeds=(1,))
+again(LLAMA_16, "llama-8", n=8)
 for task, base, lr_32 in ((LLAMA, LLAMA_1, 0.041), (BERT, BERT_1, 0.056)):
     grown = {method.name: method for method in growing("muon-kept", "muon", MUON_32 | {"lr": lr_32})}
     of_task = tuple(grown[f"muon-kept-{name}"] for name in ("price-16", "growth-1", "price-64"))
