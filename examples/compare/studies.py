@@ -226,9 +226,13 @@ LLAMA_32 = study("llama-32", THIRD, task=LLAMA, n=32, base=LLAMA_1, trials=12)
 LLAMA_16 = study("llama-16", "muon", task=LLAMA, n=16, base=LLAMA_1, settings_of=LLAMA_32, seeds=(1,))
 again(LLAMA_16, "llama-8", n=8)
 for task, base, lr_32 in ((LLAMA, LLAMA_1, 0.041), (BERT, BERT_1, 0.056)):
-    grown = {method.name: method for method in growing("muon-kept", "muon", MUON_32 | {"lr": lr_32})}
-    of_task = tuple(grown[f"muon-kept-{name}"] for name in ("price-16", "growth-1", "price-64"))
-    STUDIES.append(Study(name=f"{task.name}-growth", task=task, n=128, methods=of_task, base=base, seeds=(1,)))
+    kept = MUON_32 | {"lr": lr_32}
+    grown = {method.name: method for method in growing("muon-kept", "muon", kept)}
+    own = {"task": task, "base": base, "seeds": (1,)}
+    STUDIES += [
+        Study(name=f"{task.name}-growth", n=128, methods=(grown["muon-kept-price-16"],), **own),
+        Study(name=f"{task.name}-8-kept", n=8, methods=(Method("muon-kept", "muon", kept),), **own),
+    ]
 FASHION_1 = study("fashion-1", "single-worker-sgd", task=FASHION, n=1, trials=12)
 FASHION_32 = study(
     "fashion-32",
