@@ -220,15 +220,15 @@ THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"
 LLAMA_32 = study("llama-32", THIRD, task=LLAMA, n=32, base=LLAMA_1, trials=12)
 # The front on these two: of Muon, with the settings that trials have chosen for n = 32.
 LLAMA_16 = study("llama-16", "muon", task=LLAMA, n=16, base=LLAMA_1, settings_of=LLAMA_32, seeds=(1,))
-again(LLAMA_16, "llama-8", n=8)
+again(LLAMA_16, "llama-8", n=8, seeds=(1, 2, 3))
 for task, base, lr_32 in ((LLAMA, LLAMA_1, 0.041), (BERT, BERT_1, 0.056)):
     kept = MUON_32 | {"lr": lr_32}
     grown = {method.name: method for method in growing("muon-kept", "muon", kept)}
     grows = Study(
         name=f"{task.name}-growth", task=task, n=128, base=base, methods=(grown["muon-kept-price-16"],), seeds=(1,)
     )
-    STUDIES += [grows, replace(grows, name=f"{task.name}-8-kept", n=8, methods=(Method("muon-kept", "muon", kept),))]
-again(grows, "bert-growth-seeds", seeds=(2, 3))
+    fixed = replace(grows, name=f"{task.name}-8-kept", n=8, methods=(Method("muon-kept", "muon", kept),))
+    STUDIES += [replace(grows, seeds=(1, 2, 3)), fixed]
 FASHION_1 = study("fashion-1", "single-worker-sgd", task=FASHION, n=1, trials=12)
 FASHION_32 = study(
     "fashion-32",

@@ -501,6 +501,14 @@ def test_the_documents_cite_what_the_tables_say():
     assert [figure for figure in cited if figure not in told] == []
 
 
+def test_the_document_of_growth_cites_what_the_fronts_say():
+    told = (RESULTS / "front.md").read_text()
+    growth = (ROOT / "docs" / "growth.md").read_text()
+    cited = SPREAD.findall(growth) + re.findall(r"[+-]?\b\d\.\d{3}\b", growth)
+    assert len(cited) > 60
+    assert [figure for figure in cited if figure not in told] == []
+
+
 def test_a_row_of_the_documents_has_the_figures_of_its_method():
     told = (RESULTS / "tables.md").read_text().splitlines()
     comparison = (ROOT / "docs" / "comparison.md").read_text()
