@@ -38,19 +38,6 @@ class NormTest:
             self.accumulation = max(self.accumulation, min(math.ceil(wanted), self._largest))
 
 
-class PricedGrowth(ds_lena.BatchGrowth):
-    """A batch of factor x the square root of the noise scale.
-
-    With a noise scale B, an update of n micro-batches is worth 1 / (1 + B / n) of a noiseless one (McCandlish et al.,
-    https://arxiv.org/abs/1812.06162). So noiseless progress costs B + n micro-batches and (1 + B / n) updates. If an
-    update costs as much as r micro-batches beside its own, the sum is least at n = sqrt(r B).
-    """
-
-    def next(self, now: int, noise_scale: float, replicas: int, done: int = 0, lowest: int = 1) -> int:
-        root = math.sqrt(noise_scale) if noise_scale > 0 else noise_scale
-        return super().next(now, root, replicas, done, lowest)
-
-
 def follow(optimizer: Optimizer, settings: Mapping[str, Any], model: nn.Module, largest: int) -> Growing | NormTest:
     """What says the `accumulation` of each update. `optimizer` has all parameters of the model.
 
@@ -59,7 +46,7 @@ def follow(optimizer: Optimizer, settings: Mapping[str, Any], model: nn.Module, 
     if "norm_test" in settings:
         return NormTest(ds_lena.watch(model, optimizer, smoothing=0.0), settings["norm_test"], largest)
     if "update_price" in settings:
-        growth: ds_lena.BatchGrowth = PricedGrowth(math.sqrt(settings["update_price"]), SMALLEST, largest)
+        growth = ds_lena.BatchGrowth(math.sqrt(settings["update_price"]), SMALLEST, largest, power=0.5)
     else:
         growth = ds_lena.BatchGrowth(settings["growth_factor"], SMALLEST, largest)
     return ds_lena.grow(model, growth, optimizer=optimizer)
