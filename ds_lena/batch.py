@@ -74,8 +74,8 @@ def grow(
 
     def after(*_: Any) -> None:
         if is_update:
-            growing.set_lr(optimizer.param_groups)
             growing.decide()
+            growing.set_lr(optimizer.param_groups)
 
     # The hooks of the watch were registered before: they run before these, and a step that ends clears its passes.
     optimizer.register_step_pre_hook(before)

@@ -44,6 +44,11 @@ class Growing:
                 f'BatchGrowth: "largest": {growth.largest} is below the {lowest} x {replicas} micro-batches that the '
                 "trainer was given to start with. Raise it, or lower gradient_accumulation_steps."
             )
+        if growth.lr_power and watch.watcher is None:
+            raise ConfigError(
+                f'BatchGrowth: "lr_power": {growth.lr_power} with LENA, whose gain raises the learning rate of each '
+                "layer already. Leave lr_power out."
+            )
         self.first = self.accumulation = max(least, lowest)
         self.micro_batches = self._samples = self._updates = 0
         self._noise_scale = math.inf
@@ -93,14 +98,24 @@ class Growing:
         self.accumulation = after
         return changed
 
+    @property
+    def sets_lr(self) -> bool:
+        """Whether it sets the learning rate: by a schedule, or by the batch."""
+        return self.schedule is not None or self.growth.lr_power > 0
+
+    def lr_factor(self, samples: float) -> float:
+        """What the next update multiplies the first learning rate by, after so many samples."""
+        by_batch = (self.accumulation / self.first) ** self.growth.lr_power
+        return by_batch if self.schedule is None else by_batch * self.schedule(samples)
+
     def set_lr(self, groups: Groups) -> None:
-        """Give groups the learning rate of the next update (modified in place), if there is a schedule."""
-        if self.schedule is None:
+        """Give groups the learning rate of the next update (modified in place), if it sets that."""
+        if not self.sets_lr:
             return
         if self._lr_at_start is None:
             self._lr_at_start = [float(group["lr"]) for group in groups]
         for group, start in zip(groups, self._lr_at_start, strict=True):
-            value = start * self.schedule(self._samples)
+            value = start * self.lr_factor(self._samples)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(value)
             else:

@@ -35,6 +35,8 @@ class BatchGrowth:
         every: updates between two decisions, >= 1. On a GPU a decision waits for the device.
         shrink: let the batch become smaller, too.
         power: in (0, 1]. 1 follows the noise scale itself, 0.5 its square root.
+        lr_power: in [0, 1]. The learning rate is multiplied by (batch / first batch) ** lr_power. 0 leaves it. LENA's
+            gain does this for each layer, so LENA allows 0 only.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -47,6 +49,7 @@ class BatchGrowth:
     every: int = 10
     shrink: bool = False
     power: float = 1.0
+    lr_power: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -60,6 +63,7 @@ class BatchGrowth:
                 ("every", self.every, is_count(self.every), "a whole number of updates >= 1"),
                 ("shrink", self.shrink, isinstance(self.shrink, bool), "true or false"),
                 ("power", self.power, is_number(self.power) and 0 < self.power <= 1, "a number in (0, 1]"),
+                ("lr_power", self.lr_power, is_number(self.lr_power) and 0 <= self.lr_power <= 1, "a number in [0, 1]"),
             ],
         )
         if self.largest < self.smallest:

@@ -32,6 +32,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=sorted(PARAMS), default="AdamW")
     parser.add_argument("--factor", type=float, default=1.0, help="the batch, in noise scales")
+    parser.add_argument("--power", type=float, default=1.0, help="0.5: the root of the noise scale")
+    parser.add_argument("--lr-power", type=float, default=0.0, help="0.5: the learning rate by the root of the batch")
     parser.add_argument("--smallest", type=int, default=2, help="micro-batches of the first updates, over all ranks")
     parser.add_argument("--largest", type=int, default=64, help="and at most")
     parser.add_argument("--samples", type=int, default=4096, help="the run, in samples of 64 bytes")
@@ -67,7 +69,7 @@ def main() -> None:
     )
     growing = ds_lena.grow(
         engine,
-        ds_lena.BatchGrowth(given.factor, given.smallest, given.largest),
+        ds_lena.BatchGrowth(given.factor, given.smallest, given.largest, power=given.power, lr_power=given.lr_power),
         schedule=ds_lena.cosine(total=given.samples, warmup=given.samples / 20, floor=0.1),
         **({} if given.optimizer == "LENA" else {"smoothing": SMOOTHING}),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -67,6 +68,7 @@ class BatchGrowthCallback(NoiseScaleCallback):
         self._view: EngineView | None = None
         self._trainer: Any = None
         self._saved: dict[str, Any] | None = None
+        self._set_lr: Callable[[], None] = lambda: None
 
     @classmethod
     def add_to(cls, trainer: Trainer, growth: BatchGrowth, **keys: Any) -> BatchGrowthCallback:  # type: ignore[override]
@@ -183,6 +185,7 @@ class BatchGrowthCallback(NoiseScaleCallback):
         self._passes = 0
         if growing.decide(self._in_epoch()):
             self._set(args)
+            self._set_lr()
         self._tell(state)
         if self._updates_left(growing.accumulation) == 0:
             control.should_training_stop = True
@@ -256,7 +259,9 @@ class BatchGrowthCallback(NoiseScaleCallback):
     def _replace_scheduler(self, args: Any, scheduler: Any) -> None:
         while hasattr(scheduler, "scheduler"):
             scheduler = scheduler.scheduler
-        if self.schedule is None:
+        growing = self.growing
+        assert growing is not None
+        if not growing.sets_lr:
             if scheduler is not None and str(args.lr_scheduler_type.value) != "constant":
                 raise _scheduler_in_updates(args.lr_scheduler_type.value)
             return
@@ -266,15 +271,19 @@ class BatchGrowthCallback(NoiseScaleCallback):
                 'by the schedule in samples. Leave the "scheduler" entry of the DeepSpeed configuration out, and '
                 "optimizers=(…, scheduler) of the Trainer."
             )
-        growing, schedule = self.growing, self.schedule
-        assert growing is not None
         # The Trainer steps it at the end of an update, before on_step_end.
         per_pass = self._size * self._replicas
         scheduler.lr_lambdas = [
-            lambda _: schedule((growing.samples or 0) + (self._passes + 1) * per_pass) for _ in scheduler.base_lrs
+            lambda _: growing.lr_factor((growing.samples or 0) + (self._passes + 1) * per_pass)
+            for _ in scheduler.base_lrs
         ]
-        for group, start in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = start * schedule(growing.samples or 0)
+
+        def set_lr() -> None:
+            for group, start in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = start * growing.lr_factor(growing.samples or 0)
+
+        self._set_lr = set_lr
+        set_lr()
 
     # -- what does not go together ------------------------------------------------------------------------------------
 

@@ -61,10 +61,12 @@ def weights(made: Any) -> dict[str, Tensor]:
         return {name: p.detach().double().clone() for name, p in named.items()}
 
 
-def grown(stage: int, optimizer: str, precision: str, schedule: SampleSchedule | None = None) -> Any:
+def grown(
+    stage: int, optimizer: str, precision: str, schedule: SampleSchedule | None = None, lr_power: float = 0.0
+) -> Any:
     with engine(entries(stage, optimizer, precision)) as made:
         growing = (
-            ds_lena.grow(made, BatchGrowth(**GROWTH), schedule, smoothing=0.5)
+            ds_lena.grow(made, BatchGrowth(**GROWTH, lr_power=lr_power), schedule, smoothing=0.5)
             if optimizer != "LENA"
             else (ds_lena.grow(made, BatchGrowth(**GROWTH), schedule))
         )
@@ -82,13 +84,14 @@ def gradients(twin: nn.Module, start: int, window: int) -> None:
             (twin(*(x.double() for x in micro_batch(number, rank))) / (window * WORLD)).backward()
 
 
-def planned(windows: list[int], schedule: SampleSchedule | None) -> dict[str, Tensor]:
+def planned(windows: list[int], schedule: SampleSchedule | None, lr_power: float = 0.0) -> dict[str, Tensor]:
     """The weights of torch's AdamW in float64 after windows of this plan."""
     twin = Net().double()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.01)
     done = 0
     for window in windows:
-        optimizer.param_groups[0]["lr"] = 0.01 * (schedule(done * WORLD * MICRO_BATCH) if schedule else 1)
+        by_samples = schedule(done * WORLD * MICRO_BATCH) if schedule else 1
+        optimizer.param_groups[0]["lr"] = 0.01 * by_samples * (window / windows[0]) ** lr_power
         gradients(twin, done, window)
         optimizer.step()
         optimizer.zero_grad()
@@ -164,6 +167,11 @@ SCHEDULES = [
 def test_the_learning_rate_is_that_of_the_samples(ranks: Ranks, schedule: SampleSchedule) -> None:
     for windows, found, _ in ranks.run(grown, 1, "AdamW", "fp32", schedule):
         assert path_error(found, planned(windows, schedule)) < 1e-5
+
+
+def test_the_learning_rate_follows_the_batch(ranks: Ranks) -> None:
+    for windows, found, _ in ranks.run(grown, 2, "AdamW", "fp32", None, 0.5):
+        assert windows[-1] > windows[0] and path_error(found, planned(windows, None, 0.5)) < 1e-5
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

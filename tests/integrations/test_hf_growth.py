@@ -128,6 +128,17 @@ def test_resuming_goes_on_at_the_right_sample_to_the_bit(run: Run, whole: str, p
         assert again["max_steps"][1:] == at_once["max_steps"][1:]
 
 
+def test_the_learning_rate_follows_the_batch(run: Run) -> None:
+    """That was set: at the end of an epoch an update may have fewer micro-batches."""
+    found = run("lr follows")[0]
+    schedule, windows, done = cosine(total=200), found["windows"], 0
+    for window, lr in zip(windows, found["lr"], strict=True):
+        wanted = LR * schedule(BATCH * RANKS * done) * (window / 2) ** 0.5
+        done += window
+        assert lr == pytest.approx(wanted) or (done % EPOCH == 0 and lr > wanted)
+    assert max(windows) > 4
+
+
 def test_resuming_on_one_rank_keeps_the_batch_in_samples(run: Run, folder: Path) -> None:
     at_once, beside = run("ddp")
     left = at_once["windows"][6:]

@@ -73,6 +73,7 @@ def test_it_grows_where_a_window_can_begin_and_never_above_what_was_wanted() -> 
         ({"every": True}, '"every": True'),
         ({"shrink": 1}, "true or false"),
         ({"power": 0}, '"power": 0'),
+        ({"lr_power": 2}, '"lr_power": 2'),
     ],
 )
 def test_bad_keys_are_told(keys: dict[str, Any], message: str) -> None:
@@ -158,6 +159,21 @@ def test_a_loop_reads_the_number_and_it_follows_the_noise_scale(name: str) -> No
     report = growing.report()
     assert report["most_replicas"] == report["n"] and report["noise_scale"] == pytest.approx(8, rel=0.15)
     assert f"up to {report['n']} ranks" in report["advice"]
+
+
+def test_the_learning_rate_follows_the_batch() -> None:
+    model = Line()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    schedule = linear(total=1000)
+    growing = ds_lena.grow(model, growth(every=2, lr_power=0.5), schedule, optimizer, micro_batch_size=2)
+    done = 0
+    for n, lr in train(model, optimizer, growing, 200):
+        assert lr == pytest.approx(0.5 * schedule(2 * done) * (n / 2) ** 0.5)
+        done += n
+    assert growing.accumulation > 4
+    lena = ds_lena.LENA(model.named_parameters(), lr=0.5, warmup="none", micro_batch_size=2)
+    with pytest.raises(ConfigError, match="with LENA, whose gain"):
+        ds_lena.grow(model, growth(lr_power=0.5), None, lena)
 
 
 def made(replicas: int, size: int | None, **keys: Any) -> Growing:

@@ -90,8 +90,8 @@ def grow_engine(
 
     def after(applied: bool) -> None:
         nonlocal is_due
-        growing.set_lr(view.optimizer.param_groups)
         is_due = applied and growing.decide()
+        growing.set_lr(view.optimizer.param_groups)
 
     def at_end() -> None:
         nonlocal is_due

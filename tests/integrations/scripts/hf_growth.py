@@ -47,7 +47,9 @@ class Remember(TrainerCallback):
         self.saved.append(state.global_step)
 
 
-def train(folder, resume=None, optimizer=ADAMW, stage=2, data=None, restore=False, accumulation=ACCUMULATION, **more):
+def train(
+    folder, resume=None, optimizer=ADAMW, stage=2, data=None, restore=False, accumulation=ACCUMULATION, growth=None
+):
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # a Trainer before has set it
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -85,11 +87,10 @@ def train(folder, resume=None, optimizer=ADAMW, stage=2, data=None, restore=Fals
     keys = {"smoothing": 0.5} if optimizer is ADAMW else {}
     callback = BatchGrowthCallback.add_to(
         trainer,
-        ds_lena.BatchGrowth(**GROWTH),
+        ds_lena.BatchGrowth(**GROWTH | (growth or {})),
         budget_samples=BUDGET,
         schedule=ds_lena.cosine(total=TOTAL),
         **keys,
-        **more,
     )
     result = trainer.train(resume_from_checkpoint=resume)
     return {
@@ -119,6 +120,7 @@ def main(folder):
         "ddp": lambda: train(folder / "ddp", stage=None),
         "ddp resumed": lambda: train(folder / "d", str(folder / "ddp" / "checkpoint-6"), stage=None),
         "endless": lambda: train(folder / "endless", data=Endless()),
+        "lr follows": lambda: train(folder / "f", stage=None, growth={"lr_power": 0.5}),
         "ended": lambda: train(folder / "ended", data=Endless(60)),
     }
     alone = {

@@ -135,7 +135,7 @@ class EngineView:
     def is_scheduled(self) -> bool:
         """Whether a schedule sets the learning rate in each update: a scheduler's, or that of a growing batch."""
         growing = getattr(self._engine, "ds_lena_growing", None)
-        return self.scheduler is not None or (growing is not None and growing.schedule is not None)
+        return self.scheduler is not None or (growing is not None and growing.sets_lr)
 
     def set_accumulation(self, steps: int) -> None:
         """Have each update from now on take so many micro-batches of one rank. Between two updates only.
