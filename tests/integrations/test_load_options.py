@@ -263,6 +263,26 @@ def test_where_deepspeed_loads_none_of_them_it_is_refused(ranks: Ranks, tmp_path
     assert first == second and "DeepSpeed loads no weights alone at ZeRO-3" in first
 
 
+def older_weights_of_stock(folder: str) -> str:
+    """The error where the older of two checkpoints of AdamW is asked for, without its state."""
+    with stock_engine(config(3)) as made:
+        for update, tag in enumerate(("older", "newer")):
+            train_two(made, range(update, update + 1))
+            made.save_checkpoint(folder, tag=tag)
+    with engine(config(3), Net(seed=1)) as made:
+        made.load_checkpoint(folder, tag="newer", load_optimizer_states=False)
+        try:
+            made.load_checkpoint(folder, tag="older", load_optimizer_states=False)
+        except ds_lena.StateError as error:
+            return str(error)
+        return ""
+
+
+def test_deepspeed_would_load_the_weights_of_another_tag(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(older_weights_of_stock, str(tmp_path))
+    assert first == second and "whatever tag is asked for" in first and 'Write "older" into it' in first
+
+
 def back_to_stock(folder: str, stage: int) -> list[str]:
     """What of the moments and masters differs between a run with LENA, and torch's AdamW that loads its checkpoint."""
     with engine(config(stage)) as made:
@@ -341,11 +361,19 @@ def of_kind(folder: str, kind: str, old: int, new: int) -> tuple[str, str]:
     own = error_at(old)
     another = error_at(new)
     rank = torch.distributed.get_rank()
+    (aside,) = Path(folder).rglob("layer_00-model_states.pt" if kind == "pipeline" else "*expert_1_*model_states.pt")
+    torch.distributed.barrier()
     if rank == 0:
+        aside.rename(f"{folder}/aside")
+    torch.distributed.barrier()
+    missing = error_at(old)
+    torch.distributed.barrier()
+    if rank == 0:
+        Path(f"{folder}/aside").rename(aside)
         for path in Path(folder).rglob("*optim_states.pt"):
             path.write_bytes(b"")
     torch.distributed.barrier()
-    return own, another, error_at(old)
+    return own, another, missing, error_at(old)
 
 
 @pytest.mark.parametrize(("kind", "old", "new"), [("experts", 2, 0), ("pipeline", 1, 0)])
@@ -356,7 +384,10 @@ def test_pipelines_and_experts_are_checked_in_their_layout_and_refused_in_others
     assert first == second
     assert first[0] == ""
     assert "a model with pipeline stages or experts is loaded in its own only" in first[1]
-    assert "optim_states.pt cannot be read" in first[2]
+    assert "cannot be read as a file of a checkpoint (" in first[2] and (
+        "layer 0" in first[2] or "expert_1" in first[2]
+    )
+    assert "optim_states.pt cannot be read" in first[3]
 
 
 def from_sequences(folder: str, old: int) -> dict[str, Tensor]:
