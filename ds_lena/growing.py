@@ -160,7 +160,7 @@ class Growing:
             "updates": self._updates,
             "noise_scale": self._noise_scale if math.isfinite(self._noise_scale) else None,
             "lr_at_start": self._lr_at_start,
-            "watch": None if self.watch.watcher is None else self.watch.state_dict(),
+            "watch": self.watch.to_save(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -174,8 +174,7 @@ class Growing:
         self._noise_scale = math.inf if state_dict["noise_scale"] is None else state_dict["noise_scale"]
         if state_dict["lr_at_start"] is not None:
             self._lr_at_start = state_dict["lr_at_start"]
-        if state_dict["watch"] is not None and self.watch.watcher is not None:
-            self.watch.load_state_dict(state_dict["watch"])
+        self.watch.go_on_from(state_dict["watch"])
 
     def _in_accumulation(self, samples: int, size: int) -> int:
         found = max(samples // (size * self.replicas), self._lowest)

@@ -83,6 +83,15 @@ class Watch:
         """Go on from `state_dict()`."""
         self._own().memory.load(state_dict)
 
+    def to_save(self) -> dict[str, Any] | None:
+        """`state_dict()`, for a checkpoint of something else. None where a LENA measures."""
+        return None if self.watcher is None else self.state_dict()
+
+    def go_on_from(self, saved: dict[str, Any] | None) -> None:
+        """Go on from `to_save()`. None changes nothing, nor does anything where a LENA measures."""
+        if saved is not None and self.watcher is not None:
+            self.load_state_dict(saved)
+
     def _own(self) -> Watcher:
         if self.watcher is None:
             raise StateError("ds_lena.watch: LENA measures here, and its own state_dict() holds what it remembers.")

@@ -75,8 +75,7 @@ class NoiseScaleCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves in a checkpoint."""
-        has_own = self.watch is not None and self.watch.watcher is not None  # a LENA has it in its own state
-        remembered = self.watch.state_dict() if self.watch is not None and has_own else None
+        remembered = None if self.watch is None else self.watch.to_save()
         return {"args": {"layers": self.layers, **self._keys}, "attributes": {"remembered": remembered}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,9 +90,8 @@ class NoiseScaleCallback(TrainerCallback, ExportableState):
             while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
                 optimizer = optimizer.optimizer  # accelerate's is an Optimizer, too
             self.watch = watch(model, optimizer, **{"micro_batch_size": args.per_device_train_batch_size} | self._keys)
-        remembered = stored(state, self).get("remembered") if state.global_step else None
-        if remembered is not None and self.watch.watcher is not None:
-            self.watch.load_state_dict(remembered)
+        if state.global_step:
+            self.watch.go_on_from(stored(state, self).get("remembered"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Called by the Trainer on every rank. Only here do the numbers come from the device."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from .optimizers import FOLLOWS_NOISE
+from .optimizers import FOLLOWS_NOISE, GROWS
 from .plan import Study
 from .runs import Runs, Stage, loss
 from .tables import Outcome, markdown, outcomes, spread
@@ -66,7 +66,7 @@ def _point(same: Sequence[Outcome]) -> Point:
         name, batch = name.removesuffix(f"-{first.settings[key]}"), f"{_SIGNS[key]}{first.settings[key]:g}"
     trials = Stage(first.study.chooser, first.method, tunes=True).size
     updates = [max(run.intermediate_values, default=0) for run in own]
-    is_fixed, is_muon = not follows and "full_batch_at" not in first.settings, "muon" in first.method.optimizer
+    is_fixed, is_muon = not GROWS & first.settings.keys(), "muon" in first.method.optimizer
     return Point(name, batch, is_fixed, bool(follows), is_muon, trials, updates, [loss(run) for run in own])
 
 

@@ -30,8 +30,8 @@ from .preconditioned import precondition
 
 Settings = Mapping[str, Any]
 FOLLOWS_NOISE = {"growth_factor", "update_price", "norm_test"}
-_GROWS = {"full_batch_at", "batch_lr_power"} | FOLLOWS_NOISE
-_SHARED = {"lr", "lr_power", "beta2", "weight_decay", "clip", "warmup_fraction"} | _GROWS
+GROWS = {"full_batch_at"} | FOLLOWS_NOISE
+_SHARED = {"lr", "lr_power", "beta2", "weight_decay", "clip", "warmup_fraction", "batch_lr_power"} | GROWS
 _NO_KEYS = _SHARED - {"lr", "weight_decay", "warmup_fraction"} | {"muon_lr"}
 """Settings that are no keys of LENA's entry."""
 _FINAL_LR = 0.1
@@ -98,7 +98,7 @@ def check(optimizer: str, settings: Settings) -> None:
             _lena_of([nn.Parameter(torch.zeros(1))], {"beta2": 0.9, **settings}, nn.Module(), updates=1)
         except (ds_lena.ConfigError, TypeError) as error:
             raise InputError(str(error)) from error
-    if len({"full_batch_at"} & settings.keys() | FOLLOWS_NOISE & settings.keys()) > 1:
+    if len(GROWS & settings.keys()) > 1:
         raise InputError("a batch grows by one of full_batch_at, growth_factor, update_price and norm_test")
     for key in {"growth_factor", "update_price"} & settings.keys():
         try:

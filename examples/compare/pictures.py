@@ -15,7 +15,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from ..common.plot import FAINT, INK, KINDS, dress, kind_of
 from .front import Point, lines, points
-from .optimizers import FOLLOWS_NOISE
+from .optimizers import GROWS
 from .plan import Study
 from .runs import Runs
 from .tables import Outcome, outcomes, targets
@@ -47,8 +47,7 @@ def draw(studies: Collection[Study], runs: Runs, folder: Path) -> None:
             _save(_front(study, front), folder / f"{study.task.name}-front.svg")
         found = outcomes(study, runs) if study.picture else []
         # A batch that grows takes many more and smaller updates, which would not lie beside the others'.
-        grows = {"full_batch_at"} | FOLLOWS_NOISE
-        shown = [outcome for outcome in found if outcome.loss is not None and not grows & outcome.settings.keys()]
+        shown = [outcome for outcome in found if outcome.loss is not None and not GROWS & outcome.settings.keys()]
         if shown:
             _save(_losses(study, shown, targets(study, runs)), folder / f"{study.name}.svg")
         for outcome in found:

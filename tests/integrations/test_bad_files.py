@@ -26,10 +26,14 @@ from tests.integrations._resharding import Model, differing, entries, groups, tr
 RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = torch.load(path, weights_only=False)
-    change(content["optimizer_state_dict"]["base_optimizer_state"])
+    change(content)
     torch.save(content, path)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    rewrite(path, lambda content: change(content["optimizer_state_dict"]["base_optimizer_state"]))
 
 
 def edit_lena(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
@@ -38,13 +42,7 @@ def edit_lena(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], ob
 
 def edit_wrapper(**entries: Any) -> Callable[[Path], object]:
     """What the wrapper itself saves."""
-
-    def edited(path: Path) -> None:
-        content = torch.load(path, weights_only=False)
-        content["optimizer_state_dict"] |= entries
-        torch.save(content, path)
-
-    return edited
+    return lambda path: rewrite(path, lambda content: content["optimizer_state_dict"].update(entries))
 
 
 def edit_states(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
@@ -64,14 +62,7 @@ def edit_everywhere(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
 
 def edit_model(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """In the model file."""
-
-    def edited(path: Path) -> None:
-        model = path.with_name("mp_rank_00_model_states.pt")
-        content = torch.load(model, weights_only=False)
-        change(content)
-        torch.save(content, model)
-
-    return edited
+    return lambda path: rewrite(path.with_name("mp_rank_00_model_states.pt"), change)
 
 
 def first_layer(lena: dict[str, Any]) -> dict[str, Any]:
@@ -240,14 +231,7 @@ def test_one_error_on_every_rank_and_nothing_changes(ranks: Ranks, good: Path, t
 
 def edit_rank_1(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """The model file that rank 1 has at ZeRO 3."""
-
-    def edited(path: Path) -> None:
-        model = path.with_name(path.name.replace("optim", "model"))
-        content = torch.load(model, weights_only=False)
-        change(content)
-        torch.save(content, model)
-
-    return edited
+    return lambda path: rewrite(path.with_name(path.name.replace("optim", "model")), change)
 
 
 OF_RANK_1 = {

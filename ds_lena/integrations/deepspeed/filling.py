@@ -50,11 +50,6 @@ class Filled:
     def _take_step(self, path: Path, copy: Copy, step: Any) -> None:
         number = float(step)
         known, name, other = self._steps.setdefault(copy.target, (number, copy.name, path))
-        if known != number and name == copy.name:
-            raise StateError(
-                f'LENA: "{name}" has had {number:g} updates in {path}, and {known:g} in {other}. They are of two '
-                "saves, or one is damaged. Restore the files of one save, or load an earlier checkpoint."
-            )
         if known != number:
             raise StateError(
                 f'LENA: "{copy.name}" in {path} has had {number:g} updates, and "{name}" in {other} {known:g}. In this '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ class Found:
     model: dict[str, Any]
     own_model: dict[str, Any]
     live: saved.Shard
+
+    @cached_property
+    def has_map(self) -> bool:
+        """Whether the checkpoint says which pieces lie where. It may be without an optimizer's state."""
+        if not self.files.optimizer:
+            return False
+        path = min(self.files.optimizer.items())[1]
+        if path == self.files.model and self.model.get("optimizer") is None:
+            return False
+        lena = shard_at(path, self.model).inner.get("lena")
+        return isinstance(lena, dict) and "pieces" in lena
 
 
 def require_same_shapes(module: nn.Module, path: Path, model: dict[str, Any]) -> None:
@@ -87,9 +99,8 @@ def find(view: EngineView, asked: Asked, tag: str) -> Found:
         )
     own_path = files.model_of(dist.get_rank(view.grid.data))
     own_model = saved.read_file(own_path) if own_path != files.model and own_path.exists() else model
-    if not asked.module_only:
-        require_engine_state(files.model, model, view, asked)
-        require_engine_state(own_path, own_model, view, asked)
+    for path, content in {files.model: model, own_path: own_model}.items() if not asked.module_only else ():
+        require_engine_state(path, content, view, asked)
     live = saved.shard_of(view.wrapper.state_dict(), dict(named_parameters(view.module)))
     return Found(files, saved.own_file(view.engine, folder, tag), model, own_model, live)
 
@@ -117,14 +128,3 @@ def kind_of(view: EngineView, found: Found) -> str:
     if not isinstance(lena, dict) or "pieces" not in lena:
         return "foreign"
     return "same" if lena["pieces"] == live.inner["lena"]["pieces"] else "other"
-
-
-def has_map(found: Found) -> bool:
-    """Whether the checkpoint says which pieces lie where. It may be without an optimizer's state."""
-    if not found.files.optimizer:
-        return False
-    path = min(found.files.optimizer.items())[1]
-    if path == found.files.model and found.model.get("optimizer") is None:
-        return False
-    lena = shard_at(path, found.model).inner.get("lena")
-    return isinstance(lena, dict) and "pieces" in lena

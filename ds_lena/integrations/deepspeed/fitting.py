@@ -48,8 +48,9 @@ def require_engine_state(path: Path, model: Mapping[str, Any], view: EngineView,
 
 def require_wrapper_state(path: Path, shard: saved.Shard, live: saved.Shard) -> None:
     """Raise `StateError` if an optimizer file lacks what a wrapper takes from it for itself, as the loss scale."""
+    entries = saved.own_entries(shard)
     for key, now in saved.own_entries(live).items():
-        before = saved.own_entries(shard).get(key, now)  # of another wrapper: it keeps its own
+        before = entries.get(key, now)  # of another wrapper: it keeps its own
         fits = math.isfinite(before) if _is_number(before) else not _is_number(now)
         if not fits or (before is None) != (now is None) or (key == "clip_grad" and before < 0):
             raise StateError(f'LENA: {path} is damaged: "{key}" is {before!r:.80}. {_WAY_OUT}')

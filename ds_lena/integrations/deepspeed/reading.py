@@ -54,11 +54,11 @@ def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config:
     Raises:
         StateError: it is damaged, or LENA cannot go on from it with these keys.
     """
-    lena = shard.inner.get("lena")
-    pieces, group_of, digest = None, {}, ""
+    lena: Any = shard.inner.get("lena")
+    has_lena, pieces, group_of, digest = isinstance(lena, dict), None, {}, ""
     try:
         checkpoint.require_groups(shard.inner.get("param_groups"), config.base)
-        if isinstance(lena, dict):
+        if has_lena:
             checkpoint.require_loadable(lena, config)
     except StateError as error:
         raise StateError(f"{error} The file is {path}.") from error
@@ -68,7 +68,7 @@ def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config:
     options |= {f'"{key}"': value for key, value in saved.own_entries(shard).items() if isinstance(value, (int, float))}
     options |= {f'"{key}" of the model file': model.get(key) for key in COUNTS}
     steps = reading(path, lambda: saved.steps_in(shard))
-    if isinstance(lena, dict):
+    if has_lena:
         if lena["version"] > 1:
             sizes = [None if master is None else master.numel() for master in shard.masters]
             pieces = reading(path, lambda: pieces_from(lena.get("pieces")))
@@ -76,8 +76,8 @@ def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config:
             group_of = reading(path, lambda: groups_of(groups, pieces))
         own = {key: value for key, value in lena.items() if key != "pieces"}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    fits = (lena.get("save") if isinstance(lena, dict) else None) == model.get(SAVE)
-    return Content(pieces, isinstance(lena, dict), group_of, keys, options, steps, digest, fits)
+    fits = (lena.get("save") if has_lena else None) == model.get(SAVE)
+    return Content(pieces, has_lena, group_of, keys, options, steps, digest, fits)
 
 
 def _keys(shard: saved.Shard, rule: Rule | None) -> dict[int, set[str]]:

@@ -32,7 +32,7 @@ from ._internals.saved import reading
 from .differences import require_same_groups, tell_of_fresh_start, tell_of_keys, tell_of_moved
 from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
-from .finding import Found, find, has_map, kind_of, require_same_shapes, tag_of
+from .finding import Found, find, kind_of, require_same_shapes, tag_of
 from .fitting import module_misfit, require_wrapper_state
 from .reading import (
     Content,
@@ -120,17 +120,19 @@ class Resharding:
             return None  # DeepSpeed warns
         found = find(self._view, asked, tag)
         require_same_shapes(self._view.module, found.files.model, found.model)
-        kind, reshards = kind_of(self._view, found), self._can_reshard and has_map(found)
-        loads_module = not asked.loads_module and (kind != "other" or not (asked.wants_state or reshards))
-        rank = dist.get_rank(self._view.grid.data)
+        kind, rank = kind_of(self._view, found), dist.get_rank(self._view.grid.data)
+
+        def reshards() -> bool:
+            return self._can_reshard and found.has_map
+
         misfit = ""
-        if loads_module:
+        if not asked.loads_module and (kind != "other" or not (asked.wants_state or reshards())):
             misfit = module_misfit(self._view, asked.folder / tag, found.files, rank, found.own_model, asked.is_strict)
         of_ranks = from_all(self._everything, (kind, misfit))
         kinds, misfits = {kind for kind, _ in of_ranks}, [misfit for _, misfit in of_ranks if misfit]
-        if misfits and reshards:
+        if misfits and reshards():
             return self._resharded(found, asked)
-        by_deepspeed = not asked.wants_state and not reshards and kinds != {"same"}
+        by_deepspeed = not asked.wants_state and not reshards() and kinds != {"same"}
         if by_deepspeed:
             self._require_deepspeed_loads(found, asked, tag, is_own=kinds == {"foreign"})
         if misfits:
@@ -141,7 +143,7 @@ class Resharding:
         if by_deepspeed:
             self._tell(found.live, found, asked)
             return None
-        if len(kinds) == 1 and "other" not in kinds and (asked.wants_state or not reshards):
+        if len(kinds) == 1 and "other" not in kinds and (asked.wants_state or not reshards()):
             self._tell(self._check_own(found, asked), found, asked)
             return None
         return self._resharded(found, asked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from ... import reporting
@@ -72,21 +71,13 @@ def watch_engine(engine: Any, config: WatchConfig) -> Watch:
     watch.after_update.append(lambda: write_events(engine, lambda: reporting.noise_events(watch.report(), of_lena)))
     engine.ds_lena_watch = watch
     if found is None:
-        _keep_in_checkpoints(view, lambda: engine.ds_lena_watch)
+        # The watch of the day: one that was closed may have been followed by another.
+        view.in_checkpoints(
+            "ds_lena_watch",
+            lambda: engine.ds_lena_watch.to_save(),
+            lambda saved: engine.ds_lena_watch.go_on_from(saved),
+        )
     return watch
-
-
-def _keep_in_checkpoints(view: EngineView, watch: Callable[[], Watch]) -> None:
-    """Save what the engine's watch remembers, and go on from it. A LENA has it in its own state."""
-
-    def state() -> dict[str, Any] | None:
-        return None if watch().watcher is None else watch().state_dict()
-
-    def load(saved: dict[str, Any] | None) -> None:
-        if saved is not None and watch().watcher is not None:
-            watch().load_state_dict(saved)
-
-    view.in_checkpoints("ds_lena_watch", state, load)
 
 
 def _of_lena(lena: LENA, config: WatchConfig) -> Watch:

@@ -89,13 +89,11 @@ def steps_in(shard: Shard) -> dict[str, float]:
     Raises:
         ValueError: it is no whole number, or below 0.
     """
-    states = shard.inner["state"].items()
-    for number, state in states:
-        if "step" in state and not (float(state["step"]) >= 0 and float(state["step"]).is_integer()):
-            raise ValueError(f"tensor {number} has had {float(state['step']):g} updates")
-    return {
-        f"the number of updates of tensor {number}": float(state["step"]) for number, state in states if "step" in state
-    }
+    steps = {number: float(state["step"]) for number, state in shard.inner["state"].items() if "step" in state}
+    for number, step in steps.items():
+        if not (step >= 0 and step.is_integer()):
+            raise ValueError(f"tensor {number} has had {step:g} updates")
+    return {f"the number of updates of tensor {number}": step for number, step in steps.items()}
 
 
 def _key(keys: tuple[str, ...], outer: Mapping[str, Any]) -> str:
