@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from .alike import alike_in, require_alike
 from .errors import LenaError, StateError
 from .layouts.pieces import Pieces, pieces_from, require_inside
 from .saved_files import SAVE, all_files_in, latest_tag, read, stage_of
@@ -47,6 +48,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     models, files = _files(Path(path))
     found: dict[str, dict[str, Any]] = {}
+    alike: dict[str, dict[Path, dict[str, Any]]] = {}
     saved_by: dict[str, Any] = {}
     for model in models.values():
         saved_by |= _origin(model)
@@ -60,6 +62,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
             )
         for holder in holders:
             found[file.name] = _checked(file, holder, is_of_engine=bool(models) or "ds_version" in content)
+            if models:
+                part = file.name[file.name.index("mp_rank_") :]  # those of a pipeline's stages are their own
+                alike.setdefault(part, {})[file] = _alike(file, holder)
     if not found:
         raise StateError(
             f"LENA: {path} holds no state of LENA. Was it saved by another optimizer? Read were: "
@@ -72,6 +77,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "earlier checkpoint."
         )
     state = _same(found)
+    for of_part in alike.values():
+        require_alike(of_part)
     for file, model in models.items():
         if model.get(SAVE) != state.get("save"):
             raise StateError(
@@ -140,6 +147,17 @@ def _checked(file: Path, holder: Mapping[str, Any], is_of_engine: bool) -> dict[
             "checkpoint."
         ) from error
     return state
+
+
+def _alike(file: Path, holder: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters and counts that all ranks have to go on with."""
+    try:
+        return alike_in(holder["param_groups"], holder["state"], holder["lena"]["base"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StateError(
+            f"LENA: the base rule's state in {file} is damaged: {error!r}. Restore the file, or inspect an earlier "
+            "checkpoint."
+        ) from error
 
 
 def _sizes(holder: Mapping[str, Any]) -> list[int | None]:

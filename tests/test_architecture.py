@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "version", "keys", "recorded", "grad_stats", "schedule", "layouts", "update", "update.kernels",
      "update.kernels.programs"},
     {"page", "config", "layers", "grad_stats.norms", "grad_stats.backward", "grad_stats.placement", "grad_stats.reduce",
-     "grad_stats.measurement", "growth", "saved_files",
+     "grad_stats.measurement", "growth", "alike", "saved_files",
      "layouts.layout", "update.rules.common"},
     {"parameters", "grad_stats.hooks", "grad_stats.agreement", "schedule.algorithm", "layouts.plain", "layouts.pieces",
      "update.segments", "sample_schedules",
@@ -129,7 +129,8 @@ MAY_IMPORT = {
     # beside the path of an update
     "cost": {"errors", "keys", "update.rules"},
     "saved_files": {"errors"},
-    "inspect": {"errors", "layouts", "layouts.pieces", "saved_files", "schedule", "schedule.checkpoint"},
+    "alike": {"errors", "keys"},
+    "inspect": {"alike", "errors", "layouts", "layouts.pieces", "saved_files", "schedule", "schedule.checkpoint"},
 }  # fmt: skip
 """All that these modules may know of the package."""
 

@@ -310,6 +310,26 @@ def test_a_damaged_state_is_told_with_its_file(tmp_path: Path, change: Any, told
         assert told in str(raised.value) and str(min(files) if path == tmp_path else path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state["param_groups"][0].update(lr=0.2), '"lr" of parameter group 0 is 0.2 in {one} and 0.1 in'),
+        (lambda state: state["state"][1].update(step=3.0), "updates of tensor 1 is 3.0 in {one} and 2.0 in"),
+        (lambda state: state["state"][1].update(step=1.5), "{one} is damaged: ValueError('tensor 1 has had 1.5"),
+        (lambda state: state["state"].update({1: "text"}), "{one} is damaged: "),
+    ],
+)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_that_would_go_on_otherwise_is_told(tmp_path: Path, change: Any, told: str, stage: int) -> None:
+    path = lay(tmp_path, stage=stage, parts=2) / RANK_1.replace("mp_rank_00", "mp_rank_01")
+    content = torch.load(path)
+    change(content["optimizer_state_dict"]["base_optimizer_state"])
+    torch.save(content, path)
+    with pytest.raises(ds_lena.StateError) as raised:
+        inspect(tmp_path)
+    assert told.format(one=path) in str(raised.value)
+
+
 def test_a_file_without_a_state_of_lena_is_told(tmp_path: Path) -> None:
     path = lay(tmp_path) / RANK_1
     content = torch.load(path)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ...alike import alike_in
 from ...config import LenaConfig
 from ...errors import StateError
-from ...keys import group_keys, number_in
 from ...layouts.pieces import Copy, Piece, pieces_from, require_inside
 from ...saved_files import SAVE
 from ...schedule import checkpoint
@@ -28,17 +28,16 @@ class Content:
     """What one optimizer file holds. `pieces`: in each of its tensors, None if nobody has written them down.
 
     `has_lena`: it has LENA's state. `group_of`: the parameter group of each name. `keys`: the names in the base rule's
-    state, of each tensor: those that there have to be, or of another optimizer those that there are. `options`: what
-    has to be the same in all files, by what an error calls it. `steps`: of each tensor. `digest`: of LENA's state.
-    `fits_model`: the model file beside it is of the same save.
+    state, of each tensor: those that there have to be, or of another optimizer those that there are. `alike`: what has
+    to be the same in all files, by what an error calls it. `digest`: of LENA's state. `fits_model`: the model file
+    beside it is of the same save.
     """
 
     pieces: list[list[Piece]] | None
     has_lena: bool
     group_of: dict[str, int]
     keys: dict[int, set[str]]
-    options: dict[str, Any]
-    steps: dict[str, float]
+    alike: dict[str, Any]
     digest: str
     fits_model: bool
 
@@ -64,10 +63,9 @@ def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config:
         raise StateError(f"{error} The file is {path}.") from error
     groups = shard.inner["param_groups"]
     keys = reading(path, lambda: _keys(shard, None if lena is None else RULES[config.base]))
-    options = reading(path, lambda: _options(groups, group_keys(config.base)))
-    options |= {f'"{key}"': value for key, value in saved.own_entries(shard).items() if isinstance(value, (int, float))}
-    options |= {f'"{key}" of the model file': model.get(key) for key in COUNTS}
-    steps = reading(path, lambda: saved.steps_in(shard))
+    alike = reading(path, lambda: alike_in(groups, shard.inner["state"], config.base))
+    alike |= {f'"{key}"': value for key, value in saved.own_entries(shard).items() if isinstance(value, (int, float))}
+    alike |= {f'"{key}" of the model file': model.get(key) for key in COUNTS}
     if has_lena:
         if lena["version"] > 1:
             sizes = [None if master is None else master.numel() for master in shard.masters]
@@ -77,7 +75,7 @@ def content_of(path: Path, shard: saved.Shard, model: Mapping[str, Any], config:
         own = {key: value for key, value in lena.items() if key != "pieces"}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     fits = (lena.get("save") if has_lena else None) == model.get(SAVE)
-    return Content(pieces, has_lena, group_of, keys, options, steps, digest, fits)
+    return Content(pieces, has_lena, group_of, keys, alike, digest, fits)
 
 
 def _keys(shard: saved.Shard, rule: Rule | None) -> dict[int, set[str]]:
@@ -87,16 +85,6 @@ def _keys(shard: saved.Shard, rule: Rule | None) -> dict[int, set[str]]:
         number: there if rule is None else {*rule.buffers(group), "step"}
         for group in shard.inner["param_groups"]
         for number in group["params"]
-    }
-
-
-def _options(groups: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    """The hyperparameters of all groups."""
-    return {
-        f'"{name}" of parameter group {number}': number_in(group[name])
-        for number, group in enumerate(groups)
-        for name in names
-        if name in group
     }
 
 
@@ -123,19 +111,6 @@ def require_one_save(contents: Mapping[Path, Content]) -> None:
                 f"LENA: {path} and the model file beside it are of different saves. A run was killed while it "
                 "overwrote an older checkpoint, perhaps. Load another one, and save each under a tag of its own."
             )
-
-
-def require_same_steps(contents: Mapping[Path, Content]) -> None:
-    """Raise `StateError` if files of one part of the model do not go on alike: other hyperparameters, other counts."""
-    known: dict[str, tuple[Any, Path]] = {}
-    for path, content in contents.items():
-        for what, value in {**content.options, **content.steps}.items():
-            other, first = known.setdefault(what, (value, path))
-            if value != other:
-                raise StateError(
-                    f"LENA: {what} is {value} in {path} and {other} in {first}. They are of two saves, or one is "
-                    "damaged. Restore the files of one save, or load an earlier checkpoint."
-                )
 
 
 def require_there(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...alike import require_alike
 from ...controller import Controller
 from ...errors import StateError
 from ...keys import group_keys
@@ -34,15 +35,7 @@ from .exchange import from_all, together
 from .filling import Filled, frozen_weights, names_of_rest
 from .finding import Found, find, kind_of, require_same_shapes, tag_of
 from .fitting import module_misfit, require_wrapper_state
-from .reading import (
-    Content,
-    content_of,
-    groups_of,
-    require_one_save,
-    require_same_steps,
-    require_there,
-    shard_at,
-)
+from .reading import Content, content_of, groups_of, require_one_save, require_there, shard_at
 
 
 @dataclass(frozen=True)
@@ -178,12 +171,13 @@ class Resharding:
     def _of_all(self, mine: dict[Path, Content]) -> dict[Path, Content]:
         """What all ranks have read, all of it of one save. In a pipeline the stages' numbers are their own."""
         everything: dict[Path, Content] = {}
-        alike: dict[Path, Content] = {}
+        alike: dict[Path, dict[str, Any]] = {}
         for part, of_rank in from_all(self._everything, (self._view.part, mine)):
             everything |= of_rank
-            alike |= of_rank if part == self._view.part or not self._view.facts.pipelined else {}
+            if part == self._view.part or not self._view.facts.pipelined:
+                alike |= {path: content.alike for path, content in of_rank.items()}
         require_one_save(everything)
-        require_same_steps(alike)
+        require_alike(alike)
         return everything
 
     def _missing(self, found: Found, asked: Asked) -> set[str]:

@@ -83,19 +83,6 @@ def shard_of(outer: dict[str, Any], weights: Mapping[str, Tensor]) -> Shard:
     return Shard(outer, outer[_key(_INNER, outer)], list(masters))
 
 
-def steps_in(shard: Shard) -> dict[str, float]:
-    """How many updates each tensor has had, where its state says so.
-
-    Raises:
-        ValueError: it is no whole number, or below 0.
-    """
-    steps = {number: float(state["step"]) for number, state in shard.inner["state"].items() if "step" in state}
-    for number, step in steps.items():
-        if not (step >= 0 and step.is_integer()):
-            raise ValueError(f"tensor {number} has had {step:g} updates")
-    return {f"the number of updates of tensor {number}": step for number, step in steps.items()}
-
-
 def _key(keys: tuple[str, ...], outer: Mapping[str, Any]) -> str:
     return next(key for key in keys if key in outer)
 
