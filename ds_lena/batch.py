@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from .grad_stats.reduce import world_size
 from .growing import Growing
 from .growth import BatchGrowth
 from .noise import watch
-from .optimizer import LENA, controller_of
+from .optimizer import controller_of
+from .plain_updates import around_updates, optimizers_in
 from .reporting import find_watch
 from .sample_schedules import SampleSchedule
 
@@ -21,7 +23,7 @@ def grow(
     source: Any,
     growth: BatchGrowth,
     schedule: SampleSchedule | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     **keys: Any,
 ) -> Growing:
     """Let the batch of a training follow its noise scale, with any optimizer. It is the same on all ranks.
@@ -34,7 +36,7 @@ def grow(
         source: a DeepSpeed engine, or in plain PyTorch the model. All ranks call it, before the first update.
         growth: how it grows.
         schedule: sets the learning rate from the samples seen. None leaves it as it is.
-        optimizer: in plain PyTorch, what moves the model's weights.
+        optimizer: in plain PyTorch, what moves the model's weights; see `ds_lena.watch`.
         keys: those of `ds_lena.watch`. Not needed if it is watched already.
 
     Returns:
@@ -55,29 +57,30 @@ def grow(
         from .integrations.deepspeed.growth import grow_engine
 
         return grow_engine(source, growth, schedule, keys)
-    found = find_watch(optimizer)
+    optimizers = optimizers_in(optimizer)
+    found = find_watch(optimizers[0]) if optimizers else None
     watching = found if found is not None and not found.is_closed and not keys else watch(source, optimizer, **keys)
-    assert optimizer is not None  # watch() refuses it
-    meter = controller_of(optimizer).meter if isinstance(optimizer, LENA) else watching.watcher.meter  # type: ignore[union-attr]
-    size = watching.config.micro_batch_size
-    if isinstance(optimizer, LENA):
-        size = size or controller_of(optimizer).config.micro_batch_size
+    meter, size = watching.meter, watching.config.micro_batch_size
+    if watching.watcher is None:
+        size = size or controller_of(optimizers[0]).config.micro_batch_size
     growing = Growing(growth, schedule, watching, world_size(meter.binding.group), size)
-    growing.set_lr(optimizer.param_groups)
 
+    def set_lr() -> None:
+        growing.set_lr([group for one in optimizers for group in one.param_groups])
+
+    set_lr()
     is_update = False
 
-    def before(*_: Any) -> None:
+    def before() -> None:
         nonlocal is_update
         is_update = meter.hooks.passes > 0
         growing.saw(meter.hooks.passes)
 
-    def after(*_: Any) -> None:
+    def after() -> None:
         if is_update:
             growing.decide()
-            growing.set_lr(optimizer.param_groups)
+            set_lr()
 
     # The hooks of the watch were registered before: they run before these, and a step that ends clears its passes.
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    around_updates(optimizers, meter, before, after)
     return growing

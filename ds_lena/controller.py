@@ -25,6 +25,8 @@ from .update.apply import Applier, Rates, State, prepare
 from .update.rules import RULES
 from .update.segments import cut_flat
 from .update.trust_ratio import TrustRatios
+from .watch_config import WatchConfig
+from .watching import Watch
 
 logger = logging.getLogger("ds_lena")
 
@@ -100,6 +102,12 @@ class Controller:
         if drops_empty_groups:
             self._watched = self._watched.without_empty_groups()
         self.meter.manage(binding)
+
+    def watch(self, config: WatchConfig) -> Watch:
+        """A watch that shows what this measures."""
+        watch = Watch(config, self.meter, lambda: self.schedule)
+        self.after_update.append(watch.updated)
+        return watch
 
     @property
     def is_closed(self) -> bool:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .errors import ConfigError
 from .optimizer import LENA, controller_of
+from .plain_updates import optimizers_in, watch_of, watch_plain
 from .watch_config import WatchConfig
-from .watching import Watch, watch_plain
+from .watching import Watch
 
 
-def watch(source: Any, optimizer: torch.optim.Optimizer | None = None, **keys: Any) -> Watch:
+def watch(
+    source: Any, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None, **keys: Any
+) -> Watch:
     """Measure the gradient noise scale of a training, per layer and of the model, live. The training does not change.
 
     Args:
         source: a DeepSpeed engine with any optimizer; in plain PyTorch the model, in one process or in
             DistributedDataParallel. All ranks call it, before a window of micro-batches begins.
-        optimizer: in plain PyTorch, what moves the model's weights.
+        optimizer: in plain PyTorch, what moves the model's weights; or several, each of which has one `step()` in an
+            update, as Muon for the matrices and AdamW for the rest.
         keys: see docs/noise_scale.md. In DeepSpeed's JSON they are the entry `"noise_scale"`.
 
     Returns:
         A `Watch`. `watch.report()` and `ds_lena.report(engine)` have the numbers.
 
     Raises:
-        ConfigError: a key or value is not allowed.
+        ConfigError: a key or value is not allowed, or it is watched already, with other keys.
         UnsupportedError: it would not be exact, see docs/support.md.
     """
     config = WatchConfig.from_keys(keys)
@@ -35,15 +40,21 @@ def watch(source: Any, optimizer: torch.optim.Optimizer | None = None, **keys: A
         from .integrations.deepspeed.watch import watch_engine
 
         return watch_engine(source, config)
-    if not isinstance(source, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+    optimizers = optimizers_in(optimizer)
+    if not isinstance(source, torch.nn.Module) or not optimizers:
         raise ConfigError(
             f"ds_lena.watch: got {type(source).__name__} and {type(optimizer).__name__}; allowed is a DeepSpeed "
-            "engine, or a model with its torch optimizer: watch(engine) or watch(model, optimizer). For HF Trainer use "
-            "NoiseScaleCallback of ds_lena.integrations.transformers."
+            "engine, or a model with its torch optimizer, or a list of those that step together: watch(engine), "
+            "watch(model, optimizer) or watch(model, [muon, adamw]). For HF Trainer use NoiseScaleCallback of "
+            "ds_lena.integrations.transformers."
         )
-    if isinstance(optimizer, LENA):
-        controller = controller_of(optimizer)
-        found = Watch(config, lambda: controller.schedule)
-        controller.after_update.append(found.updated)
+    found = watch_of(optimizers, config)
+    if found is not None:
         return found
-    return watch_plain(source, optimizer, config)
+    first = optimizers[0]
+    is_of_lena = isinstance(first, LENA) and len(optimizers) == 1
+    made = controller_of(first).watch(config) if is_of_lena else watch_plain(source, optimizers, config)
+    made.optimizers = tuple(optimizers)
+    for one in optimizers:
+        one.ds_lena_watch = made
+    return made

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from . import advice
 from .binding import Binding
-from .errors import ConfigError, StateError, UnsupportedError
+from .errors import StateError
 from .grad_stats.hooks import Parts
 from .grad_stats.reduce import Group, is_first_rank, world_size
-from .layers import named_parameters, warn_of_patterns
+from .layers import warn_of_patterns
 from .meter import Meter, weakly
-from .parameters import require_supported
 from .recorded import Number, Recorded
 from .schedule.noise import NoiseMemory, NoiseState, Remembered
 from .watch_config import WatchConfig
@@ -33,13 +32,17 @@ _UPDATES_TO_SILENCE = 3
 class Watch:
     """Noise, signal and noise scale of a training, as `ds_lena.watch` returns it.
 
-    `after_update`: what is called after each applied update, on every rank. `watcher`: what measures. None where it is
-    a LENA, which measures for itself. `is_closed`: whether `close()` was called.
+    `after_update`: what is called after each applied update, on every rank. `meter`: what measures. `watcher`: whose
+    that is. None where it is a LENA's, which measures for itself. `optimizers`: in plain PyTorch, what is watched.
+    `is_closed`: whether `close()` was called.
     """
 
-    def __init__(self, config: WatchConfig, memory: Callable[[], Remembered], watcher: Watcher | None = None) -> None:
-        self.config, self.watcher, self._memory = config, watcher, memory
+    def __init__(
+        self, config: WatchConfig, meter: Meter, memory: Callable[[], Remembered], watcher: Watcher | None = None
+    ) -> None:
+        self.config, self.meter, self.watcher, self._memory = config, meter, watcher, memory
         self.after_update: list[Callable[[], None]] = []
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self.is_closed = False
 
     def report(self) -> dict[str, Any]:
@@ -239,56 +242,6 @@ class Watcher:
         halves = self._half_norms.read()
         return meter.reduced(halves, (squares_before + self._squares_of_latest) / 4, passes=2)
 
-
-# -- plain PyTorch ----------------------------------------------------------------------------------------------------
-
-
-def watch_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: WatchConfig) -> Watch:
-    """Watch an optimizer of torch, in one process or under DDP.
-
-    Raises:
-        UnsupportedError: parameters in a form for which it would not be exact.
-        ConfigError: the optimizer is watched already, with other keys.
-    """
-    found: Watch | None = getattr(optimizer, "ds_lena_watch", None)
-    if found is not None and not found.is_closed:
-        if found.config == config:
-            return found
-        raise ConfigError(
-            "ds_lena.watch: this optimizer is watched already, with other keys. Call that watch's close()."
-        )
-    name_of = {id(parameter): name for name, parameter in named_parameters(model)}
-    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    require_supported(held)
-    in_order = {id(p): p for p in held}
-    known = [p for p in dict.fromkeys(name_of) if p in in_order]
-    parameters = [in_order[i] for i in known] + [p for p in held if id(p) not in name_of]
-    names = [name_of.get(id(p), f"param_{i}") for i, p in enumerate(parameters)]
-    watcher = Watcher(config, parameters, names)
-    watcher.meter.bind_plain()
-    watch = Watch(config, lambda: watcher.memory, watcher)
-
-    def before(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if watcher.is_closed:
-            return
-        if any(callable(value) for value in (*args, *keywords.values())):
-            raise UnsupportedError(
-                "ds_lena.watch: optimizer.step(closure) calls backward within the step, where it cannot be measured. "
-                "Call backward before step(), without a closure."
-            )
-        if getattr(optimizer, "grad_scale", None) is not None:
-            raise UnsupportedError(
-                "ds_lena.watch: torch.amp.GradScaler is not supported: its changing loss scale would enter the "
-                "statistics. Use bfloat16, which needs no loss scaling."
-            )
-        watcher.begin_update()
-
-    def after(*_: Any) -> None:
-        if not watcher.is_closed:
-            watcher.end_update(applied=True)
-            watch.updated()
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
-    optimizer.ds_lena_watch = watch  # type: ignore[attr-defined]
-    return watch
+    def watch(self) -> Watch:
+        """A watch that shows what this measures."""
+        return Watch(self.config, self.meter, lambda: self.memory, self)

@@ -29,6 +29,7 @@ FLOORS = (
     {"schedule.schedule", "meter", "advice", "update.apply"},
     {"schedule.checkpoint"},
     {"update.trust_ratio", "cost", "inspect", "watching"},
+    {"plain_updates"},
     {"controller", "growing"},
     {"optimizer"},
     {"reporting", "integrations", "integrations._transformers_internals", "integrations.megatron.partial"},

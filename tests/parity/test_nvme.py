@@ -24,6 +24,7 @@ def nvme(name: str, sub_group_size: int = 700, **fields: Any) -> Case:
 
 BIAS = ModelOptions(bias=True)
 PIPELINE = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
+CLIENT: dict[str, Any] = {"optimizer": "client", "config": {"zero_force_ds_cpu_optimizer": False}}
 UNUSED = "every other window"
 POISONED = tuple(Window(2, poisoned=update in (0, 4, 5)) for update in range(UPDATES))
 CASES = [
@@ -36,8 +37,9 @@ CASES = [
     nvme("bf16", precision="bf16", clipping=0.5),
     nvme("bf16-fp32-sgd", precision="bf16-fp32", base="sgd"),
     nvme("fp16-skipped", precision="fp16", windows=POISONED, clipping=0.5),
-    nvme("client", optimizer="client", config={"zero_force_ds_cpu_optimizer": False}, schedule="decaying"),
+    nvme("client", schedule="decaying", **CLIENT),
     nvme("one-rank", world=1),
+    nvme("watched", optimizer="watched", usage="always", groups="flat", config=CLIENT["config"], clipping=0.5),
 ]
 
 

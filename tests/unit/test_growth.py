@@ -178,7 +178,7 @@ def test_the_learning_rate_follows_the_batch() -> None:
 
 def made(replicas: int, size: int | None, **keys: Any) -> Growing:
     memory: Any = None
-    return Growing(growth(**keys), None, Watch(WatchConfig(), lambda: memory), replicas, size)
+    return Growing(growth(**keys), None, Watch(WatchConfig(), None, lambda: memory), replicas, size)
 
 
 def test_another_number_of_ranks_keeps_the_batch_in_samples(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,6 @@ from ...controller import Controller
 from ...errors import ConfigError, StateError
 from ...growing import Growing
 from ...growth import BatchGrowth, from_keys
-from ...meter import Meter
 from ...optimizer import LENA, controller_of
 from ...sample_schedules import SampleSchedule
 from ...watch_config import WatchConfig
@@ -67,7 +66,6 @@ def grow_engine(
         return Growing(growth, schedule, watch, view.grid.replicas, view.micro_batch_size())
 
     growing = together(view.grid.everything, make)
-    meter = meter_of(watch, view.optimizer)
     _set(view, growing)
     growing.set_lr(view.optimizer.param_groups)
     if isinstance(view.optimizer, LENA):
@@ -76,14 +74,14 @@ def grow_engine(
 
     def before() -> None:
         nonlocal is_told
-        growing.saw(meter.hooks.passes)
-        if meter.hooks.passes not in (0, growing.accumulation) and not is_told:
+        growing.saw(watch.meter.hooks.passes)
+        if watch.meter.hooks.passes not in (0, growing.accumulation) and not is_told:
             is_told = True
             logger.warning(
                 "ds_lena.grow: an update has had %d micro-batches on this rank, where %d were set, and DeepSpeed "
                 "divides by %d. Something else decides where an update ends: accelerate, or "
                 "set_gradient_accumulation_boundary(). Let the engine decide, or have it end at growing.accumulation.",
-                meter.hooks.passes,
+                watch.meter.hooks.passes,
                 growing.accumulation,
                 growing.accumulation,
             )
@@ -124,11 +122,6 @@ def watch_of(engine: Any, keys: dict[str, Any]) -> Watch:
     if found is not None and not found.is_closed and not keys:
         return found
     return watch_engine(engine, WatchConfig.from_keys(keys))
-
-
-def meter_of(watch: Watch, optimizer: Any) -> Meter:
-    """What measures for a watch: its own, or that of the LENA that it shows."""
-    return controller_of(optimizer).meter if watch.watcher is None else watch.watcher.meter
 
 
 def require_no_scheduler(view: EngineView) -> None:

@@ -66,8 +66,9 @@ def watch_engine(engine: Any, config: WatchConfig) -> Watch:
             )
         return found
     _check_micro_batch_size(view, config)
-    watch = _of_lena(view.optimizer, config) if isinstance(view.optimizer, LENA) else _watch(view, config)
-    of_lena = watch.watcher is None
+    lena = controller_of(view.optimizer) if isinstance(view.optimizer, LENA) else None
+    watch = _watch(view, config) if lena is None else lena.watch(config)
+    of_lena = lena is not None
     watch.after_update.append(lambda: write_events(engine, lambda: reporting.noise_events(watch.report(), of_lena)))
     engine.ds_lena_watch = watch
     if found is None:
@@ -77,13 +78,6 @@ def watch_engine(engine: Any, config: WatchConfig) -> Watch:
             lambda: engine.ds_lena_watch.to_save(),
             lambda saved: engine.ds_lena_watch.go_on_from(saved),
         )
-    return watch
-
-
-def _of_lena(lena: LENA, config: WatchConfig) -> Watch:
-    controller = controller_of(lena)
-    watch = Watch(config, lambda: controller.schedule)
-    controller.after_update.append(watch.updated)
     return watch
 
 
@@ -100,11 +94,6 @@ def _watch(view: EngineView, config: WatchConfig) -> Watch:
     if view.optimizer is None:
         raise UnsupportedError("ds_lena.watch: this engine has no optimizer, so it makes no updates to measure.")
     refuse_unsupported(view.facts, "ds_lena.watch")
-    if view.facts.offload_optimizer == "nvme":
-        raise UnsupportedError(
-            'ds_lena.watch does not support "offload_optimizer" to NVMe, where gradients are in memory for one '
-            'sub-group at a time. Nearest supported choice: "device": "cpu", or LENA, which measures there.'
-        )
     parameters = trained_parameters(view)
     watcher = Watcher(config, parameters, [f"param_{i}" for i in range(len(parameters))])
     watcher.micro_batch_size = view.micro_batch_size
@@ -124,7 +113,7 @@ def _watch(view: EngineView, config: WatchConfig) -> Watch:
     binding = together(view.grid.everything, bind)
     watcher.manage(binding, lambda: parts_of(view, binding.placements, binding.order))
     window = Window(view, watcher.meter)
-    watch = Watch(config, lambda: watcher.memory, watcher)
+    watch = watcher.watch()
     _warn_of_muon(view)
 
     def before() -> None:

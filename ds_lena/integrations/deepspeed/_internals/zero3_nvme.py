@@ -32,7 +32,9 @@ class Zero3NvmeLayout(Zero3OffloadLayout):
                 zero._release_swap_buffers(number)
 
     def gradients(self) -> GradientPieces:
-        if not self._is_complete:
+        if not self.mends:
+            self._wait()
+        elif not self._is_complete:
             self._write_missed()
             self._is_complete = True
         zero, start, found = self._zero, 0, []
@@ -44,7 +46,7 @@ class Zero3NvmeLayout(Zero3OffloadLayout):
                 start += size
                 if segment.length:
                     found.append((segment.parameter, parts[segment.start].narrow(0, 0, segment.length)))
-            if zero._swappable_optimizer_subgroup(number):
+            if self.mends and zero._swappable_optimizer_subgroup(number):
                 flat = zero.fp32_partitioned_groups_flat[number]
                 on_nvme = zero.optimizer_swapper.swap_params_info[zero.get_param_id(flat)]
                 on_nvme.swapped_gradients, on_nvme.unswapped_gradients = {}, parts
