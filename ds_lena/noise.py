@@ -10,9 +10,9 @@ import torch
 
 from .errors import ConfigError
 from .optimizer import LENA, controller_of
-from .plain_updates import optimizers_in, watch_of, watch_plain
+from .plain_updates import optimizers_in, watch_plain
 from .watch_config import WatchConfig
-from .watching import Watch
+from .watching import Watch, open_watch
 
 
 def watch(
@@ -46,15 +46,13 @@ def watch(
             f"ds_lena.watch: got {type(source).__name__} and {type(optimizer).__name__}; allowed is a DeepSpeed "
             "engine, or a model with its torch optimizer, or a list of those that step together: watch(engine), "
             "watch(model, optimizer) or watch(model, [muon, adamw]). For HF Trainer use NoiseScaleCallback of "
-            "ds_lena.integrations.transformers."
+            "ds_lena.integrations.transformers, and for Megatron-core's own optimizer "
+            "ds_lena.integrations.megatron.watch(optimizer, model_chunks)."
         )
-    found = watch_of(optimizers, config)
+    found = open_watch(optimizers, config)
     if found is not None:
         return found
     first = optimizers[0]
     is_of_lena = isinstance(first, LENA) and len(optimizers) == 1
     made = controller_of(first).watch(config) if is_of_lena else watch_plain(source, optimizers, config)
-    made.optimizers = tuple(optimizers)
-    for one in optimizers:
-        one.ds_lena_watch = made
-    return made
+    return made.stays_with(optimizers)

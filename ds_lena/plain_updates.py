@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, UnsupportedError
+from .errors import UnsupportedError
 from .layers import named_parameters
 from .meter import Meter
 from .parameters import require_supported
@@ -59,20 +59,6 @@ def around_updates(optimizers: Optimizers, meter: Meter, before: Callable[[], No
     for one in optimizers:
         one.register_step_pre_hook(before_step)
         one.register_step_post_hook(after_step)
-
-
-def watch_of(optimizers: Optimizers, config: WatchConfig) -> Watch | None:
-    """The watch that these optimizers have already. Raise `ConfigError` if it has other keys or is of others, too."""
-    known = [getattr(one, "ds_lena_watch", None) for one in optimizers]
-    alive = [watch for watch in known if watch is not None and not watch.is_closed]
-    if not alive:
-        return None
-    if len(alive) < len(known) or alive[0].optimizers != tuple(optimizers) or alive[0].config != config:
-        raise ConfigError(
-            "ds_lena.watch: this optimizer is watched already, with other keys or beside other optimizers. Call that "
-            "watch's close()."
-        )
-    return alive[0]
 
 
 def watch_plain(model: torch.nn.Module, optimizers: Optimizers, config: WatchConfig) -> Watch:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import advice
 from .binding import Binding
-from .errors import StateError
+from .errors import ConfigError, StateError
 from .grad_stats.hooks import Parts
 from .grad_stats.reduce import Group, is_first_rank, world_size
 from .layers import warn_of_patterns
@@ -33,8 +33,7 @@ class Watch:
     """Noise, signal and noise scale of a training, as `ds_lena.watch` returns it.
 
     `after_update`: what is called after each applied update, on every rank. `meter`: what measures. `watcher`: whose
-    that is. None where it is a LENA's, which measures for itself. `optimizers`: in plain PyTorch, what is watched.
-    `is_closed`: whether `close()` was called.
+    that is. None where it is a LENA's, which measures for itself. `is_closed`: whether `close()` was called.
     """
 
     def __init__(
@@ -42,8 +41,15 @@ class Watch:
     ) -> None:
         self.config, self.meter, self.watcher, self._memory = config, meter, watcher, memory
         self.after_update: list[Callable[[], None]] = []
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        self.optimizers: tuple[Any, ...] = ()
         self.is_closed = False
+
+    def stays_with(self, optimizers: Sequence[Any]) -> Watch:
+        """Be found again, by `ds_lena.report` and by who watches these optimizers a second time."""
+        self.optimizers = tuple(optimizers)
+        for one in optimizers:
+            one.ds_lena_watch = self
+        return self
 
     def report(self) -> dict[str, Any]:
         """What was measured by the last applied update. The same on every rank, and no rank waits for another.
@@ -245,3 +251,21 @@ class Watcher:
     def watch(self) -> Watch:
         """A watch that shows what this measures."""
         return Watch(self.config, self.meter, lambda: self.memory, self)
+
+
+def open_watch(optimizers: Sequence[Any], config: WatchConfig) -> Watch | None:
+    """The watch that these optimizers have already. None if they have none, or a closed one.
+
+    Raises:
+        ConfigError: it has other keys, or is not of just these.
+    """
+    known = [getattr(one, "ds_lena_watch", None) for one in optimizers]
+    alive = [watch for watch in known if watch is not None and not watch.is_closed]
+    if not alive:
+        return None
+    if len(alive) < len(known) or alive[0].optimizers != tuple(optimizers) or alive[0].config != config:
+        raise ConfigError(
+            "ds_lena.watch: this optimizer is watched already, with other keys or beside other optimizers. Call that "
+            "watch's close()."
+        )
+    return alive[0]

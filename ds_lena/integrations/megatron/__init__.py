@@ -1,4 +1,7 @@
-"""LENA for models of Megatron-core: in Megatron's own training loop by `wrap`, or under DeepSpeed."""
+"""LENA for models of Megatron-core: in Megatron's own training loop by `wrap`, or under DeepSpeed.
+
+`watch` measures the noise scale in Megatron's own loop with any optimizer. Under DeepSpeed `ds_lena.watch` does.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ...watching import Watch
 from .partial import name_mpu_calls, sum_partial_gradients
 
-__all__ = ["name_mpu_calls", "sum_partial_gradients", "wrap"]
+__all__ = ["name_mpu_calls", "sum_partial_gradients", "watch", "wrap"]
 
 T = TypeVar("T")
 
@@ -37,5 +41,44 @@ def wrap(optimizer: T, model_chunks: Sequence[nn.Module] | nn.Module, **keys: An
     """
     from .attach import attach
 
-    attach(optimizer, [model_chunks] if isinstance(model_chunks, nn.Module) else model_chunks, keys)
+    attach(optimizer, _as_list(model_chunks), keys)
     return optimizer
+
+
+def watch(optimizer: Any, model_chunks: Sequence[nn.Module] | nn.Module, **keys: Any) -> Watch:
+    """Measure the gradient noise scale of a training in Megatron-core's own loop, with any optimizer inside Megatron's.
+
+    watch = watch(get_megatron_optimizer(config, model_chunks), model_chunks)
+
+    The training does not change: its weights are equal to the bit. Call it on every rank, between two updates; each
+    rank calls `close()` too, if at all. A second call with the same keys returns the same watch. If `wrap` was called
+    with this optimizer, the watch shows what LENA measures.
+
+    A checkpoint of Megatron's holds what your script puts there. Save `watch.state_dict()`, plain numbers that are the
+    same on every rank, beside the model and the optimizer, and give it to `watch.load_state_dict()` of the run that
+    goes on. Without it the averages start fresh. A LENA has them in the optimizer's own state.
+
+    Args:
+        optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned.
+        model_chunks: the list that it was given, or the one in it: Megatron's DistributedDataParallel around the model.
+        **keys: those of docs/noise_scale.md. Megatron's calculator of micro-batches, if the script has started it,
+            says how many samples a micro-batch has.
+
+    Returns:
+        A `Watch`. `watch.report()` and `ds_lena.report(optimizer)` have the numbers, in micro-batches.
+
+    Raises:
+        UnsupportedError: something in use for which it would not be exact. The error names the flag to set.
+        ConfigError: a key is not allowed, is not the same on all ranks, or contradicts Megatron's micro-batches; or the
+            optimizer is watched already, with other keys.
+        StateError: the weights do not lie where this version of ds_lena expects them.
+
+    An error on one rank is raised on all of them.
+    """
+    from .watching import watch_optimizer
+
+    return watch_optimizer(optimizer, _as_list(model_chunks), keys)
+
+
+def _as_list(chunks: Sequence[nn.Module] | nn.Module) -> Sequence[nn.Module]:
+    return [chunks] if isinstance(chunks, nn.Module) else chunks

@@ -28,15 +28,22 @@ def warn_of_version() -> None:
 
     if megatron.core.__version__ != SEEN_WITH:
         logger.warning(
-            "LENA was tested with megatron-core %s; this is %s. It reads the optimizer's internals and checks them at "
-            "the start: install the tested version if that check fails.",
+            "ds_lena was tested with megatron-core %s; this is %s. It reads the optimizer's internals and checks them "
+            "at the start: install the tested version if that check fails.",
             SEEN_WITH,
             megatron.core.__version__,
         )
 
 
-def inside(optimizer: Any) -> Any:
-    """The one optimizer in what `get_megatron_optimizer` returned.
+def all_ranks() -> torch.distributed.ProcessGroup:
+    """The group of all ranks that run."""
+    everything = torch.distributed.group.WORLD
+    assert everything is not None, "Megatron has initialized torch.distributed"
+    return everything
+
+
+def inside(optimizer: Any, who: str) -> Any:
+    """The one optimizer in what `get_megatron_optimizer` returned. `who`: in whose name an error is told.
 
     Raises:
         UnsupportedError: it is of another kind, or there are several, or it holds nothing.
@@ -47,18 +54,18 @@ def inside(optimizer: Any) -> Any:
     chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if len(chained) != 1:
         raise UnsupportedError(
-            f"LENA: Megatron has chained {len(chained)} optimizers, as for experts, or with "
-            "overlap_param_gather_with_optimizer_step=True. Supported is one: set that flag to False, and "
-            "expert_model_parallel_size to 1."
+            f"{who}: Megatron has chained {len(chained)} optimizers, as for experts and for Muon, or with "
+            "overlap_param_gather_with_optimizer_step=True. Supported is one: set that flag to False, "
+            'expert_model_parallel_size to 1, and optimizer to "adam" or "sgd".'
         )
     known = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
     if type(chained[0]) not in known:
         raise UnsupportedError(
-            f"LENA: wrap() got {type(chained[0]).__name__}. Supported are {', '.join(k.__name__ for k in known)}, as "
-            "megatron.core.optimizer.get_megatron_optimizer returns them."
+            f"{who}: got {type(chained[0]).__name__} in place of Megatron's optimizer. Supported are "
+            f"{', '.join(k.__name__ for k in known)}, as megatron.core.optimizer.get_megatron_optimizer returns them."
         )
     if chained[0].is_stub_optimizer:
-        raise UnsupportedError("LENA: this rank trains no parameter. Unfreeze one on every rank.")
+        raise UnsupportedError(f"{who}: this rank trains no parameter. Unfreeze one on every rank.")
     return chained[0]
 
 
@@ -82,8 +89,7 @@ def read_grid(chunk: Any) -> Grid:
     Raises:
         UnsupportedError: there are ranks beside those of the model.
     """
-    everything = torch.distributed.group.WORLD
-    assert everything is not None, "Megatron has initialized torch.distributed"
+    everything = all_ranks()
     grid = Grid(
         data=chunk.dp_cp_group,
         data_ranks=chunk.dp_cp_group.size(),
@@ -141,6 +147,7 @@ class MegatronLayout(Layout):
 
     `pieces`: the tensor that holds a piece of a parameter, and the piece, for each one on this rank.
     `measured`: the parameters whose pieces here are this rank's share of the averaged gradient.
+    `mends`: see `Layout`. There is nothing to mend here.
     """
 
     def __init__(
@@ -149,8 +156,10 @@ class MegatronLayout(Layout):
         pieces: Sequence[tuple[Tensor, Segment]],
         measured: Callable[[int], bool],
         wrapper: Any,
+        mends: bool,
     ) -> None:
         self._parameters, self._pieces, self._measured, self._wrapper = parameters, pieces, measured, wrapper
+        self.mends = mends
 
     def segments(self) -> list[tuple[Tensor, list[Segment]]]:
         return [(flat, [segment]) for flat, segment in self._pieces]
@@ -172,7 +181,7 @@ class MegatronLayout(Layout):
         return 1.0 if scaler is None else float(scaler.scale)
 
 
-def layout_of(wrapper: Any, parameters: Sequence[Tensor], grid: Grid) -> MegatronLayout:
+def layout_of(wrapper: Any, parameters: Sequence[Tensor], grid: Grid, mends: bool) -> MegatronLayout:
     """Where the optimizer has its pieces of `parameters`."""
     index = {id(parameter): i for i, parameter in enumerate(parameters)}
     pieces = [
@@ -181,7 +190,7 @@ def layout_of(wrapper: Any, parameters: Sequence[Tensor], grid: Grid) -> Megatro
     ]
     rank, ranks = torch.distributed.get_rank(grid.data), grid.data_ranks
     has_ranges = is_sharded(wrapper)
-    return MegatronLayout(parameters, pieces, lambda i: has_ranges or i % ranks == rank, wrapper)
+    return MegatronLayout(parameters, pieces, lambda i: has_ranges or i % ranks == rank, wrapper, mends)
 
 
 def pieces_of(wrapper: Any) -> Iterator[tuple[int, Tensor, Tensor, int]]:
@@ -205,6 +214,11 @@ def pieces_of(wrapper: Any) -> Iterator[tuple[int, Tensor, Tensor, int]]:
 def is_sharded(wrapper: Any) -> bool:
     """Whether this is the distributed optimizer, of which each data-parallel rank has a range of some parameters."""
     return hasattr(wrapper, "model_param_gbuf_map")
+
+
+def holds_gradients(chunk: Any) -> bool:
+    """Whether passes have left gradients in the buffers. This waits for the device."""
+    return any(bool(p.main_grad.any()) for p in chunk.parameters() if hasattr(p, "main_grad"))
 
 
 def clip_coefficient(wrapper: Any, norm: Tensor) -> Tensor | None:

@@ -10,27 +10,41 @@ from torch import nn
 from ...errors import UnsupportedError
 from .partial import is_added_up
 
-FUSED = "LENA's hooks see what autograd gets, and that is a placeholder then."
+FUSED = "The hooks see what autograd gets, and that is a placeholder then."
+
+Table = list[tuple[bool, str, str]]
+"""(is it in use, what it is, what to do)."""
 
 
-def refuse_unsupported(wrapper: Any, chunks: Sequence[Any]) -> None:
-    """Raise `UnsupportedError` for the first thing in use for which LENA would not be exact."""
+def refuse_unsupported(wrapper: Any, chunks: Sequence[Any], who: str) -> None:
+    """Raise `UnsupportedError` for the first thing in use under which no measurement would be exact.
+
+    `who`: in whose name it is told.
+    """
     from megatron.core.distributed import DistributedDataParallel
 
     if len(chunks) != 1 or not isinstance(chunks[0], DistributedDataParallel):
         given = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
         raise UnsupportedError(
-            f"LENA: wrap() got the model chunks [{given}]. Supported is one, wrapped in Megatron-core's "
+            f"{who}: got the model chunks [{given}]. Supported is one, wrapped in Megatron-core's "
             "DistributedDataParallel: no FSDP, and no virtual pipeline stages "
             "(virtual_pipeline_model_parallel_size=None)."
         )
-    for is_in_use, what, instead in _table(wrapper.config, chunks[0]):
+    _refuse(_where_it_is_measured(wrapper.config, chunks[0]), who)
+
+
+def refuse_other_rules(wrapper: Any, who: str) -> None:
+    """Raise `UnsupportedError` if Megatron's inner optimizer is none whose place LENA can take."""
+    _refuse(_what_is_replaced(wrapper.config), who)
+
+
+def _refuse(table: Table, who: str) -> None:
+    for is_in_use, what, instead in table:
         if is_in_use:
-            raise UnsupportedError(f"LENA around Megatron's optimizer does not support {what}. {instead}")
+            raise UnsupportedError(f"{who} around Megatron's optimizer does not support {what}. {instead}")
 
 
-def _table(optimizer: Any, chunk: Any) -> list[tuple[bool, str, str]]:
-    """(is it in use, what it is, what to do)."""
+def _where_it_is_measured(optimizer: Any, chunk: Any) -> Table:
     model, ddp = chunk.config, chunk.ddp_config
     tensor_ranks = chunk.tp_group.size()
     parameters = [p for p in chunk.parameters() if p.requires_grad]
@@ -103,6 +117,11 @@ def _table(optimizer: Any, chunk: Any) -> list[tuple[bool, str, str]]:
             "Set use_precision_aware_optimizer=False.",
         ),
         (optimizer.optimizer_cpu_offload, "Megatron's offload to the CPU", "Set optimizer_cpu_offload=False."),
+    ]
+
+
+def _what_is_replaced(optimizer: Any) -> Table:
+    return [
         (
             optimizer.optimizer == "adam" and not optimizer.decoupled_weight_decay,
             "Adam with weight decay inside the gradient",

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import StateError
 from ...grad_stats.hooks import GradientHooks
-from ._internals import after_call
+from ._internals import after_call, holds_gradients
 
 
 class Window:
@@ -15,7 +15,7 @@ class Window:
     def __init__(self, chunk: Any, hooks: GradientHooks) -> None:
         self._hooks = hooks
         self._ranks = chunk.dp_cp_group.size()
-        self._is_zeroed, self._is_reduced = True, False
+        self._is_zeroed, self._is_reduced = not holds_gradients(chunk), False
         after_call(chunk, "finish_grad_sync", self._after_sync)
         after_call(chunk, "scale_gradients", self._after_scaling)
         after_call(chunk, "zero_grad_buffer", self._after_zero)
@@ -29,8 +29,9 @@ class Window:
         self._hooks.require_passes()
         if not self._is_zeroed:
             raise StateError(
-                "LENA: the gradients of the update before are still in Megatron's buffers, and this one's were added "
-                "to them. Call zero_grad_buffer() of each model chunk, and optimizer.zero_grad(), before each update."
+                "LENA: gradients of earlier passes were in Megatron's buffers, and this update's were added to them. "
+                "Call zero_grad_buffer() of each model chunk, and optimizer.zero_grad(), before each update. Call "
+                "wrap() or watch() between two updates."
             )
         if self._ranks > 1 and not self._is_reduced:
             raise StateError(
