@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import ds_lena
-from ds_lena.integrations.megatron import wrap
+from ds_lena.integrations.megatron import watch, wrap
 from tests.helpers.case import SCHEDULES, Case
 from tests.helpers.gpt_twin import LENGTH
 from tests.helpers.megatron_gpt import name_in_whole
@@ -45,11 +46,22 @@ def run(case: Case) -> dict[str, Any]:
         keys = case.keys
         if case.loop == "two groups":
             del keys["no_decay"]  # of the reference alone: Megatron leaves out biases and norms by itself
-        wrap(optimizer, [chunk], **keys)
+        if case.optimizer == "watched":
+            watch(optimizer, [chunk], **{key: keys[key] for key in ("layer", "smoothing", "exclude") if key in keys})
+        else:
+            wrap(optimizer, [chunk], **keys)
         if case.loop == "two groups":
             _let_schedule(case, optimizer)
         reports = [update_of(case, chunk, optimizer, update) for update in range(len(case.plan))]
         return {"reports": reports, "params": _masters(case, chunk, optimizer)}
+
+
+@contextmanager
+def megatron(split: str = "megatron", **fields: Any) -> Iterator[tuple[Case, Any, Any]]:
+    """A case, Megatron's DistributedDataParallel around the model, and its optimizer."""
+    case = Case("", stage=None, split=split, groups="flat", **fields)
+    with AsOnGpu(), split_model(case) as (model, _):
+        yield case, *made(case, model)
 
 
 def made(case: Case, model: nn.Module) -> tuple[Any, Any]:
@@ -105,7 +117,13 @@ def _let_schedule(case: Case, optimizer: Any) -> None:
 
 
 def update_of(case: Case, chunk: Any, optimizer: Any, update: int) -> Any:
-    """One update of a loop as a user of Megatron-core writes it; the report after it."""
+    """The report after an update."""
+    make_update(case, chunk, optimizer, update)
+    return ds_lena.report(optimizer)
+
+
+def make_update(case: Case, chunk: Any, optimizer: Any, update: int) -> None:
+    """One update of a loop as a user of Megatron-core writes it."""
     chunk.zero_grad_buffer()
     optimizer.zero_grad()
     batches = [case.batch(update, case.data_rank(dist.get_rank()), i) for i in range(case.plan[update].micros)]
@@ -119,7 +137,6 @@ def update_of(case: Case, chunk: Any, optimizer: Any, update: int) -> Any:
     for group in optimizer.param_groups:  # as Megatron's OptimizerParamScheduler does
         group["lr"] = case.keys["lr"] * SCHEDULES[case.schedule](update)
     optimizer.step()
-    return ds_lena.report(optimizer)
 
 
 def _accumulate(case: Case, chunk: Any, optimizer: Any, update: int, batches: list[Any]) -> None:

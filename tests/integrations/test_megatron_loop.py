@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,11 @@ import torch
 import torch.distributed as dist
 
 import ds_lena
-from ds_lena.integrations.megatron import sum_partial_gradients, wrap
-from tests.helpers.case import Case
-from tests.helpers.megatron_run import AsOnGpu, made, update_of
-from tests.helpers.split_run import split_model
+from ds_lena.integrations.megatron import sum_partial_gradients, watch, wrap
+from tests.helpers.megatron_run import megatron, update_of
 from tests.integrations._ranks import Ranks
 
 SHARDED = {"use_distributed_optimizer": True}
-
-
-@contextmanager
-def megatron(split: str = "megatron", **fields: Any) -> Iterator[tuple[Case, Any, Any]]:
-    """The case, Megatron's DistributedDataParallel around the model, and its optimizer."""
-    case = Case("", stage=None, split=split, groups="flat", **fields)
-    with AsOnGpu(), split_model(case) as (model, _):
-        yield case, *made(case, model)
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------
@@ -74,26 +63,31 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str, Any, str]] = {
     "fp8": (ddp_config, "fp8_param_gather", True, "fp8_param_gather=False"),
     "precision-aware": (optimizer_config, "use_precision_aware_optimizer", True, "use_precision_aware_optimizer=False"),
     "offload": (optimizer_config, "optimizer_cpu_offload", True, "optimizer_cpu_offload=False"),
+}
+REFUSED_TO_LENA: dict[str, tuple[Callable[[Any, Any], Any], str, Any, str]] = {
     "no AdamW": (optimizer_config, "decoupled_weight_decay", False, "decoupled_weight_decay=True"),
     "muon": (optimizer_config, "optimizer", "muon", 'optimizer="adam" or "sgd"'),
 }
 
 
-def refusals() -> dict[str, str]:
-    """What each of them says, with the flag on rank 1 alone."""
+def refusals() -> dict[str, tuple[str, str]]:
+    """What each of them says, with the flag on rank 1 alone, by `wrap` and by `watch`."""
     found = {}
     with megatron(tensor=2) as (case, chunk, optimizer):
-        for name, (owner, flag, value, _) in REFUSED.items():
+        for name, (owner, flag, value, _) in {**REFUSED, **REFUSED_TO_LENA}.items():
             with pytest.MonkeyPatch.context() as patch:
                 if dist.get_rank() == 1:
                     patch.setattr(owner(chunk, optimizer), flag, value, raising=False)
-                found[name] = error_of(optimizer, [chunk], **case.keys)
+                found[name] = (
+                    error_of(optimizer, [chunk], **case.keys),
+                    error_of(optimizer, [chunk], by=watch),
+                )
     return found
 
 
-def error_of(optimizer: Any, chunks: list[Any], **keys: Any) -> str:
+def error_of(optimizer: Any, chunks: list[Any], by: Callable[..., Any] = wrap, **keys: Any) -> str:
     try:
-        wrap(optimizer, chunks, **keys)
+        by(optimizer, chunks, **keys)
     except ds_lena.LenaError as error:
         return str(error)
     return ""
@@ -102,7 +96,10 @@ def error_of(optimizer: Any, chunks: list[Any], **keys: Any) -> str:
 def test_what_is_not_exact_is_refused_on_every_rank_with_the_flag_to_set(ranks: Ranks) -> None:
     first, second = ranks.run(refusals)
     assert first == second
-    assert {name: text for name, (*_, text) in REFUSED.items() if text not in first[name]} == {}
+    assert {name: text for name, (*_, text) in (REFUSED | REFUSED_TO_LENA).items() if text not in first[name][0]} == {}
+    assert {name: first[name][1] for name in REFUSED_TO_LENA} == dict.fromkeys(REFUSED_TO_LENA, "")
+    in_the_watchs_name = [first[name][0].replace("LENA around", "ds_lena.watch around") for name in REFUSED]
+    assert [first[name][1] for name in REFUSED] == in_the_watchs_name
 
 
 def other_refusals() -> dict[str, str]:
@@ -144,7 +141,7 @@ def test_other_misuse_is_refused(ranks: Ranks) -> None:
         "summed": "sum_partial_gradients() in Megatron's own loop",
         "no ddp": "wrapped in Megatron-core's DistributedDataParallel",
         "chunks": "[DistributedDataParallel, DistributedDataParallel]",
-        "inner": "wrap() got AdamW",
+        "inner": "LENA: got AdamW in place of Megatron's optimizer",
         "chained": "Megatron has chained 2 optimizers",
         "lr": '"lr": 1.0, but Megatron\'s OptimizerConfig has lr = 0.002',
         "betas": "adam_beta1 and adam_beta2 = (0.9, 0.99)",

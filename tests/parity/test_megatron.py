@@ -71,6 +71,35 @@ FOUR: Cases = [
 ]
 
 
-@pytest.mark.parametrize("case", ONE_AND_TWO + FOUR, ids=lambda case: case.name)
+def watched(name: str, **fields: Any) -> Case:
+    return megatron(f"watched-{name}", optimizer="watched", **fields)
+
+
+WATCHED: Cases = [
+    watched("dp2-bf16-sharded", precision="bf16", config=SHARDED | FP32_SUMS | OVERLAP),
+    watched("dp2-fp16-skipped", precision="fp16", windows=(Window(2), Window(2, poisoned=True), *[Window(2)] * 3)),
+    watched("dp2-sgd-per-token", loop="per token", base="sgd", accumulation=4, layer="module"),
+    watched("tp2-sequence-sharded", tensor=2, model="megatron-sequence", config=SHARDED),
+    watched("pp2-tied", pipe=2, loop="schedule", model="megatron-tied", accumulation=4),
+    watched("tp2-pp2-sequence", world=4, tensor=2, pipe=2, loop="schedule", model="megatron-sequence"),
+    *full(
+        [
+            watched("one-rank-sharded", world=1, accumulation=4, config=SHARDED),
+            watched("dp2-smoothed", lena={"smoothing": 0.5}, layer="block", schedule="decaying"),
+            watched("dp2-groups", loop="two groups", lena=TWO_GROUPS, config=SHARDED),
+            watched("dp2-again-sgd", loop="again", base="sgd"),
+            watched("dp2-fp16-sharded", precision="fp16", config=SHARDED),
+            watched("dp2-recompute-bf16", loop="recompute", precision="bf16"),
+            watched("tp2-head-norms", tensor=2, model="megatron-head-norms"),
+            watched("tp2-sequence-bf16", tensor=2, model="megatron-sequence", precision="bf16", accumulation=4),
+            watched("pp2-bf16-sharded", pipe=2, loop="schedule", precision="bf16", config=SHARDED),
+            watched("tp2-dp2-sequence", world=4, tensor=2, model="megatron-sequence", config=SHARDED),
+            watched("pp2-dp2-tied", world=4, pipe=2, loop="schedule", model="megatron-tied", config=SHARDED),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ONE_AND_TWO + FOUR + WATCHED, ids=lambda case: case.name)
 def test_megatrons_own_loop(case: Case, run_case: Any) -> None:
     check(case, run_case)
