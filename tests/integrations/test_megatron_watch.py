@@ -163,7 +163,7 @@ def test_misuse_is_refused_on_every_rank(ranks: Ranks) -> None:
     wanted = {
         "key": 'Did you mean "smoothing"?',
         "keys": "\"layer\" is not the same on all ranks: 'tensor' on rank 0, 'model' on rank 1",
-        "no ddp": "ds_lena.watch: got the model chunks [GPTModel]",
+        "no ddp": "ds_lena.watch: got the model chunks [Gpt]",
         "inner": "ds_lena.watch: got AdamW in place of Megatron's optimizer",
         "within an update": "Call wrap() or watch() between two updates.",
     }
