@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,35 @@ def test_it_measures_any_optimizer_alike(ranks: Ranks) -> None:
     for first, *others in ranks.run(first_reports):
         assert first["noise"] > 0 and first["update"] == 1
         assert others == [first] * 3
+
+
+def of_differences() -> list[tuple[float, float]]:
+    """Noise and signal, told and by their definitions from the gradients of the last two updates, on one rank."""
+    with megatron(world=1, accumulation=1, config=SHARDED) as (case, chunk, optimizer):
+        watched = watch(optimizer, chunk, differences=True, smoothing=0.0)
+        gradients: list[Tensor] = []
+        prepare = optimizer.chained_optimizers[0].prepare_grads
+
+        def prepare_grads() -> bool:
+            gradients.append(torch.cat([p.main_grad.flatten().double() for p in chunk.parameters()]))
+            return bool(prepare())
+
+        optimizer.chained_optimizers[0].prepare_grads = prepare_grads
+        for update in range(3):
+            make_update(case, chunk, optimizer, update)
+        report, (g, h) = watched.report(), gradients[-2:]
+        assert report["estimator"] == "differences"
+        return [(report["noise"], float((g - h).square().sum() / 2)), (report["signal"], float(g @ h))]
+
+
+@pytest.mark.full
+def test_one_micro_batch_in_an_update_is_compared_with_the_one_before(tmp_path: Path) -> None:
+    alone = Ranks(tmp_path, world=1)
+    try:
+        for told, defined in alone.run(of_differences)[0]:
+            assert told == pytest.approx(defined, rel=1e-5)
+    finally:
+        alone.stop()
 
 
 def called_twice() -> list[str]:
@@ -222,5 +252,5 @@ def checkpointed(folder: str) -> list[bool]:
         return [again == reports, all(map(torch.equal, weights, chunk.parameters()))]
 
 
-def test_the_averages_go_on_from_a_checkpoint_that_the_script_put_them_into(ranks: Ranks, tmp_path: Any) -> None:
+def test_the_averages_go_on_from_a_checkpoint_that_the_script_put_them_into(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(checkpointed, str(tmp_path)) == [[True, True]] * WORLD
