@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError
+from .errors import StateError
 from .grad_stats.reduce import world_size
-from .growing import Growing
+from .growing import Growing, require_growth
 from .growth import BatchGrowth
 from .noise import watch
 from .optimizer import controller_of
 from .plain_updates import around_updates, optimizers_in
-from .reporting import find_watch
 from .sample_schedules import SampleSchedule
 
 
@@ -47,19 +46,17 @@ def grow(
         UnsupportedError: the noise scale would not be exact, see docs/support.md.
         StateError: this batch grows already.
     """
-    if not isinstance(growth, BatchGrowth) or not (schedule is None or isinstance(schedule, SampleSchedule)):
-        raise ConfigError(
-            f"ds_lena.grow: got {growth!r} and schedule={schedule!r}; allowed is a BatchGrowth, and a SampleSchedule "
-            "as ds_lena.cosine(total=…), or None."
-        )
     engines = sys.modules.get("deepspeed.runtime.engine")
     if engines is not None and isinstance(source, engines.DeepSpeedEngine):
         from .integrations.deepspeed.growth import grow_engine
 
         return grow_engine(source, growth, schedule, keys)
+    require_growth(growth, schedule)
+    watching = watch(source, optimizer, **keys)
     optimizers = optimizers_in(optimizer)
-    found = find_watch(optimizers[0]) if optimizers else None
-    watching = found if found is not None and not found.is_closed and not keys else watch(source, optimizer, **keys)
+    known = [getattr(one, "ds_lena_growing", None) for one in optimizers]
+    if any(grown is not None and not grown.watch.is_closed for grown in known):
+        raise StateError("ds_lena.grow: the batch of this optimizer grows already: optimizer.ds_lena_growing has it.")
     meter, size = watching.meter, watching.config.micro_batch_size
     if watching.watcher is None:
         size = size or controller_of(optimizers[0]).config.micro_batch_size
@@ -69,10 +66,17 @@ def grow(
         growing.set_lr([group for one in optimizers for group in one.param_groups])
 
     set_lr()
+    growing.after_load = set_lr
     is_update = False
 
     def before() -> None:
         nonlocal is_update
+        ranks = world_size(meter.binding.group)
+        if ranks != growing.replicas:
+            raise StateError(
+                f"ds_lena.grow: there are {ranks} ranks now, and there were {growing.replicas} when grow() was called. "
+                "Call grow() after torch.distributed.init_process_group()."
+            )
         is_update = meter.hooks.passes > 0
         growing.saw(meter.hooks.passes)
 
@@ -83,4 +87,6 @@ def grow(
 
     # The hooks of the watch were registered before: they run before these, and a step that ends clears its passes.
     around_updates(optimizers, meter, before, after)
+    for one in optimizers:
+        one.ds_lena_growing = growing
     return growing

@@ -104,7 +104,14 @@ class Controller:
         self.meter.manage(binding)
 
     def watch(self, config: WatchConfig) -> Watch:
-        """A watch that shows what this measures."""
+        """A watch that shows what this measures. Raise `ConfigError` for keys by which this does not measure."""
+        for key in ("layer", "smoothing", "exclude", "differences"):
+            given, own = getattr(config, key), getattr(self.config, key, False)
+            if given not in (getattr(WatchConfig, key), own):
+                raise ConfigError(
+                    f'ds_lena.watch: "{key}": {given!r}, and LENA measures here, with {own!r}. Leave the key out; if '
+                    "LENA has that key, set it there."
+                )
         watch = Watch(config, self.meter, lambda: self.schedule)
         self.after_update.append(watch.updated)
         return watch

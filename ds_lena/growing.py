@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, StateError
 from .growth import BatchGrowth
 from .sample_schedules import SampleSchedule
 from .watching import Watch
@@ -19,12 +19,22 @@ logger = logging.getLogger("ds_lena")
 Groups = Sequence[dict[str, Any]]
 
 
+def require_growth(growth: Any, schedule: Any) -> None:
+    """Raise `ConfigError` if these are no growth and no schedule."""
+    if not isinstance(growth, BatchGrowth) or not (schedule is None or isinstance(schedule, SampleSchedule)):
+        raise ConfigError(
+            f"ds_lena.grow: got {growth!r} and schedule={schedule!r}; allowed is a BatchGrowth, and a SampleSchedule "
+            "as ds_lena.cosine(total=…), or None."
+        )
+
+
 class Growing:
     """A batch that grows, as `ds_lena.grow` returns it. It is the same on every rank.
 
     `accumulation`: micro-batches on each rank in the next update. `samples`: seen by the backward passes of all updates
     over all ranks, those of skipped updates too; None if nobody says how many a micro-batch has. `micro_batches`: the
     same. `replicas`: data-parallel ranks. `watch`: what measures. `first`: the accumulation that the run began with.
+    `after_load()`: called when a state was loaded.
     """
 
     def __init__(
@@ -53,6 +63,7 @@ class Growing:
         self.micro_batches = self._samples = self._updates = 0
         self._noise_scale = math.inf
         self._lr_at_start: list[float] | None = None
+        self.after_load: Callable[[], None] = lambda: None
         if self.n == 1 and not watch.config.differences and growth.largest > 1:
             raise ConfigError(
                 "ds_lena.grow: one micro-batch in an update tells no noise scale, so it would never grow. Use "
@@ -164,7 +175,17 @@ class Growing:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict()`. With other ranks, or another micro-batch, a batch keeps its samples."""
+        """Go on from `state_dict()`. With other ranks, or another micro-batch, a batch keeps its samples.
+
+        Raises:
+            StateError: it is no such state.
+        """
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing:
+            raise StateError(
+                f'ds_lena.grow: the state that is to be loaded has no "{min(missing)}". Give load_state_dict() what '
+                "state_dict() of a growing batch has returned."
+            )
         size, before = self.micro_batch_size or 1, state_dict["micro_batch_size"] or 1
         self.accumulation = self._in_accumulation(state_dict["n"] * before, size)
         self.first = self._in_accumulation(state_dict["first"] * before, size)
@@ -175,6 +196,17 @@ class Growing:
         if state_dict["lr_at_start"] is not None:
             self._lr_at_start = state_dict["lr_at_start"]
         self.watch.go_on_from(state_dict["watch"])
+        least, most = self.growth.bounds(self.replicas)
+        bound = min(max(self.accumulation, least, self._lowest), most)
+        if bound != self.accumulation:
+            logger.warning(
+                "ds_lena.grow: the checkpoint's batch of %d micro-batches is outside of BatchGrowth's bounds; it goes "
+                "on with %d.",
+                self.n,
+                bound * self.replicas,
+            )
+            self.accumulation = bound
+        self.after_load()
 
     def _in_accumulation(self, samples: int, size: int) -> int:
         found = max(samples // (size * self.replicas), self._lowest)

@@ -34,12 +34,12 @@ def watch(
         ConfigError: a key or value is not allowed, or it is watched already, with other keys.
         UnsupportedError: it would not be exact, see docs/support.md.
     """
-    config = WatchConfig.from_keys(keys)
     engines = sys.modules.get("deepspeed.runtime.engine")
     if engines is not None and isinstance(source, engines.DeepSpeedEngine):
         from .integrations.deepspeed.watch import watch_engine
 
-        return watch_engine(source, config)
+        return watch_engine(source, keys)
+    config = WatchConfig.from_keys(keys)
     optimizers = optimizers_in(optimizer)
     if not isinstance(source, torch.nn.Module) or not optimizers:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class Watch:
         self.config, self.meter, self.watcher, self._memory = config, meter, watcher, memory
         self.after_update: list[Callable[[], None]] = []
         self.optimizers: tuple[Any, ...] = ()
-        self.is_closed = False
+        self.is_closed = self._has_written = self._has_warned = False
 
     def stays_with(self, optimizers: Sequence[Any]) -> Watch:
         """Be found again, by `ds_lena.report` and by who watches these optimizers a second time."""
@@ -75,9 +76,18 @@ class Watch:
 
     def _write(self, path: Path) -> None:
         report = self.report()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as stream:
-            stream.write(json.dumps(_finite(report)) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b") as stream:
+                if not self._has_written and stream.tell():
+                    stream.seek(-1, os.SEEK_END)
+                    stream.write(b"" if stream.read() == b"\n" else b"\n")  # a run was killed while it wrote
+                stream.write(json.dumps(_finite(report)).encode() + b"\n")
+            self._has_written = True
+        except OSError as error:  # training is worth more than its log
+            if not self._has_warned:
+                logger.warning('ds_lena.watch: cannot write to "log": %s: %s. Training goes on.', path, error)
+            self._has_warned = True
         logger.info("ds_lena.watch: update %d: %s.", report["update"], report["advice"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,7 +117,7 @@ class Watch:
         return self.watcher
 
     def close(self) -> None:
-        """Stop measuring, and writing. A LENA goes on. The report stays what it is."""
+        """Stop measuring, and writing. The report stays what it is, but a LENA goes on, and so does its report."""
         self.is_closed = True
         if self.watcher is not None:
             self.watcher.close()
@@ -147,7 +157,7 @@ class Watcher:
     def _after_bind(self, keeps: bool) -> None:
         meter = self.meter
         before = self.memory if keeps else None
-        self.memory = NoiseMemory(meter.table, self.config.smoothing, meter.device)
+        self.memory = NoiseMemory(meter.table, meter.device)
         if before is not None:
             self.memory.load(before.to_dict())
         self._recorded, self._loss_scale = Recorded(keeps=2), Number(meter.device)
@@ -263,7 +273,8 @@ def open_watch(optimizers: Sequence[Any], config: WatchConfig) -> Watch | None:
     alive = [watch for watch in known if watch is not None and not watch.is_closed]
     if not alive:
         return None
-    if len(alive) < len(known) or alive[0].optimizers != tuple(optimizers) or alive[0].config != config:
+    is_same = len(alive) == len(known) and alive[0].optimizers == tuple(optimizers)
+    if not is_same or config not in (alive[0].config, WatchConfig()):  # no keys: as it is
         raise ConfigError(
             "ds_lena.watch: this optimizer is watched already, with other keys or beside other optimizers. Call that "
             "watch's close()."

@@ -96,7 +96,8 @@ MAY_IMPORT = {
     "schedule.schedule": {"config", "errors", "layers", "grad_stats.measurement", "schedule",
                           "schedule.algorithm", "schedule.clock", "schedule.authors_code", "schedule.noise"},
     "schedule.carrier": set(),
-    "schedule.noise": {"grad_stats.measurement", "layers", "schedule", "schedule.algorithm", "schedule.clock"},
+    "schedule.noise": {"errors", "grad_stats.measurement", "layers", "schedule", "schedule.algorithm",
+                       "schedule.clock"},
     "schedule.checkpoint": {"config", "errors", "keys", "schedule.clock", "schedule.noise", "schedule.schedule"},
     # where memory is: no statistics, no facts of the run
     "layouts.layout": set(),

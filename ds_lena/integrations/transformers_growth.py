@@ -169,7 +169,7 @@ class BatchGrowthCallback(NoiseScaleCallback):
         lena = find_lena(optimizer)
         if isinstance(lena, LENA):
             planned = growing.first * growing.replicas
-            controller_of(lena).amend_run(lambda run: run.planned_for(planned))
+            controller_of(lena).amend_run(lambda run: run.growing_from(planned))
         self._tell(state)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,17 +17,18 @@ class RunPlan:
     """What is known of the run at an update. None for what is not known.
 
     `total_steps`: planned updates T. `planned_n`: micro-batches of a full update as configured now. Where the caller
-    decides when an update ends, it may have more.
+    decides when an update ends, it may have more. `grows`: the batch grows, and `planned_n` is what it began with.
     `micro_batch_size`: samples in a micro-batch.
     """
 
     total_steps: int | None = None
     planned_n: int | None = None
     micro_batch_size: int | None = None
+    grows: bool = False
 
-    def planned_for(self, n: int) -> RunPlan:
-        """The same, with the full update that the run was planned for, where a batch grows."""
-        return replace(self, planned_n=n)
+    def growing_from(self, n: int) -> RunPlan:
+        """The same for a batch that grows. H stays that of its first n."""
+        return replace(self, planned_n=n, grows=True)
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,15 @@ def _planned(
 
     At the start H is T x R. A run that resumes with another n, k or T is planned anew. The n of a single window can be
     short by chance. So H is planned for the largest of the configured n and those of the first two windows since the
-    start or the resume; and the first window of a resumed run alone makes it no smaller.
+    start or the resume; and the first window of a resumed run alone makes it no smaller. The windows of a batch that
+    grows say nothing of H.
     """
     if state.is_resumed:
         is_same_run = (plan.total_steps, k) == (state.plan.total_steps, state.k)
         is_as_before = plan.planned_n in (None, state.plan.planned_n)
         full = torch.maximum(_full(n, plan), state.planned_for) if is_as_before else _full(n, plan)
+    elif state.plan.grows:
+        return before, state.planned_for
     elif state.follows_first and state.first_n is not None and state.plan.total_steps is not None:
         full, is_same_run = torch.maximum(n, state.first_n), True
         k, plan = state.k, state.plan  # what has changed since the first update waits for a resume
@@ -108,4 +112,5 @@ def _planned(
 
 def _full(n: Tensor, plan: RunPlan) -> Tensor:
     """The n of a full window, as far as this one and the configuration show it."""
-    return torch.maximum(n, scalar(float(plan.planned_n or 0), n.device))
+    configured = scalar(float(plan.planned_n or 0), n.device)
+    return configured if plan.grows else torch.maximum(n, configured)

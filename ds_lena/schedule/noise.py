@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import StateError
 from ..grad_stats.measurement import Measurement
 from ..layers import LayerTable
 from . import algorithm
@@ -166,16 +167,12 @@ class Remembered(Protocol):
 class NoiseMemory:
     """The memory of a watch. `n` (): micro-batches of the last update. `updates`, `skipped`: over the run."""
 
-    def __init__(self, table: LayerTable, smoothing: float | None, device: torch.device) -> None:
-        self.table, self.device, self._smoothing = table, device, smoothing
+    def __init__(self, table: LayerTable, device: torch.device) -> None:
+        self.table, self.device = table, device
         self.state = NoiseState.start(table.count, device)
         self.n = scalar(0.0, device)
         self.updates = self.skipped = 0
         self.micro_batch_size: int | None = None
-
-    def proposed(self, measured: Measurement, n: Tensor, size: int | None, of_differences: bool = False) -> NoiseState:
-        """The state that follows from an update, which changes nothing yet. See `NoiseState.after`."""
-        return self.state.after(measured, n, self._smoothing, (size, self.micro_batch_size), of_differences)
 
     def commit(self, state: NoiseState, n: Tensor, size: int | None) -> None:
         """The update was applied."""
@@ -225,7 +222,17 @@ class NoiseMemory:
         }
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Go on from `to_dict()`. Layers are matched by name; one that is not in it starts fresh."""
+        """Go on from `to_dict()`. Layers are matched by name; one that is not in it starts fresh.
+
+        Raises:
+            StateError: it is no such state.
+        """
+        missing = self.to_dict().keys() - saved.keys()
+        if missing:
+            raise StateError(
+                f'ds_lena.watch: the state that is to be loaded has no "{min(missing)}". Give load_state_dict() what '
+                "state_dict() of a watch has returned."
+            )
         device, layers = self.device, saved["layers"]
         fresh = {"averages": [0.0, 0.0], "weight": 0.0, "silent": 0.0}
         rows = [layers.get(name, fresh) for name in self.table.names]

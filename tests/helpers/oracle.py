@@ -99,10 +99,11 @@ class Layer:
 
 @dataclass
 class Oracle:
-    """The method's state. `sizes` holds the number of elements of every layer."""
+    """The method's state. `sizes` holds the number of elements of every layer. `grows`: H is that of the first n."""
 
     sizes: Mapping[str, int]
     keys: Mapping[str, Any]
+    grows: bool = False
     layers: dict[str, Layer] = field(init=False)
     t: int = 0
     n: int = 0
@@ -134,7 +135,9 @@ class Oracle:
         if self.planned is None and self.keys["warmup"] != "none":
             self.planned = self.keys["total_steps"] * largest
             self.planned_for = n
-        elif self.t == 2 and n > self.planned_for and self.planned is not None:  # the first window was a short one
+        elif (
+            self.t == 2 and n > self.planned_for and self.planned is not None and not self.grows
+        ):  # the first window was a short one
             self.planned = self.progress + (self.keys["total_steps"] - 1) * largest
         self.progress += largest
 

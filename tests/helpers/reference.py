@@ -44,6 +44,7 @@ class Settings:
     together: Sequence[Sequence[int]] = ()  # ranks whose micro-batches make one micro-gradient of an expert
     spread: str = ""  # how the names of the layers begin whose experts are shared by them
     device: str = "cpu"  # of that copy
+    grows: bool = False  # the run is planned for its first window, though later ones are longer
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def train(
         for name, _ in group["params"]
         if group.get("lena", True) and not _matches(name, keys["exclude"])
     }
-    oracle = Oracle(_sum_by_layer(layers, {name: p.numel() for name, p in params.items()}), keys)
+    sizes = _sum_by_layer(layers, {name: p.numel() for name, p in params.items()})
+    oracle = Oracle(sizes, keys, grows=settings.grows)
     optimizer = _base_rule(groups, keys)
     applied = 0
     for window in windows:

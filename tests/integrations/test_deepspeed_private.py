@@ -30,6 +30,7 @@ ENGINE = (
     "_get_optimizer_ckpt_name",
     "_get_zero_ckpt_name",
     "_get_zero_param_shapes",
+    "_is_gradient_accumulation_boundary",
     "_load_zero_checkpoint",
     "_take_model_step",
     "autotp_size",

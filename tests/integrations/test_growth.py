@@ -24,6 +24,7 @@ TOTAL = 120
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
     "LENA": {"type": "LENA", "params": LENA},
+    "LENA, warming up": {"type": "LENA", "params": LENA | {"total_steps": 200}},
     "Muon": {"type": "Muon", "params": {"lr": 0.01, "torch_adam": True}},  # FusedAdam would be compiled
 }
 
@@ -111,7 +112,7 @@ def planned_by_lena(windows: list[int]) -> dict[str, Tensor]:
         done += window
     twin = Net().double()
     groups = [{"params": list(twin.named_parameters())}]
-    return list(reference.train(twin, groups, LENA, seen, reference.Settings()))[-1].params
+    return list(reference.train(twin, groups, LENA, seen, reference.Settings(grows=True)))[-1].params
 
 
 def path_error(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -181,7 +182,7 @@ def resumed(folder: str, optimizer: str, stage: int) -> tuple[list[int], list[in
     """Seven updates at once, and four and three in another engine; whether weights, clock and n are the same."""
 
     def start(made: Any) -> Any:
-        keys = {} if optimizer == "LENA" else {"smoothing": 0.5}
+        keys = {} if "LENA" in optimizer else {"smoothing": 0.5}
         return ds_lena.grow(made, BatchGrowth(**GROWTH | {"every": 2}), cosine(total=TOTAL), **keys)
 
     with engine(entries(stage, optimizer)) as made:
@@ -202,7 +203,10 @@ def resumed(folder: str, optimizer: str, stage: int) -> tuple[list[int], list[in
 
 @pytest.mark.parametrize(
     ("optimizer", "stage"),
-    rest([(name, stage) for name in OPTIMIZERS for stage in (1, 2, 3)], [("AdamW", 2), ("LENA", 1), ("AdamW", 3)]),
+    rest(
+        [(name, stage) for name in OPTIMIZERS for stage in (1, 2, 3)],
+        [("AdamW", 2), ("LENA, warming up", 1), ("AdamW", 3)],
+    ),
 )
 def test_resuming_goes_on_to_the_bit(ranks: Ranks, tmp_path: Path, optimizer: str, stage: int) -> None:
     for windows, again, is_same, messages in ranks.run(resumed, str(tmp_path), optimizer, stage):
@@ -233,8 +237,13 @@ def test_a_checkpoint_without_growth_is_told_and_starts_it(ranks: Ranks, tmp_pat
 def refusal(growth: dict[str, Any], more: dict[str, Any], differs: bool = False) -> str:
     if differs:
         growth = growth | {"factor": 1.0 + torch.distributed.get_rank()}
+    begun = more.pop("begun", False)
     try:
         with engine(entries(1, "AdamW", **more)) as made:
+            if begun:
+                ds_lena.watch(made)
+                made.backward(made(*micro_batch(0, torch.distributed.get_rank())))
+                made.step()
             if growth:
                 ds_lena.grow(made, BatchGrowth(**growth))
                 ds_lena.grow(made, BatchGrowth(**growth))
@@ -257,6 +266,7 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}
         ({}, {"batch_growth": {"factor": 1}}, False, "Its keys are factor, smallest, largest"),
         ({}, {"batch_growth": GROWTH, "scheduler": WARMUP}, False, "It counts updates"),
         ({}, {"batch_growth": GROWTH | {"schedule": {"shape": "cosine"}}}, False, "Its keys are shape, total"),
+        (GROWTH, {"begun": True}, False, "ds_lena.grow: 1 of 2 micro-batches of an update are done already"),
         (GROWTH, {"gradient_allreduce_op": "sum"}, False, "ds_lena.watch does not support"),
     ],
 )

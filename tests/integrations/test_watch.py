@@ -364,14 +364,17 @@ def test_where_deepspeed_does_not_apply_muon_it_is_said(ranks: Ranks) -> None:
 
 def test_a_gradient_that_deepspeed_loses_is_named(ranks: Ranks) -> None:
     at_start, later = ranks.run(told_of_muon, 2)[0]
-    assert any("DeepSpeed loses the gradient" in message for message in at_start)
+    assert any("DeepSpeed loses the gradient" in message and "or ZeRO 3. A" in message for message in at_start)
     assert any("no gradient arrives at" in message for message in later)
 
 
-def refusal(keys: dict[str, Any], more: dict[str, Any]) -> str:
+def refusal(keys: dict[str, Any], more: dict[str, Any], begun: bool = False, differs: bool = False) -> str:
     try:
         with stock(config(1, "Muon" if "differences" in keys else "AdamW", **more)) as made:
-            ds_lena.watch(made, **keys)
+            if begun:
+                made.backward(made(*micro_batch(0, 0, torch.distributed.get_rank())))
+                made.step()
+            ds_lena.watch(made, **({} if differs and torch.distributed.get_rank() else keys))
     except ds_lena.LenaError as error:
         return str(error)
     return ""
@@ -382,7 +385,7 @@ def refusal(keys: dict[str, Any], more: dict[str, Any]) -> str:
     [
         ({"differences": True}, {}, "leaves no gradient to compare with"),
         ({"micro_batch_size": 3}, {}, '"micro_batch_size": 3'),
-        ({}, {"noise_scale": {"layer": "model"}}, "watched already, with other keys"),
+        ({"layer": "block"}, {"noise_scale": {"layer": "model"}}, "watched already, with other keys"),
         ({}, {"noise_scale": True}, "an object of keys"),
         ({}, {"noise_scale": {"smoothness": 1}}, 'Did you mean "smoothing"?'),
         ({}, {"gradient_allreduce_op": "sum"}, 'ds_lena.watch does not support "gradient_allreduce_op": "sum"'),
@@ -391,6 +394,20 @@ def refusal(keys: dict[str, Any], more: dict[str, Any]) -> str:
 def test_what_is_refused(ranks: Ranks, keys: dict[str, Any], more: dict[str, Any], message: str) -> None:
     for told in ranks.run(refusal, keys, more):
         assert message in told
+
+
+def test_the_same_error_is_told_on_every_rank(ranks: Ranks) -> None:
+    wrong = ranks.run(refusal, {"layer": "row"}, {}, False, True)
+    begun = ranks.run(refusal, {}, {}, True)
+    for told, message in (
+        (wrong, "\"layer\": 'row' is not allowed"),
+        (begun, "1 of 2 micro-batches of an update are done"),
+    ):
+        assert told[0] == told[1] and message in told[0]
+
+
+def test_an_entry_has_the_keys_and_a_call_none(ranks: Ranks) -> None:
+    assert ranks.run(refusal, {}, {"noise_scale": {"layer": "model"}}) == ["", ""]
 
 
 def skipped() -> dict[str, Any]:

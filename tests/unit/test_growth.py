@@ -198,6 +198,37 @@ def test_another_number_of_ranks_keeps_the_batch_in_samples(caplog: pytest.LogCa
     assert after.n * 4 == 80 and "is no multiple of 5 ranks x 4 samples" in caplog.text
 
 
+def test_a_state_is_loaded_before_or_after_and_within_the_bounds(caplog: pytest.LogCaptureFixture) -> None:
+    def begin(largest: int = 13) -> tuple[torch.optim.Optimizer, Growing]:
+        model = Line()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+        schedule = linear(total=1000, warmup=100)
+        return optimizer, ds_lena.grow(model, growth(every=1, largest=largest), schedule, optimizer, micro_batch_size=2)
+
+    _, growing = begin()
+    saved = growing.state_dict() | {"n": 12, "samples": 60}
+    other, later = begin()
+    assert other.param_groups[0]["lr"] == 0.0
+    later.load_state_dict(json.loads(json.dumps(saved)))
+    assert other.param_groups[0]["lr"] == pytest.approx(0.5 * 0.6) and later.accumulation == 12
+    _, bounded = begin(largest=8)
+    bounded.load_state_dict(saved)
+    assert bounded.accumulation == 8 and "batch of 12 micro-batches is outside" in caplog.text
+    with pytest.raises(ds_lena.StateError, match='has no "first"'):
+        bounded.load_state_dict({})
+
+
+def test_a_batch_grows_once_and_knows_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    growing = ds_lena.grow(model, growth(), None, optimizer, micro_batch_size=2)
+    with pytest.raises(ds_lena.StateError, match="grows already"):
+        ds_lena.grow(model, growth(), None, optimizer)
+    monkeypatch.setattr("ds_lena.batch.world_size", lambda group: 2)
+    with pytest.raises(ds_lena.StateError, match="there are 2 ranks now, and there were 1 when"):
+        train(model, optimizer, growing, 20)
+
+
 def test_what_plain_pytorch_cannot_do_is_told() -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

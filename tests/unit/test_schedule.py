@@ -177,6 +177,19 @@ def test_a_short_first_window_does_not_set_the_plan(plan, first):
         assert schedule.clock.planned.item() == before
 
 
+@pytest.mark.parametrize("grown", [N, 4 * N])
+def test_the_plan_of_a_batch_that_grows_is_that_of_its_first(grown):
+    plan = UNKNOWN.growing_from(N)
+    schedule = new()
+    for n in (N, 2 * N, grown):
+        apply(schedule, some(n=n), plan)
+        assert schedule.clock.planned.item() == T * N
+    schedule = resumed(schedule)
+    for n in (4 * N, 8 * N):
+        apply(schedule, some(n=n), plan)
+        assert schedule.clock.planned.item() == T * N
+
+
 @pytest.mark.parametrize("n", [2, 4, 16, 64])
 def test_noise_and_signal_carry_over_to_another_n_and_the_gain_follows_at_once(n):
     noise, signal = torch.tensor([3.0, 0.5]), torch.tensor([0.2, 1.0])

@@ -137,6 +137,50 @@ def test_the_log_has_a_line_every_so_many_updates(tmp_path: Path) -> None:
     assert lines[1]["layers"]["weight"].keys() == {"noise", "signal", "noise_scale"}
 
 
+def test_a_log_goes_on_after_a_line_that_was_torn(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"update": 1, "noi')
+    watched(4, updates=2, size=30, log=str(log), log_every=1)
+    torn, *lines = log.read_text().splitlines()
+    assert torn == '{"update": 1, "noi' and [json.loads(line)["update"] for line in lines] == [1, 2]
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, report = watched(4, updates=3, size=30, log=str(tmp_path), log_every=1)
+    assert report["update"] == 3
+    assert [r.getMessage().split(":")[1] for r in caplog.records if r.levelname == "WARNING"] == [
+        ' cannot write to "log"'
+    ]
+
+
+def test_without_keys_it_is_the_watch_that_is_there() -> None:
+    model = Line(30)
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = ds_lena.watch(model, optimizer, smoothing=0.5)
+    assert ds_lena.watch(model, optimizer) is watch
+    with pytest.raises(ds_lena.ConfigError, match="watched already"):
+        ds_lena.watch(model, optimizer, smoothing=0.6)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"layer": "model"}, {"smoothing": 0.5}, {"exclude": ["*"]}, {"differences": True}], ids=str
+)
+def test_lena_measures_by_its_own_keys(keys: dict[str, object]) -> None:
+    model = Line(30)
+    optimizer = ds_lena.LENA(model.named_parameters(), warmup="none", smoothing=0.9)
+    with pytest.raises(ds_lena.ConfigError, match="LENA measures here, with"):
+        ds_lena.watch(model, optimizer, **keys)
+    assert ds_lena.watch(model, optimizer, smoothing=0.9) is ds_lena.watch(model, optimizer)
+
+
+def test_what_is_no_state_of_a_watch_is_told() -> None:
+    watch, _ = watched(4, updates=1, size=30)
+    before = watch.report()
+    with pytest.raises(ds_lena.StateError, match='has no "differences"'):
+        watch.load_state_dict({})
+    assert watch.report() == before
+
+
 def test_a_closed_watch_sees_nothing_and_training_goes_on() -> None:
     model = Line(30)
     optimizer = torch.optim.AdamW(model.parameters())

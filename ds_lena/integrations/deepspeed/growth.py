@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ... import reporting
 from ...controller import Controller
 from ...errors import ConfigError, StateError
-from ...growing import Growing
+from ...growing import Growing, require_growth
 from ...growth import BatchGrowth, from_keys
 from ...optimizer import LENA, controller_of
 from ...sample_schedules import SampleSchedule
-from ...watch_config import WatchConfig
-from ...watching import Watch
 from .. import _transformers_internals as hf
 from ._internals.engine import EngineView
 from .exchange import require_same_keys, together
-from .watch import watch_engine
+from .watch import require_between_updates, watch_engine
 
 logger = logging.getLogger("ds_lena")
 
@@ -59,9 +56,11 @@ def grow_engine(
     if getattr(engine, "ds_lena_growing", None) is not None:
         raise StateError("ds_lena.grow: the batch of this engine grows already: engine.ds_lena_growing has it.")
     require_no_scheduler(view)
-    watch = watch_of(engine, watch_keys)
+    watch = watch_engine(engine, watch_keys)
 
     def make() -> Growing:
+        require_growth(growth, schedule)
+        require_between_updates(view, "ds_lena.grow")
         require_same_keys(view.grid.everything, vars(growth) | {"schedule": schedule})
         return Growing(growth, schedule, watch, view.grid.replicas, view.micro_batch_size())
 
@@ -116,14 +115,6 @@ def grow_engine(
     return growing
 
 
-def watch_of(engine: Any, keys: dict[str, Any]) -> Watch:
-    """The watch of an engine, or a new one."""
-    found = reporting.find_watch(engine)
-    if found is not None and not found.is_closed and not keys:
-        return found
-    return watch_engine(engine, WatchConfig.from_keys(keys))
-
-
 def require_no_scheduler(view: EngineView) -> None:
     """Raise `ConfigError` if the engine has a scheduler, which counts updates."""
     scheduler = view.scheduler
@@ -143,4 +134,4 @@ def _set(view: EngineView, growing: Growing) -> None:
 
 def _keep_plan(controller: Controller, growing: Growing) -> None:
     """LENA plans a resumed run anew if its accumulation was changed. A batch that grows has not changed the plan."""
-    controller.amend_run(lambda run: run.planned_for(growing.first * growing.replicas))
+    controller.amend_run(lambda run: run.growing_from(growing.first * growing.replicas))

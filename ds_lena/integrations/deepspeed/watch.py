@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ... import reporting
 from ...binding import Binding
-from ...errors import ConfigError, UnsupportedError
+from ...errors import ConfigError, StateError, UnsupportedError
 from ...optimizer import LENA, controller_of
 from ...watch_config import WatchConfig
 from ...watching import Watch, Watcher
@@ -27,12 +28,12 @@ ENTRY = "noise_scale"
 _NOT_MUON = (
     "ds_lena.watch: at ZeRO 1 in bf16 with fp32 accumulation DeepSpeed's Muon gets flat pieces and does not "
     'orthogonalize them: this is plain SGD with momentum. What is measured is right. Use "data_types": '
-    '{"grad_accum_dtype": "bf16"}, or ZeRO 2 or 3.'
+    '{"grad_accum_dtype": "bf16"}, or ZeRO 3.'
 )
 _LOST = (
     "ds_lena.watch: at ZeRO 2 in bf16 with fp32 accumulation DeepSpeed loses the gradient of a parameter of Muon's "
     'Adam part that lies next to a matrix of Muon in a bucket. Use "data_types": {"grad_accum_dtype": "bf16"}, or '
-    "ZeRO 1 or 3. A layer without gradient is named after a few updates."
+    "ZeRO 3. A layer without gradient is named after a few updates."
 )
 
 
@@ -43,35 +44,44 @@ def watch_by_entry(engine: Any, entry: Any) -> None:
             f'ds_lena.watch: the entry "{ENTRY}": {entry!r} is not allowed; allowed is an object of keys, as '
             f'"{ENTRY}": {{}} or "{ENTRY}": {{"layer": "block"}}.'
         )
-    config = WatchConfig.from_keys(entry)
-    if config.enabled:
-        watch_engine(engine, config)
+    if WatchConfig.from_keys(entry).enabled:
+        watch_engine(engine, entry)
 
 
-def watch_engine(engine: Any, config: WatchConfig) -> Watch:
+def watch_engine(engine: Any, keys: Mapping[str, Any]) -> Watch:
     """Watch an engine. All its ranks call it, between two updates.
 
     Raises:
         UnsupportedError: a feature is in use under which it would not be exact.
         ConfigError: the ranks do not have the same keys, or the engine is watched already with others.
-        StateError: this version of ds_lena does not know DeepSpeed's layout.
+        StateError: an update has begun, or this version of ds_lena does not know DeepSpeed's layout.
     """
     view = EngineView(engine)
-    found: Watch | None = getattr(engine, "ds_lena_watch", None)
-    if found is not None and not found.is_closed:
-        if found.config != config:
-            raise ConfigError(
-                "ds_lena.watch: this engine is watched already, with other keys. Take that watch "
-                f'(engine.ds_lena_watch), call its close(), or give the keys once; the JSON may have "{ENTRY}" too.'
-            )
-        return found
-    _check_micro_batch_size(view, config)
-    lena = controller_of(view.optimizer) if isinstance(view.optimizer, LENA) else None
-    watch = _watch(view, config) if lena is None else lena.watch(config)
-    of_lena = lena is not None
+    before: Watch | None = getattr(engine, "ds_lena_watch", None)
+    of_lena = isinstance(view.optimizer, LENA)
+    if not of_lena:
+        _refuse_unsupported(view)
+
+    def begin() -> tuple[WatchConfig, Watch | None]:
+        config = WatchConfig.from_keys(keys)
+        if before is not None and not before.is_closed:
+            if keys and before.config != config:
+                raise ConfigError(
+                    "ds_lena.watch: this engine is watched already, with other keys. Call engine.ds_lena_watch.close() "
+                    f'first, or give keys in one place: here or in the JSON, where they are the entry "{ENTRY}".'
+                )
+            return config, before
+        _check_micro_batch_size(view, config)
+        require_between_updates(view, "ds_lena.watch")
+        return config, controller_of(view.optimizer).watch(config) if of_lena else None
+
+    config, watch = together(view.grid.everything, begin)
+    if before is not None and watch is before:
+        return before
+    watch = _watch(view, config) if watch is None else watch
     watch.after_update.append(lambda: write_events(engine, lambda: reporting.noise_events(watch.report(), of_lena)))
     engine.ds_lena_watch = watch
-    if found is None:
+    if before is None:
         # The watch of the day: one that was closed may have been followed by another.
         view.in_checkpoints(
             "ds_lena_watch",
@@ -90,10 +100,23 @@ def _check_micro_batch_size(view: EngineView, config: WatchConfig) -> None:
         )
 
 
-def _watch(view: EngineView, config: WatchConfig) -> Watch:
+def require_between_updates(view: EngineView, who: str) -> None:
+    """Raise `StateError` if the engine has the gradients of an update that has not ended. `who`: was called."""
+    done, steps = view.begun()
+    if done:
+        raise StateError(
+            f"{who}: {done} of {steps} micro-batches of an update are done already, and it would see the others only. "
+            "Call it between two updates, best right after deepspeed.initialize."
+        )
+
+
+def _refuse_unsupported(view: EngineView) -> None:
     if view.optimizer is None:
         raise UnsupportedError("ds_lena.watch: this engine has no optimizer, so it makes no updates to measure.")
     refuse_unsupported(view.facts, "ds_lena.watch")
+
+
+def _watch(view: EngineView, config: WatchConfig) -> Watch:
     parameters = trained_parameters(view)
     watcher = Watcher(config, parameters, [f"param_{i}" for i in range(len(parameters))])
     watcher.micro_batch_size = view.micro_batch_size

@@ -122,6 +122,12 @@ class EngineView:
         """Micro-batches of one rank in a full update. None if the caller alone says when an update ends."""
         return self.accumulation_steps() if self._engine.managed_gradient_accumulation() else None
 
+    def begun(self) -> tuple[int, int]:
+        """The micro-batches of one rank in an unfinished update, and in a full one. 0 where the caller ends updates."""
+        engine, steps = self._engine, self.accumulation_steps()
+        counts = engine._is_gradient_accumulation_boundary is None and engine.managed_gradient_accumulation()
+        return engine.micro_steps % steps if counts else 0, steps
+
     def begin_window(self) -> None:
         """Have the engine count micro-batches from the beginning of an update again."""
         self._engine.micro_steps -= self._engine.micro_steps % self.accumulation_steps()
