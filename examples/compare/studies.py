@@ -35,7 +35,7 @@ LR_POWER, GAIN_POWER = {"lr_power": Float(0.0, 1.0)}, {"gain_power": Float(0.5, 
 WARMUP, SHORT_WARMUP = {"warmup_fraction": Float(0.02, 0.5)}, {"warmup_fraction": Float(0.01, 0.2)}
 MUON_LR = {"muon_lr": Float(0.001, 0.05, log=True)}
 GROWTH = {"full_batch_at": Float(0.1, 1.0), "batch_lr_power": Float(0.0, 0.75)}
-FACTORS, PRICES = (0.5, 1, 2, 4), (16, 64)
+FACTORS, PRICES = (0.5, 1, 2, 4, 8), (16, 64)
 SINGLE, ROOT = {"warmup_fraction": 0.2}, {"batch_lr_power": 0.5}
 MUON_BASE = {"muon_lr": 0.0129}  # what muon-base has chosen on a quarter of GPT's run
 MUON_32 = {"muon_lr": 0.04, "lr": 0.037, "warmup_fraction": 0.362, "beta2": 0.99}  # what muon has chosen in gpt-32
@@ -209,11 +209,20 @@ study(
     seeds=(1,),
     **ON_GPT,
 )
+study(
+    "gpt-growth-more",
+    "lena-growth-8 adamw-root-growth-8 muon-kept-growth-0.5 muon-kept-growth-2 muon-kept-growth-4 muon-kept-growth-8",
+    n=128,
+    seeds=(1,),
+    **ON_GPT,
+)
 study("gpt-growth-seeds", "muon-kept-price-16", n=128, seeds=(2, 3), **ON_GPT)
 study("gpt-quarter-2", "muon-base", task=GPT_QUARTER, n=2, trials=4, seeds=(1,), base=GPT_1)
 study("gpt-16", "muon lena-as-is muon-root muon-kept", n=16, settings_of=GPT_32, seeds=(1,), **ON_GPT)
 study("gpt-16-seeds", "muon-kept", n=16, seeds=(2, 3), **ON_GPT)
 study("gpt-8-kept", "muon-kept", n=8, seeds=(1,), **ON_GPT)
+study("gpt-4", "lena-as-is adamw muon muon-kept", n=4, settings_of=GPT_32, seeds=(1,), **ON_GPT)
+study("gpt-1-muon", "muon-root", n=1, seeds=(1,), **ON_GPT)  # the learning rate is what n = 2 has chosen
 # A model on which nothing was chosen: do the defaults hold?
 LLAMA_1 = again(GPT_1, "llama-1", task=LLAMA)
 THIRD = "lena-as-is lena-model-as-is sqrt-scaling adamw muon"
