@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ from .watch_config import WatchConfig
 logger = logging.getLogger("ds_lena")
 
 _UPDATES_TO_SILENCE = 3
+
+
+class Window(Protocol):
+    """The micro-batches of an update, in an engine."""
+
+    def begin(self) -> None:
+        """The update's step begins."""
+
+    def end(self) -> None:
+        """It has ended."""
 
 
 class Watch:
@@ -63,6 +73,24 @@ class Watch:
             self.watcher.warn_of_silence()
             differences = float(self.watcher.memory.state.differences)
         return advice.report_of(self._memory(), self.config.tokens_per_sample, differences)
+
+    def around_step(self, window: Window) -> tuple[Callable[[], None], Callable[[bool], None]]:
+        """What an engine calls around the step of each update. `window`: what it does with the gradients."""
+        watcher = self._own()
+
+        def before() -> None:
+            if not self.is_closed:
+                window.begin()
+                watcher.begin_update()
+
+        def after(applied: bool) -> None:
+            if not self.is_closed:
+                watcher.end_update(applied)
+                window.end()
+                if applied:
+                    self.updated()
+
+        return before, after
 
     def updated(self) -> None:
         """Called after each applied update, on every rank."""
@@ -171,11 +199,6 @@ class Watcher:
     def manage(self, binding: Binding, parts: Callable[[], Parts | None]) -> None:
         """Let an engine run the updates. `parts()` may make a group of ranks, which none of them may miss."""
         self.meter.manage(replace(binding, parts=parts()))
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it has stopped."""
-        return self.meter.hooks.is_closed
 
     def close(self) -> None:
         """Remove the hooks from the parameters."""

@@ -139,19 +139,7 @@ def _watch(view: EngineView, config: WatchConfig) -> Watch:
     watch = watcher.watch()
     _warn_of_muon(view)
 
-    def before() -> None:
-        if not watcher.is_closed:
-            window.begin()
-            watcher.begin_update()
-
-    def after(applied: bool) -> None:
-        if not watcher.is_closed:
-            watcher.end_update(applied)
-            window.end()
-            if applied:
-                watch.updated()
-
-    view.around_model_step(before, after)
+    view.around_model_step(*watch.around_step(window))
     view.before_destroy(watch.close)
     return watch
 

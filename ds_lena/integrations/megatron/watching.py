@@ -49,19 +49,7 @@ def _watch(wrapper: Any, chunk: Any, config: WatchConfig) -> Watch:
     window = Window(chunk, watcher.meter.hooks)
     watch = watcher.watch()
 
-    def before() -> None:
-        if not watcher.is_closed:
-            window.begin()
-            watcher.begin_update()
-
-    def after(applied: bool) -> None:
-        if not watcher.is_closed:
-            watcher.end_update(applied)
-            window.end()
-            if applied:
-                watch.updated()
-
-    _internals.around_step(wrapper, before, after)
+    _internals.around_step(wrapper, *watch.around_step(window))
     return watch
 
 
