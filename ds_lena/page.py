@@ -11,7 +11,9 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from .errors import ConfigError
 Record = dict[str, Any]
 Point = tuple[float, float]
 
-WIDTH, LEFT, RIGHT = 900, 70, 20
+WIDTH, LEFT, RIGHT = 900, 260, 20
+"""Of every drawing: the names of layers stand on the left, and all lines up from top to bottom."""
 UNITS = ("tokens", "samples", "micro_batches", "update")
-"""What a run is measured by on the page: the first that all records have."""
+"""What a run is measured by on the page: the first that all records have, and that never falls."""
 
 _COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis
 _NOTHING = (225, 225, 225)
-_MOST_COLUMNS = 400
+_COLUMNS = 400
+_MOST = 1e300  # beyond it, and below 1 / _MOST, a float has no power of ten for the end of a scale
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -38,44 +42,71 @@ table { border-collapse: collapse; } td, th { padding: 0.1em 0.8em; text-align: 
 """
 
 
-def read(path: Path) -> list[Record]:
-    """The records of a log by `ds_lena.watch(…, log=…)`, or of the examples' `history.jsonl`, in the order of updates.
+def read(path: Path) -> tuple[list[Record], int]:
+    """The reports in a log by `ds_lena.watch(…, log=…)`, or in the examples' `history.jsonl`, in the order of updates.
 
-    A run that was resumed has overwritten what it did again. A torn last line is left out.
+    A run that was resumed has overwritten what it did again.
+
+    Returns:
+        The reports, and how many lines were left out because they are none: torn, empty or of something else.
 
     Raises:
-        ConfigError: there is no such file, or nothing in it was measured.
+        ConfigError: there is no such file, or no report in it.
     """
     if not path.is_file():
         raise ConfigError(f"ds_lena.report: there is no file {path}. Give the JSON lines that a watch has written.")
     records: list[Record] = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise ConfigError(f"ds_lena.report: {path}: line {number} is no JSON: {line[:40]!r}.") from None
-        record = found.get("lena", found) if isinstance(found, dict) else {}
-        if "layers" in record and "update" in record:
-            records = [before for before in records if before["update"] < record["update"]] + [record]
-    if not any(record.get("noise_scale") or record["layers"] for record in records):
+    skipped = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            record = _report_in(line)
+            if record is None:
+                skipped += 1
+                continue
+            while records and records[-1]["update"] >= record["update"]:
+                records.pop()
+            records.append(record)
+    if not records:
         raise ConfigError(
-            f"ds_lena.report: nothing was measured in {path}. Allowed are the log of ds_lena.watch(…, log=FILE) and "
-            "the history.jsonl of the examples."
+            f"ds_lena.report: {path} has {skipped} lines, and none is a report. Allowed are the log of "
+            "ds_lena.watch(…, log=FILE) and the history.jsonl of a LENA in the examples. Give one of these."
         )
-    return records
+    return records, skipped
+
+
+def _report_in(line: bytes) -> Record | None:
+    """The report in a line, with None for each number that is not finite or is something else. None if it has none."""
+    try:
+        found: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    found = found.get("lena", found) if isinstance(found, dict) else None
+    layers = found.get("layers") if isinstance(found, dict) else None
+    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+        return None
+    record = _numbers(found)
+    if record.get("update") is None or record.get("n") is None or "noise_scale" not in record:
+        return None
+    layers = {name: _numbers(layer) for name, layer in layers.items()}
+    return record | {"layers": layers, "advice": str(found.get("advice") or "")}
+
+
+def _numbers(found: Mapping[str, Any]) -> Record:
+    return {key: value if _is_number(value) else None for key, value in found.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST
 
 
 def make(records: Sequence[Record], title: str) -> str:
     """The page."""
-    unit = next(unit for unit in UNITS if all(record.get(unit) is not None for record in records))
+    unit = next(unit for unit in UNITS if _rises([record.get(unit) for record in records]))
     at = [float(record[unit]) for record in records]
     last = records[-1]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>After {last['update']:,} updates: {html.escape(last['advice'])}.</p>" if "advice" in last else "",
+        f"<p>After {last['update']:,} updates: {html.escape(last['advice'])}.</p>" if last.get("advice") else "",
         "<h2>Noise scale and batch, in micro-batches</h2>",
         '<p class="note">Line: noise scale, with its interval of about 95 %. Red: the batch, n. Below the line a '
         "larger batch saves updates at little cost; far above it, it saves hardly any.</p>",
@@ -84,12 +115,16 @@ def make(records: Sequence[Record], title: str) -> str:
         '<p class="note">What an update is worth in updates of one micro-batch, as a share of n.</p>',
         _efficiencies(records, at, unit),
         "<h2>Layers</h2>",
-        _layers(records, unit),
+        _layers(records, at, unit),
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style>{''.join(parts)}</html>\n"
     )
+
+
+def _rises(values: Sequence[Any]) -> bool:
+    return None not in values and all(before <= after for before, after in pairwise(values))
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -99,13 +134,13 @@ class _Plot:
     """Places points: the run from left to right, a value from bottom to top."""
 
     def __init__(self, at: Sequence[float], low: float, high: float, height: int, is_log: bool, unit: str) -> None:
-        self._at, self._height, self._unit = (at[0], max(at[-1], at[0] + 1e-9)), height, unit
+        self._at, self._height, self._unit = at, height, unit
         self._map: Callable[[float], float] = math.log10 if is_log else lambda value: value
         self._low, self._high, self._is_log = self._map(low), self._map(high), is_log
         self._limits = low, high
 
     def x(self, at: float) -> float:
-        return LEFT + (at - self._at[0]) / (self._at[1] - self._at[0]) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (at - self._at[0]) / (self._at[-1] - self._at[0] or 1) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         value = min(max(value, self._limits[0]), self._limits[1])
@@ -134,19 +169,23 @@ class _Plot:
             f'<text x="{LEFT - 8}" y="{self.y(t) + 4:.1f}" text-anchor="end">{t:g}</text>'
             for t in self.ticks()
         )
-        ends = "".join(
-            f'<text x="{self.x(at):.0f}" y="{self._height + 18}" text-anchor="{anchor}">{at:,.0f}</text>'
-            for at, anchor in zip(self._at, ("start", "end"), strict=True)
-        )
-        unit = self._unit.replace("_", "-")
-        name = f'<text x="{(LEFT + end) / 2}" y="{self._height + 18}" text-anchor="middle">{unit}</text>'
-        return f'<svg viewBox="0 0 {WIDTH} {self._height + 26}">{grid}{"".join(drawn)}{ends}{name}</svg>'
+        return _svg(grid + "".join(drawn), self._at, self._height, self._unit)
+
+
+def _svg(drawn: str, at: Sequence[float], height: int, unit: str) -> str:
+    """What was drawn, and below it where the run begins and ends."""
+    ends = ((LEFT, "start", f"{at[0]:,.0f}"), (WIDTH - RIGHT, "end", f"{at[-1]:,.0f}"))
+    axis = "".join(
+        f'<text x="{x}" y="{height + 18}" text-anchor="{anchor}">{text}</text>'
+        for x, anchor, text in (*ends, ((LEFT + WIDTH - RIGHT) // 2, "middle", unit.replace("_", "-")))
+    )
+    return f'<svg viewBox="0 0 {WIDTH} {height + 26}">{drawn}{axis}</svg>'
 
 
 def _scales(records: Sequence[Record], at: Sequence[float], unit: str) -> str:
     pairs = list(zip(at, records, strict=True))
     scale = [(x, r["noise_scale"]) for x, r in pairs if _is_positive(r["noise_scale"])]
-    batch = [(x, float(r["n"])) for x, r in pairs if r["n"] > 0]
+    batch = [(x, float(r["n"])) for x, r in pairs if _is_positive(r["n"])]
     values = [value for _, value in scale + batch] or [1.0]
     low, high = 10.0 ** math.floor(math.log10(min(values))), 10.0 ** math.ceil(math.log10(max(values)) + 1e-9)
     high = max(high, 10 * low)
@@ -161,30 +200,31 @@ def _scales(records: Sequence[Record], at: Sequence[float], unit: str) -> str:
 
 def _efficiencies(records: Sequence[Record], at: Sequence[float], unit: str) -> str:
     plot = _Plot(at, 0.0, 1.0, 160, False, unit)
-    found = [(x, _efficiency(record)) for x, record in zip(at, records, strict=True) if record["n"] > 0]
-    return plot.svg(plot.path(found, "noise"))
+    found = [(x, _efficiency(record)) for x, record in zip(at, records, strict=True) if _is_positive(record["n"])]
+    return plot.svg(plot.path([(x, share) for x, share in found if share is not None], "noise"))
 
 
-def _efficiency(record: Record) -> float:
+def _efficiency(record: Record) -> float | None:
     """Of a LENA's own report it is made from the noise scale, by the formula of the gain."""
     if "efficiency" in record:
-        return float(record["efficiency"])
+        return record["efficiency"]
     scale, n = record["noise_scale"], record["n"]
     return (scale + 1) / (scale + n) if _is_positive(scale) else 1.0
 
 
-def _is_positive(value: Any) -> bool:
-    return value is not None and math.isfinite(value) and value > 0
+def _is_positive(value: float | None) -> bool:
+    return value is not None and 1 / _MOST < value < _MOST
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _layers(records: Sequence[Record], unit: str) -> str:
-    """A row of pixels for each layer, a column for each record; and the numbers at the end."""
+def _layers(records: Sequence[Record], at: Sequence[float], unit: str) -> str:
+    """A row of pixels for each layer, in each column the record that is nearest; and the numbers at the end."""
     names = list(records[-1]["layers"])
-    step = max(1, math.ceil(len(records) / _MOST_COLUMNS))
-    columns = records[::-1][::step][::-1]
+    halfway = [(before + after) / 2 for before, after in pairwise(at)]
+    places = (at[0] + (at[-1] - at[0]) * (column + 0.5) / _COLUMNS for column in range(_COLUMNS))
+    columns = [records[bisect(halfway, place)] for place in places]
     logs = [[_log_scale(record["layers"].get(name)) for record in columns] for name in names]
     known = [value for row in logs for value in row if value is not None]
     if not known:
@@ -192,23 +232,24 @@ def _layers(records: Sequence[Record], unit: str) -> str:
     low, high = min(known), max(max(known), min(known) + 1e-9)
     pixels = [[_NOTHING if v is None else _color((v - low) / (high - low)) for v in row] for row in logs]
     row = 16 if len(names) <= 60 else 8
-    height, left = row * len(names), 260
+    height = row * len(names)
     labels = "".join(
-        f'<text x="{left - 6}" y="{row * i + row - 4}" text-anchor="end" style="font-size:{row - 4}px">'
+        f'<text x="{LEFT - 6}" y="{row * i + row - 4}" text-anchor="end" style="font-size:{row - 4}px">'
         f"{html.escape(name[-42:])}</text>"
         for i, name in enumerate(names)
     )
     image = (
-        f'<image x="{left}" width="{WIDTH - left}" height="{height}" preserveAspectRatio="none" '
+        f'<image x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" height="{height}" preserveAspectRatio="none" '
         f'style="image-rendering:pixelated" href="data:image/png;base64,{base64.b64encode(_png(pixels)).decode()}"/>'
     )
     note = (
         f'<p class="note">Noise scale of each layer over {unit.replace("_", "-")}: dark is {10**low:.3g} '
-        f"micro-batches, yellow {10**high:.3g}, on a logarithmic scale. Grey: no signal above the noise.</p>"
+        f"micro-batches, yellow {10**high:.3g}, on a logarithmic scale. Grey: no signal above the noise. Each column "
+        "shows the report that is nearest.</p>"
     )
     table = "".join(f"<tr><td>{html.escape(name)}</td>{_cells(records[-1]['layers'][name])}</tr>" for name in names)
     return (
-        f'{note}<svg viewBox="0 0 {WIDTH} {height}">{labels}{image}</svg><details><summary>Numbers at the end</summary>'
+        f"{note}{_svg(labels + image, at, height, unit)}<details><summary>Numbers at the end</summary>"
         f"<table><tr><th>layer</th><th>noise</th><th>signal</th><th>noise scale</th></tr>{table}</table></details>"
     )
 
