@@ -7,8 +7,9 @@ a model trains, so a batch that follows it does the same work in fewer updates.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
@@ -118,8 +119,8 @@ class BatchGrowth:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, and an integer no larger than a float can be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_count(value: Any) -> bool:
@@ -144,7 +145,10 @@ def from_keys(cls: Any, keys: Any) -> Any:
     known = [entry.name for entry in fields(cls)]
     if not isinstance(keys, Mapping) or set(keys) - set(known):
         raise ConfigError(f"{cls.__name__}: got {keys!r}; allowed is a {cls.__name__}, or its keys {', '.join(known)}.")
-    try:
-        return cls(**keys)
-    except TypeError as error:
-        raise ConfigError(f"{cls.__name__}: {error}. Its keys are {', '.join(known)}.") from None
+    missing = [entry.name for entry in fields(cls) if entry.default is MISSING and entry.name not in keys]
+    if missing:
+        raise ConfigError(
+            f"{cls.__name__}: got {dict(keys)!r}; {', '.join(missing)} must be given, too. Its keys are "
+            f"{', '.join(known)}."
+        )
+    return cls(**keys)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
+from .growth import is_count, is_number
 from .keys import KEYS
 
 
@@ -34,6 +36,8 @@ class WatchConfig:
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> WatchConfig:
         """Check the keys as a user wrote them. Raise `ConfigError` for the first that is wrong."""
+        if isinstance(keys.get("log"), os.PathLike):
+            keys = {**keys, "log": os.fspath(keys["log"])}
         known = [entry.name for entry in fields(cls)]
         for name, value in keys.items():
             if name not in known:
@@ -48,17 +52,16 @@ class WatchConfig:
         return cls(**{**keys, "exclude": tuple(keys.get("exclude", ()))})
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
 def _allowed(name: str) -> tuple[Callable[[Any], bool], str]:
     if name in KEYS:
         return KEYS[name].accepts, KEYS[name].allowed
     return {
-        "tokens_per_sample": (lambda value: value is None or _is_positive(value), "null or a number > 0"),
+        "tokens_per_sample": (
+            lambda value: value is None or (is_number(value) and value > 0),
+            "null or a finite number > 0",
+        ),
         "differences": (lambda value: isinstance(value, bool), "true or false"),
         "enabled": (lambda value: isinstance(value, bool), "true or false"),
         "log": (lambda value: value is None or (isinstance(value, str) and value != ""), "null or the path of a file"),
-        "log_every": (lambda value: _is_positive(value) and isinstance(value, int), "a whole number of updates >= 1"),
+        "log_every": (is_count, "a whole number of updates >= 1"),
     }[name]

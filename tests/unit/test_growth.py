@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import ds_lena
 from ds_lena import BatchGrowth, ConfigError, cosine, linear, warmup_stable_decay
 from ds_lena.growing import Growing
+from ds_lena.growth import from_keys
 from ds_lena.watch_config import WatchConfig
 from ds_lena.watching import Watch
 
@@ -66,6 +68,7 @@ def test_it_grows_where_a_window_can_begin_and_never_above_what_was_wanted() -> 
     [
         ({"factor": 0.0}, '"factor": 0.0'),
         ({"factor": math.inf}, "a finite number > 0"),
+        ({"factor": 10**400}, "a finite number > 0"),
         ({"smallest": 0}, '"smallest": 0'),
         ({"largest": 2.5}, '"largest": 2.5'),
         ({"largest": 1}, '"largest": 1 is below "smallest": 2'),
@@ -79,6 +82,19 @@ def test_it_grows_where_a_window_can_begin_and_never_above_what_was_wanted() -> 
 def test_bad_keys_are_told(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         growth(**keys)
+
+
+@pytest.mark.parametrize(
+    ("cls", "keys", "message"),
+    [
+        (BatchGrowth, {"largest": 8}, "got {'largest': 8}; factor, smallest must be given, too. Its keys are factor,"),
+        (ds_lena.SampleSchedule, {"shape": "cosine"}, "total must be given, too. Its keys are shape, total,"),
+        (BatchGrowth, {"factor": 1, "smalest": 2, "largest": 8}, "allowed is a BatchGrowth, or its keys factor,"),
+    ],
+)
+def test_keys_that_are_missing_or_unknown_are_told(cls: type, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        from_keys(cls, keys)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

@@ -130,8 +130,10 @@ def test_state_goes_on_where_it_was() -> None:
     assert other.report() == report
 
 
-def test_the_log_has_a_line_every_so_many_updates(tmp_path: Path) -> None:
-    watched(4, updates=6, size=30, log=str(tmp_path / "runs" / "log.jsonl"), log_every=3)
+@pytest.mark.parametrize("of", [str, Path])
+def test_the_log_has_a_line_every_so_many_updates(tmp_path: Path, of: type) -> None:
+    watch, _ = watched(4, updates=6, size=30, log=of(tmp_path / "runs" / "log.jsonl"), log_every=3)
+    assert isinstance(watch.config.log, str)
     lines = [json.loads(line) for line in (tmp_path / "runs" / "log.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [3, 6]
     assert lines[1]["layers"]["weight"].keys() == {"noise", "signal", "noise_scale"}
@@ -315,6 +317,8 @@ def test_a_signal_that_is_not_positive_is_an_infinite_noise_scale_and_said() -> 
         ({"layer": "row"}, "\"layer\": 'row' is not allowed"),
         ({"smoothing": 1.0}, '"smoothing"'),
         ({"tokens_per_sample": 0}, '"tokens_per_sample": 0'),
+        ({"tokens_per_sample": math.inf}, "a finite number > 0"),
+        ({"tokens_per_sample": 10**400}, "a finite number > 0"),
         ({"log_every": 0}, '"log_every": 0'),
         ({"differences": "yes"}, "true or false"),
         ({"log": 3}, "the path of a file"),
