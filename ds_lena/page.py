@@ -68,7 +68,7 @@ def read(path: Path) -> tuple[list[Record], int]:
             records.append(record)
     if not records:
         raise ConfigError(
-            f"ds_lena.report: {path} has {skipped} lines, and none is a report. Allowed are the log of "
+            f"ds_lena.report: no line of {path} is a report. Allowed are the log of "
             "ds_lena.watch(…, log=FILE) and the history.jsonl of a LENA in the examples. Give one of these."
         )
     return records, skipped

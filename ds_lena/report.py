@@ -35,7 +35,7 @@ def main() -> int:
         )
         return 1
     if skipped:
-        sys.stderr.write(f"ds_lena.report: {skipped} lines of {given.log} are no report, and were left out.\n")
+        sys.stderr.write(f"ds_lena.report: lines of {given.log} that are no report, and were left out: {skipped}.\n")
     sys.stdout.write(f"{out}\n")
     return 0
 

@@ -84,7 +84,7 @@ def test_a_line_that_is_no_report_is_left_out_and_counted(tmp_path: Path, what: 
     records, skipped = page.read(path)
     assert [found["update"] for found in records] == [1, 3] and skipped == 1
     path.write_bytes(NO_REPORTS[what] + b"\n")
-    with pytest.raises(ds_lena.ConfigError, match="has 1 lines, and none is a report"):
+    with pytest.raises(ds_lena.ConfigError, match="is a report"):
         page.read(path)
 
 
@@ -193,7 +193,7 @@ def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ds_lena.report", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / "run.html")
-    assert done.stderr == f"ds_lena.report: 1 lines of {path} are no report, and were left out.\n"
+    assert done.stderr == f"ds_lena.report: lines of {path} that are no report, and were left out: 1.\n"
     assert (tmp_path / "run.html").read_text().startswith("<!doctype html>")
 
 
