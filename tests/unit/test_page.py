@@ -9,7 +9,6 @@ import re
 import runpy
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -133,18 +132,6 @@ def test_tokens_that_fall_are_no_axis() -> None:
 def test_a_file_that_is_missing_is_told(tmp_path: Path) -> None:
     with pytest.raises(ds_lena.ConfigError, match="there is no file"):
         page.read(tmp_path / "run.jsonl")
-
-
-def test_a_long_log_takes_time_in_proportion(tmp_path: Path) -> None:
-    """Eight times the lines take about 8 times as long, where a list that is made anew for each line took 50 times."""
-
-    def seconds(lines: int) -> float:
-        path = log(tmp_path, [record(update) for update in range(lines)])
-        began = time.process_time()
-        page.read(path)
-        return time.process_time() - began
-
-    assert min(seconds(8000) for _ in range(3)) < 20 * min(seconds(1000) for _ in range(3))
 
 
 def test_the_curves_stand_where_the_numbers_are() -> None:
