@@ -121,6 +121,13 @@ def has_length(trainer: Any) -> bool:
     return is_sized(trainer.train_dataset)
 
 
+def is_constant(scheduler: Any) -> bool:
+    """Whether a `LambdaLR` is that of "constant"."""
+    from transformers.optimization import _get_constant_lambda as constant
+
+    return all(each is constant for each in scheduler.lr_lambdas)
+
+
 def set_progress(trainer: Any, updates: int) -> None:
     """Set the length of the Trainer's progress bar, if it has one."""
     for callback in trainer.callback_handler.callbacks:

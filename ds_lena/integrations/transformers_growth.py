@@ -63,6 +63,8 @@ class BatchGrowthCallback(NoiseScaleCallback):
         # Of one rank: micro-batches that were trained, before this call of train() and by now; in an epoch, None for
         # data without a length; and of the whole run.
         self._done_before = self._done = self._budget = 0
+        self._epochs = 0  # that the Trainer plans
+        self._is_applied = False  # the update at hand
         self._length: int | None = None
         self._first = self._size = self._replicas = 1
         self._view: EngineView | None = None
@@ -75,7 +77,8 @@ class BatchGrowthCallback(NoiseScaleCallback):
         """Put a new callback before all others of the Trainer. Before `train()`. `keys`: see the class.
 
         Raises:
-            ConfigError: a key is not allowed, or the Trainer's arguments do not go together with growth.
+            ConfigError: a key is not allowed, the Trainer's arguments do not go together with growth, or it has such a
+                callback already.
         """
         callback = cls(growth, **keys)
         callback.follow(trainer)
@@ -86,6 +89,11 @@ class BatchGrowthCallback(NoiseScaleCallback):
         self._trainer = trainer
         self._first = trainer.args.gradient_accumulation_steps
         self._require_fit(trainer.args)
+        if any(isinstance(each, BatchGrowthCallback) for each in trainer.callback_handler.callbacks):
+            raise ConfigError(
+                "BatchGrowthCallback: this Trainer has one already. Call BatchGrowthCallback.add_to(trainer, …) once, "
+                "and leave it out of callbacks=[…]."
+            )
         trainer.callback_handler.callbacks.insert(0, self)
         hf.follow(trainer, self)
 
@@ -121,14 +129,15 @@ class BatchGrowthCallback(NoiseScaleCallback):
             )
         samples = self._budget * self._size * self._replicas
         if self._length is None:
+            self._epochs = planned.num_train_epochs
             return planned.changed(
                 num_update_steps_per_epoch=self._budget,
                 num_train_samples=samples,
                 steps_in_epoch=self._budget,
                 max_steps=updates,
             )
-        epochs = math.ceil(self._budget / self._length)
-        return planned.changed(num_train_epochs=epochs, num_train_samples=samples, max_steps=updates)
+        self._epochs = math.ceil(self._budget / self._length)
+        return planned.changed(num_train_epochs=self._epochs, num_train_samples=samples, max_steps=updates)
 
     def position(self, state: Any, begin: tuple[int, int], is_resumed: bool) -> tuple[int, int]:
         """Where the Trainer begins: epochs, and micro-batches of one rank in the next. `begin`: by its own count."""
@@ -142,6 +151,10 @@ class BatchGrowthCallback(NoiseScaleCallback):
             return begin
         size = self._saved["micro_batch_size"]
         self._done = self._saved["micro_batches"] * size // (self._size * self._replicas)
+        window = self._aligned(max(self._saved["n"] * size // (self._size * self._replicas), self._first))
+        if self._updates_left(window) == 0:  # the Trainer would train one all the same
+            logger.warning("BatchGrowthCallback: no update fits into the rest of the run. Nothing is trained.")
+            return self._epochs, 0
         return divmod(self._done, self._length) if self._length else (0, self._done)
 
     def samples_of_call(self) -> int:
@@ -152,6 +165,12 @@ class BatchGrowthCallback(NoiseScaleCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer on every rank, when all is made and nothing is trained."""
+        if self._trainer is None:
+            raise ConfigError(
+                "BatchGrowthCallback: it has to know its Trainer. Leave it out of callbacks=[…] and add_callback(…), "
+                "and call BatchGrowthCallback.add_to(trainer, …) before train()."
+            )
+        scheduler = self._require_scheduler(kwargs["lr_scheduler"])
         super().on_train_begin(args, state, control, **kwargs)
         assert self.watch is not None
         optimizer = kwargs["optimizer"]
@@ -159,13 +178,15 @@ class BatchGrowthCallback(NoiseScaleCallback):
         self._view = None if engine is None else EngineView(engine)
         growing = Growing(self.growth, self.schedule, self.watch, self._replicas, self._size, lowest=self._first)
         self.growing, self._passes, self._done_before = growing, 0, self._done
+        self._is_applied = False
+        self.watch.after_update.append(self._was_applied)
         if self._saved is not None:
             growing.load_state_dict(self._saved)
         else:
             growing.saw(self._done)
-        self._align()
+        growing.accumulation = self._aligned(growing.accumulation)
         self._set(args)
-        self._replace_scheduler(args, kwargs["lr_scheduler"])
+        self._replace(scheduler)
         lena = find_lena(optimizer)
         if isinstance(lena, LENA):
             planned = growing.first * growing.replicas
@@ -181,12 +202,15 @@ class BatchGrowthCallback(NoiseScaleCallback):
         growing = self.growing
         assert growing is not None
         growing.saw(self._passes + 1)
+        before = self._done
         self._done += self._passes + 1
         self._passes = 0
-        if growing.decide(self._in_epoch()):
+        is_applied, self._is_applied = self._is_applied, False
+        if is_applied and growing.decide(self._in_epoch()):
             self._set(args)
-            self._set_lr()
+        self._set_lr()  # the Trainer's scheduler makes no step after a skipped update
         self._tell(state)
+        self._set_intervals(args, state, before)
         if self._updates_left(growing.accumulation) == 0:
             control.should_training_stop = True
 
@@ -213,21 +237,27 @@ class BatchGrowthCallback(NoiseScaleCallback):
         """Called at the end of `train()`: the Trainer gets its own number back."""
         args.gradient_accumulation_steps = self._first
 
+    def _was_applied(self) -> None:
+        self._is_applied = True
+
     def _in_epoch(self) -> int:
         return self._done % self._length if self._length else self._done
 
-    def _align(self) -> None:
-        """Other ranks than those of a checkpoint may stand where a window of this length cannot begin."""
-        growing = self.growing
-        assert growing is not None
-        while self._in_epoch() % growing.accumulation:
-            growing.accumulation -= 1
-        if growing.accumulation < self._first:
+    def _aligned(self, accumulation: int) -> int:
+        """The next smaller window that can begin here. Other ranks than a checkpoint's may stand where none of it can.
+
+        Raises:
+            ConfigError: it is smaller than the Trainer's own number.
+        """
+        while self._in_epoch() % accumulation:
+            accumulation -= 1
+        if accumulation < self._first:
             raise ConfigError(
                 f"BatchGrowthCallback: the checkpoint is at micro-batch {self._in_epoch()} of an epoch, where no "
-                f"window of {self._first} or more can begin. Set gradient_accumulation_steps to "
-                f"{growing.accumulation}, or use as many ranks as before."
+                f"window of {self._first} or more can begin. Set gradient_accumulation_steps to {accumulation}, or "
+                "use as many ranks as before."
             )
+        return accumulation
 
     def _set(self, args: Any) -> None:
         growing = self.growing
@@ -239,7 +269,7 @@ class BatchGrowthCallback(NoiseScaleCallback):
 
     def _updates_left(self, accumulation: int) -> int:
         """Updates that fit into the rest of the budget. The last one of an epoch can be short."""
-        left = self._budget - self._done
+        left = max(self._budget - self._done, 0)
         if self._length is None:
             return left // accumulation
         in_epoch = min(self._length - self._in_epoch(), left)
@@ -254,23 +284,38 @@ class BatchGrowthCallback(NoiseScaleCallback):
         state.max_steps = state.global_step + self._updates_left(self.growing.accumulation)
         hf.set_progress(self._trainer, state.max_steps)
 
+    def _set_intervals(self, args: Any, state: Any, before: int) -> None:
+        """Let what is below 1 of `logging_steps`, `eval_steps` and `save_steps` be a share of the run's samples.
+
+        The Trainer makes updates of it once, by its first plan, and acts where `global_step` is a multiple.
+        """
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            share = getattr(args, name) or 0
+            if 0 < share < 1:
+                parts = [math.floor(done / (share * self._budget) + 1e-9) for done in (before, self._done)]
+                setattr(state, name, state.global_step if parts[0] < parts[1] else state.global_step + 1)
+
     # -- the learning rate --------------------------------------------------------------------------------------------
 
-    def _replace_scheduler(self, args: Any, scheduler: Any) -> None:
+    def _require_scheduler(self, scheduler: Any) -> LambdaLR:
+        """The scheduler inside its wrappers: one that can be replaced, or a constant one if there is no schedule."""
         while hasattr(scheduler, "scheduler"):
             scheduler = scheduler.scheduler
+        if isinstance(scheduler, LambdaLR) and (self.schedule is not None or hf.is_constant(scheduler)):
+            return scheduler
+        raise ConfigError(
+            f"BatchGrowthCallback: the scheduler {type(scheduler).__name__} counts updates, and a batch that grows "
+            'makes fewer of them. Use "lr_scheduler_type": "constant", optimizers=(optimizer, None), and no '
+            '"scheduler" in the DeepSpeed configuration. For a learning rate that falls give schedule=…, such as '
+            "ds_lena.cosine(total=samples)."
+        )
+
+    def _replace(self, scheduler: LambdaLR) -> None:
+        """Let the Trainer's scheduler set what is set here. Without that, it stays the constant one."""
         growing = self.growing
         assert growing is not None
         if not growing.sets_lr:
-            if scheduler is not None and str(args.lr_scheduler_type.value) != "constant":
-                raise _scheduler_in_updates(args.lr_scheduler_type.value)
             return
-        if not isinstance(scheduler, LambdaLR):
-            raise ConfigError(
-                f"BatchGrowthCallback: the scheduler {type(scheduler).__name__} counts updates, and cannot be replaced "
-                'by the schedule in samples. Leave the "scheduler" entry of the DeepSpeed configuration out, and '
-                "optimizers=(…, scheduler) of the Trainer."
-            )
         # The Trainer steps it at the end of an update, before on_step_end.
         per_pass = self._size * self._replicas
         scheduler.lr_lambdas = [

@@ -12,6 +12,7 @@ BATCH, ACCUMULATION, RANKS = 2, 2, 2
 SAMPLES = 88  # 22 micro-batches of a rank in an epoch
 BUDGET = 148.0  # samples: 37 micro-batches of a rank
 LR = 3e-3
+SPOILED = 3  # the micro-batch whose loss is NaN on one rank, in the second update
 LENGTH, VOCAB = 8, 96
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
 import ds_lena
 from ds_lena import BatchGrowth, ConfigError, cosine
@@ -161,6 +161,22 @@ def test_data_without_a_length_needs_a_budget_and_may_end(run: Run) -> None:
     assert ended["max_steps"][1] == len(ended["windows"])
 
 
+def test_a_skipped_update_decides_nothing_and_its_samples_count(run: Run) -> None:
+    first, second = run("skipped")
+    windows, schedule = first["windows"], cosine(total=200)
+    assert windows == second["windows"] and first["weights"] == second["weights"]
+    assert first["report"]["skipped"] == 1 and first["report"]["update"] == len(windows) - 1
+    assert run("zero2")[0]["windows"][:3] == [2, 2, 4], "two updates that are applied decide"
+    assert windows[:4] == [2, 2, 2, 4]
+    before = [BATCH * RANKS * sum(windows[:i]) for i in range(len(windows))]
+    assert first["lr"] == pytest.approx([LR * schedule(samples) for samples in before])
+    assert first["clock"] == BATCH * RANKS * sum(windows)
+
+
+def test_a_scheduler_in_the_configuration_is_refused_on_every_rank(run: Run) -> None:
+    assert all("the scheduler WarmupDecayLR counts updates" in message for message in run("refused"))
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +185,16 @@ def trainer(folder: Path, data: Any = None, **more: Any) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True, **keys
     )
-    return Trainer(model=model(0), args=arguments, train_dataset=data or Tokens())
+    held_out = torch.utils.data.Subset(Tokens(), range(2))
+    return Trainer(model=model(0), args=arguments, train_dataset=data or Tokens(), eval_dataset=held_out)
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+def cosine_in_updates(optimizer: torch.optim.Optimizer) -> Any:
+    return get_cosine_schedule_with_warmup(optimizer, 0, 10)
 
 
 GROWTH = BatchGrowth(1.0, 2, 8)
@@ -203,20 +228,76 @@ def test_what_does_not_go_together_is_told(
     [
         (BatchGrowth(1.0, 2, 3), {"accumulation": 4}, '"largest": 3 is below the 4 x 1 micro-batches'),
         (GROWTH, {"budget_samples": 3}, "less than the first update takes, 4 samples"),
-        (GROWTH, {"of_their_own": True}, "StepLR counts updates, and cannot be replaced"),
+        (GROWTH, {"scheduler": step_lr, "schedule": cosine(100)}, "the scheduler StepLR counts updates"),
+        (GROWTH, {"scheduler": step_lr}, "the scheduler StepLR counts updates.*schedule=…"),
+        (GROWTH, {"scheduler": cosine_in_updates}, "the scheduler LambdaLR counts updates.*schedule=…"),
     ],
 )
 def test_what_is_seen_at_the_start_of_training_is_told(
     tmp_path: Path, growth: BatchGrowth, keys: dict[str, Any], message: str
 ) -> None:
     made = trainer(tmp_path, gradient_accumulation_steps=keys.pop("accumulation", 2))
-    if keys.pop("of_their_own", False):
+    if "scheduler" in keys:
         optimizer = torch.optim.AdamW(made.model.parameters())
-        made.optimizer, made.lr_scheduler = optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
-        keys["schedule"] = cosine(100)
+        made.optimizer, made.lr_scheduler = optimizer, keys.pop("scheduler")(optimizer)
     BatchGrowthCallback.add_to(made, growth, **keys)
     with pytest.raises(ConfigError, match=message):
         made.train()
+
+
+def test_a_callback_without_its_trainer_is_told(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    made.add_callback(BatchGrowthCallback(GROWTH))
+    with pytest.raises(ConfigError, match=r"BatchGrowthCallback.add_to\(trainer, …\) before train"):
+        made.train()
+    with pytest.raises(ConfigError, match=r"has one already.*leave it out of callbacks"):
+        BatchGrowthCallback.add_to(made, GROWTH)
+
+
+def test_a_second_callback_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    BatchGrowthCallback.add_to(made, GROWTH)
+    with pytest.raises(ConfigError, match="has one already"):
+        BatchGrowthCallback.add_to(made, GROWTH)
+
+
+@pytest.mark.parametrize(("data", "length"), [(None, {}), (Endless(), {"max_steps": 1})])
+def test_a_run_that_has_ended_trains_nothing_more(tmp_path: Path, data: Any, length: dict[str, int]) -> None:
+    """30 micro-batches: an update of 8 does not fit into the rest."""
+
+    def run(budget: float, **more: str) -> tuple[Trainer, BatchGrowthCallback]:
+        made = trainer(tmp_path, data, save_strategy="steps", save_steps=1, **length)
+        callback = BatchGrowthCallback.add_to(made, BatchGrowth(1e6, 2, 8, every=1), budget_samples=budget)
+        made.train(**more)
+        return made, callback
+
+    before, callback = run(60)
+    steps, samples = before.state.global_step, callback.growing.samples
+    assert samples < 60 - 4 and before.state.max_steps == steps
+    last = str(tmp_path / f"checkpoint-{steps}")
+    again, callback = run(60, resume_from_checkpoint=last)
+    assert again.state.global_step == again.state.max_steps == steps and callback.growing.samples == samples
+    assert again.args.gradient_accumulation_steps == 2
+    for p, q in zip(again.model.parameters(), before.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+    further, callback = run(120, resume_from_checkpoint=last)
+    assert further.state.global_step > steps and 120 - 16 < callback.growing.samples <= 120
+
+
+def test_a_share_of_steps_is_one_of_the_samples(tmp_path: Path) -> None:
+    """The Trainer makes updates of it by its first plan: 0.25 would be a fourth of all updates at the first batch."""
+    seen: list[float] = []
+
+    class Evaluated(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.epoch)
+
+    made = trainer(tmp_path, num_train_epochs=4, eval_strategy="steps", eval_steps=0.25)
+    made.add_callback(Evaluated())
+    BatchGrowthCallback.add_to(made, BatchGrowth(1e6, 2, 8, every=1))
+    made.train()
+    assert made.state.max_steps < 88 / 2
+    assert len(seen) == 4 and all(at <= epoch < at + 8 / 44 for at, epoch in zip((1, 2, 3, 4), seen, strict=True))
 
 
 def test_one_process_trains_all_epochs_and_twice(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import ds_lena
 from benchmarks.command import leave
 from ds_lena.integrations.transformers_growth import BatchGrowthCallback
-from tests.integrations._hf_growth import ACCUMULATION, BATCH, BUDGET, LR, Endless, Tokens, model
+from tests.integrations._hf_growth import ACCUMULATION, BATCH, BUDGET, LR, SPOILED, Endless, Tokens, model
 
 ADAMW = {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.0, "torch_adam": True}}
 LENA = {"type": "LENA", "params": {"lr": LR, "smoothing": 0.5}}
 GROWTH = {"factor": 100.0, "smallest": 4, "largest": 16, "every": 2}
+DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}}
 TOTAL = 200
 
 
@@ -48,7 +49,16 @@ class Remember(TrainerCallback):
 
 
 def train(
-    folder, resume=None, optimizer=ADAMW, stage=2, data=None, restore=False, accumulation=ACCUMULATION, growth=None
+    folder,
+    resume=None,
+    optimizer=ADAMW,
+    stage=2,
+    data=None,
+    restore=False,
+    accumulation=ACCUMULATION,
+    growth=None,
+    scheduler=None,
+    nan_at=None,
 ):
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # a Trainer before has set it
     AcceleratorState._reset_state(True)
@@ -59,7 +69,7 @@ def train(
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
         "optimizer": optimizer,
-    }
+    } | ({} if scheduler is None else {"scheduler": scheduler})
     length = {"max_steps": 9} if data is not None else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -75,6 +85,7 @@ def train(
         disable_tqdm=False,
         logging_steps=1,
         restore_callback_states_from_checkpoint=restore,
+        lr_scheduler_type="linear" if scheduler is None else "constant",
         **length,
     )
     net = model(seed=0 if resume is None else 1)
@@ -82,6 +93,8 @@ def train(
     net.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"][:, 0].tolist()), with_kwargs=True
     )
+    if nan_at is not None:
+        net.register_forward_hook(lambda _, __, output: spoil(output) if len(seen) == nan_at else None)
     remember = Remember()
     trainer = Trainer(model=net, args=arguments, train_dataset=data or Tokens(), callbacks=[remember])
     keys = {"smoothing": 0.5} if optimizer is ADAMW else {}
@@ -89,7 +102,7 @@ def train(
         trainer,
         ds_lena.BatchGrowth(**GROWTH | (growth or {})),
         budget_samples=BUDGET,
-        schedule=ds_lena.cosine(total=TOTAL),
+        schedule=ds_lena.cosine(total=TOTAL) if scheduler is None else None,
         **keys,
     )
     result = trainer.train(resume_from_checkpoint=resume)
@@ -109,6 +122,18 @@ def train(
     }
 
 
+def spoil(output):
+    if os.environ["RANK"] == "0":
+        output["loss"] = output["loss"] * float("nan")
+
+
+def refused(folder):
+    try:
+        train(folder, scheduler=DECAY)
+    except ds_lena.ConfigError as error:
+        return str(error)
+
+
 def main(folder):
     logging.disable(logging.WARNING)
     runs = {
@@ -122,6 +147,8 @@ def main(folder):
         "endless": lambda: train(folder / "endless", data=Endless()),
         "lr follows": lambda: train(folder / "f", stage=None, growth={"lr_power": 0.5}),
         "ended": lambda: train(folder / "ended", data=Endless(60)),
+        "skipped": lambda: train(folder / "skipped", nan_at=SPOILED),
+        "refused": lambda: refused(folder / "refused"),
     }
     alone = {
         "one rank": lambda: train(
