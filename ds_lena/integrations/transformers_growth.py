@@ -151,7 +151,9 @@ class BatchGrowthCallback(NoiseScaleCallback):
             return begin
         size = self._saved["micro_batch_size"]
         self._done = self._saved["micro_batches"] * size // (self._size * self._replicas)
-        window = self._aligned(max(self._saved["n"] * size // (self._size * self._replicas), self._first))
+        least, most = self.growth.bounds(self._replicas)
+        window = min(max(self._saved["n"] * size // (self._size * self._replicas), least, self._first), most)
+        window = self._aligned(window)
         if self._updates_left(window) == 0:  # the Trainer would train one all the same
             logger.warning("BatchGrowthCallback: no update fits into the rest of the run. Nothing is trained.")
             return self._epochs, 0
