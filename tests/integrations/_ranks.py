@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.command import free_port, remove_buffers
 from tests.helpers.launch import rank_environment
@@ -57,6 +60,10 @@ class Ranks:
         for channel in self._channels:
             channel.close()
         for process in self._processes:
+            # Megatron's checkpoints start a process of multiprocessing's, which would wait for orders for ever.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             process.kill()
             process.join()
         remove_buffers(self._port)
