@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from .errors import StateError
+from .errors import ConfigError, StateError
 from .grad_stats.reduce import world_size
 from .growing import Growing, require_growth
 from .growth import BatchGrowth
 from .noise import watch
-from .optimizer import controller_of
-from .plain_updates import around_updates, optimizers_in
+from .optimizer import LENA, controller_of
+from .plain_updates import around_updates, optimizers_in, refuse_closure
+from .reporting import find_watch
 from .sample_schedules import SampleSchedule
 
 
@@ -52,15 +53,22 @@ def grow(
 
         return grow_engine(source, growth, schedule, keys)
     require_growth(growth, schedule)
-    watching = watch(source, optimizer, **keys)
     optimizers = optimizers_in(optimizer)
-    known = [getattr(one, "ds_lena_growing", None) for one in optimizers]
-    if any(grown is not None and not grown.watch.is_closed for grown in known):
+    if any(hasattr(one, "ds_lena_growing") for one in optimizers):
         raise StateError("ds_lena.grow: the batch of this optimizer grows already: optimizer.ds_lena_growing has it.")
+    known = find_watch(optimizers[0]) if optimizers else None
+    watching = watch(source, optimizer, **keys)
     meter, size = watching.meter, watching.config.micro_batch_size
     if watching.watcher is None:
         size = size or controller_of(optimizers[0]).config.micro_batch_size
-    growing = Growing(growth, schedule, watching, world_size(meter.binding.group), size)
+    try:
+        growing = Growing(growth, schedule, watching, world_size(meter.binding.group), size)
+    except ConfigError:
+        if watching is not known:
+            watching.close()
+        raise
+    for lena in (one for one in optimizers if isinstance(one, LENA)):
+        controller_of(lena).amend_run(lambda run: run.growing_from(growing.first * growing.replicas))
 
     def set_lr() -> None:
         growing.set_lr([group for one in optimizers for group in one.param_groups])
@@ -85,6 +93,12 @@ def grow(
             growing.decide()
             set_lr()
 
+    def require_counted(_: Any, args: Sequence[Any], keys: dict[str, Any]) -> None:
+        growing.require_open()
+        refuse_closure("ds_lena.grow", args, keys)
+
+    for one in optimizers:
+        one.register_step_pre_hook(require_counted)
     # The hooks of the watch were registered before: they run before these, and a step that ends clears its passes.
     around_updates(optimizers, meter, before, after)
     for one in optimizers:

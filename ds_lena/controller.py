@@ -103,17 +103,23 @@ class Controller:
             self._watched = self._watched.without_empty_groups()
         self.meter.manage(binding)
 
-    def watch(self, config: WatchConfig) -> Watch:
-        """A watch that shows what this measures. Raise `ConfigError` for keys by which this does not measure."""
-        for key in ("layer", "smoothing", "exclude", "differences"):
-            given, own = getattr(config, key), getattr(self.config, key, False)
-            if given not in (getattr(WatchConfig, key), own):
-                raise ConfigError(
-                    f'ds_lena.watch: "{key}": {given!r}, and LENA measures here, with {own!r}. Leave the key out; if '
-                    "LENA has that key, set it there."
-                )
+    def require_own_keys(self, config: WatchConfig) -> None:
+        """Raise `ConfigError` for keys of a watch by which this does not measure."""
+        own = {key: getattr(self.config, key) for key in ("layer", "smoothing", "exclude")} | {"differences": False}
+        if not self.is_managed:  # otherwise the engine knows it
+            own["micro_batch_size"] = self.config.micro_batch_size
+        key = config.contradicted_by(own)
+        if key is not None:
+            raise ConfigError(
+                f'ds_lena.watch: "{key}": {getattr(config, key)!r}, and LENA measures here, with {own[key]!r}. Leave '
+                "the key out; if LENA has that key, set it there."
+            )
+
+    def shown(self, config: WatchConfig) -> Watch:
+        """A watch that shows what this measures."""
         watch = Watch(config, self.meter, lambda: self.schedule)
         self.after_update.append(watch.updated)
+        watch.when_closed = lambda: self.after_update.remove(watch.updated)
         return watch
 
     @property

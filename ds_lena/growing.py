@@ -64,10 +64,11 @@ class Growing:
         self._noise_scale = math.inf
         self._lr_at_start: list[float] | None = None
         self.after_load: Callable[[], None] = lambda: None
+        others = "" if watch.watcher is None else ', or give the watch "differences": true'
         if self.n == 1 and not watch.config.differences and growth.largest > 1:
             raise ConfigError(
                 "ds_lena.grow: one micro-batch in an update tells no noise scale, so it would never grow. Use "
-                '"smallest": 2, or give the watch "differences": true.'
+                f'"smallest": 2{others}.'
             )
         if schedule is not None and micro_batch_size is None:
             raise ConfigError(
@@ -86,6 +87,14 @@ class Growing:
         return None if self.micro_batch_size is None else self._samples
 
     # -- one update ---------------------------------------------------------------------------------------------------
+
+    def require_open(self) -> None:
+        """Raise `StateError` if the watch was closed: then nobody counts the samples."""
+        if self.watch.is_closed and self.watch.watcher is not None:
+            raise StateError(
+                "ds_lena.grow: the watch of this growing batch was closed, so its samples are counted no more. Leave "
+                "it open as long as the batch grows."
+            )
 
     def saw(self, passes: int) -> None:
         """Count the backward passes of one rank in an update that ends."""
@@ -186,6 +195,7 @@ class Growing:
                 f'ds_lena.grow: the state that is to be loaded has no "{min(missing)}". Give load_state_dict() what '
                 "state_dict() of a growing batch has returned."
             )
+        self.watch.go_on_from(state_dict["watch"])
         size, before = self.micro_batch_size or 1, state_dict["micro_batch_size"] or 1
         self.accumulation = self._in_accumulation(state_dict["n"] * before, size)
         self.first = self._in_accumulation(state_dict["first"] * before, size)
@@ -195,7 +205,6 @@ class Growing:
         self._noise_scale = math.inf if state_dict["noise_scale"] is None else state_dict["noise_scale"]
         if state_dict["lr_at_start"] is not None:
             self._lr_at_start = state_dict["lr_at_start"]
-        self.watch.go_on_from(state_dict["watch"])
         least, most = self.growth.bounds(self.replicas)
         bound = min(max(self.accumulation, least, self._lowest), most)
         if bound != self.accumulation:

@@ -7,12 +7,12 @@ a model trains, so a batch that follows it does the same work in fewer updates.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
+from .keys import is_count, is_number
 
 BY = ("noise_scale", "noise_scale_low")
 MOST_AT_ONCE = 2
@@ -116,16 +116,6 @@ class BatchGrowth:
         upwards: Iterable[int] = range(target, now, -1)
         downwards: Iterable[int] = range(target, now) if self.shrink else ()
         return next((a for a in (*upwards, *downwards) if done % a == 0), now)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and an integer no larger than a float can be."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is a whole number >= 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _require(what: str, values: Iterable[tuple[str, Any, bool, str]]) -> None:

@@ -64,6 +64,16 @@ class Key:
     meaning: str
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can be, and is finite. Python's integers go further."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number >= 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
     return is_real and bool(abs(value) <= sys.float_info.max)

@@ -53,6 +53,7 @@ def watch(
     if found is not None:
         return found
     first = optimizers[0]
-    is_of_lena = isinstance(first, LENA) and len(optimizers) == 1
-    made = controller_of(first).watch(config) if is_of_lena else watch_plain(source, optimizers, config)
-    return made.stays_with(optimizers)
+    if isinstance(first, LENA) and len(optimizers) == 1:
+        controller_of(first).require_own_keys(config)
+        return controller_of(first).shown(config).stays_with(optimizers)
+    return watch_plain(source, optimizers, config).stays_with(optimizers)

@@ -28,7 +28,7 @@ def optimizers_in(given: Any) -> list[Any]:
 
 def around_updates(optimizers: Optimizers, meter: Meter, before: Callable[[], None], after: Callable[[], None]) -> None:
     """Call `before` and `after` around each update: one step of each optimizer, in any order. A step raises
-    `UnsupportedError` if it is none of that.
+    `UnsupportedError` if the steps are not one of each.
     """
     stepped: list[torch.optim.Optimizer] = []
     passes = 0
@@ -38,14 +38,16 @@ def around_updates(optimizers: Optimizers, meter: Meter, before: Callable[[], No
         if meter.hooks.is_closed:
             return
         if not stepped:
-            passes = meter.hooks.passes
+            passes = meter.hooks.passes_of_run
             before()
-        elif optimizer in stepped or meter.hooks.passes != passes:
+        elif optimizer in stepped or meter.hooks.passes_of_run != passes:
             waiting = ", ".join(type(one).__name__ for one in optimizers if one not in stepped)
+            stepped.clear()
             raise UnsupportedError(
                 f"ds_lena.watch: a backward pass, or step() of {type(optimizer).__name__} again, before step() of "
                 f"{waiting}. An update is one step() of each optimizer that was given, without a backward pass in "
-                "between. Optimizers that step apart need a watch each: watch(model, optimizer)."
+                "between; torch's GradScaler, which leaves a step() out, is not supported here. Optimizers that step "
+                "apart need a watch each: watch(model, optimizer)."
             )
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -69,7 +71,7 @@ def watch_plain(model: torch.nn.Module, optimizers: Optimizers, config: WatchCon
     """
     watcher = Watcher(config, *_trained(model, optimizers))
     watcher.meter.bind_plain()
-    watch = watcher.watch()
+    watch = watcher.shown()
 
     def after() -> None:
         watcher.end_update(applied=True)
@@ -92,17 +94,22 @@ def _trained(model: torch.nn.Module, optimizers: Optimizers) -> tuple[list[Tenso
     return parameters, [name_of.get(id(p), f"param_{i}") for i, p in enumerate(parameters)]
 
 
+def refuse_closure(who: str, args: Sequence[Any], keys: dict[str, Any]) -> None:
+    """Raise `UnsupportedError` for a step with these arguments, if it makes its gradients itself."""
+    if any(callable(value) for value in (*args, *keys.values())):
+        raise UnsupportedError(
+            f"{who}: optimizer.step(closure) calls backward within the step, where it cannot be measured. Call "
+            "backward before step(), without a closure."
+        )
+
+
 def _require_measured(
     watch: Watch, optimizer: torch.optim.Optimizer, args: Sequence[Any], keys: dict[str, Any]
 ) -> None:
     """Raise `UnsupportedError` for a step that makes its gradients itself, or has scaled ones."""
     if watch.is_closed:
         return
-    if any(callable(value) for value in (*args, *keys.values())):
-        raise UnsupportedError(
-            "ds_lena.watch: optimizer.step(closure) calls backward within the step, where it cannot be measured. "
-            "Call backward before step(), without a closure."
-        )
+    refuse_closure("ds_lena.watch", args, keys)
     if getattr(optimizer, "grad_scale", None) is not None:
         raise UnsupportedError(
             "ds_lena.watch: torch.amp.GradScaler is not supported: its changing loss scale would enter the "

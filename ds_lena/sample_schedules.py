@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .growth import is_number
+from .keys import is_number
 
 SHAPES = ("constant", "cosine", "linear", "warmup-stable-decay")
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import ConfigError
-from .growth import is_count, is_number
-from .keys import KEYS
+from .keys import KEYS, is_count, is_number
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class WatchConfig:
     `layer`, `smoothing`, `exclude`, `micro_batch_size`: as LENA's, see docs/keys.md. `tokens_per_sample`: for the
     critical batch in tokens. `differences`: where an update has one micro-batch in all, tell the noise from the
     gradients of two updates; it keeps a copy of the gradient. `log`: a file that gets a JSON line, written by rank 0
-    every `log_every` updates. `enabled`: False switches the JSON entry off.
+    every `log_every` updates. `enabled`: False switches the JSON entry off. `given`: the keys that the user wrote.
     """
 
     layer: str = "tensor"
@@ -32,13 +31,14 @@ class WatchConfig:
     log: str | None = None
     log_every: int = 10
     enabled: bool = True
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> WatchConfig:
         """Check the keys as a user wrote them. Raise `ConfigError` for the first that is wrong."""
         if isinstance(keys.get("log"), os.PathLike):
             keys = {**keys, "log": os.fspath(keys["log"])}
-        known = [entry.name for entry in fields(cls)]
+        known = list(cls().keys())
         for name, value in keys.items():
             if name not in known:
                 close = difflib.get_close_matches(name.lower(), known, n=1)
@@ -49,7 +49,15 @@ class WatchConfig:
             accepts, allowed = _allowed(name)
             if not accepts(value):
                 raise ConfigError(f'ds_lena.watch: "{name}": {value!r} is not allowed; allowed is {allowed}.')
-        return cls(**{**keys, "exclude": tuple(keys.get("exclude", ()))})
+        return cls(**{**keys, "exclude": tuple(keys.get("exclude", ()))}, given=frozenset(keys))
+
+    def keys(self) -> dict[str, Any]:
+        """All keys."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "given"}
+
+    def contradicted_by(self, known: Mapping[str, Any]) -> str | None:
+        """The first given key that is another one in `known`; None if there is none."""
+        return next((key for key in sorted(self.given & known.keys()) if getattr(self, key) != known[key]), None)
 
 
 def _allowed(name: str) -> tuple[Callable[[Any], bool], str]:

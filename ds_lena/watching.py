@@ -44,7 +44,8 @@ class Watch:
     """Noise, signal and noise scale of a training, as `ds_lena.watch` returns it.
 
     `after_update`: what is called after each applied update, on every rank. `meter`: what measures. `watcher`: whose
-    that is. None where it is a LENA's, which measures for itself. `is_closed`: whether `close()` was called.
+    that is. None where it is a LENA's, which measures for itself. `when_closed()`: called by `close()`. `is_closed`:
+    whether that was called.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Watch:
     ) -> None:
         self.config, self.meter, self.watcher, self._memory = config, meter, watcher, memory
         self.after_update: list[Callable[[], None]] = []
+        self.when_closed: Callable[[], None] = lambda: None
         self.optimizers: tuple[Any, ...] = ()
         self.is_closed = self._has_written = self._has_warned = False
 
@@ -146,7 +148,10 @@ class Watch:
 
     def close(self) -> None:
         """Stop measuring, and writing. The report stays what it is, but a LENA goes on, and so does its report."""
+        if self.is_closed:
+            return
         self.is_closed = True
+        self.when_closed()
         if self.watcher is not None:
             self.watcher.close()
 
@@ -192,9 +197,13 @@ class Watcher:
         self._half_norms = meter.hooks.new_norms()
         warn_of_patterns(meter.all_names, "exclude", self.config.exclude, self._told_patterns)
 
+    def shown(self) -> Watch:
+        """A watch that shows what this measures."""
+        return Watch(self.config, self.meter, lambda: self.memory, self)
+
     def compared(self) -> dict[str, Any]:
         """The keys that have to be the same on all ranks."""
-        return {name: value for name, value in vars(self.config).items() if name != "log"}
+        return {name: value for name, value in self.config.keys().items() if name != "log"}
 
     def manage(self, binding: Binding, parts: Callable[[], Parts | None]) -> None:
         """Let an engine run the updates. `parts()` may make a group of ranks, which none of them may miss."""
@@ -281,10 +290,6 @@ class Watcher:
         halves = self._half_norms.read()
         return meter.reduced(halves, (squares_before + self._squares_of_latest) / 4, passes=2)
 
-    def watch(self) -> Watch:
-        """A watch that shows what this measures."""
-        return Watch(self.config, self.meter, lambda: self.memory, self)
-
 
 def open_watch(optimizers: Sequence[Any], config: WatchConfig) -> Watch | None:
     """The watch that these optimizers have already. None if they have none, or a closed one.
@@ -297,9 +302,9 @@ def open_watch(optimizers: Sequence[Any], config: WatchConfig) -> Watch | None:
     if not alive:
         return None
     is_same = len(alive) == len(known) and alive[0].optimizers == tuple(optimizers)
-    if not is_same or config not in (alive[0].config, WatchConfig()):  # no keys: as it is
+    if not is_same or config.contradicted_by(alive[0].config.keys()):
         raise ConfigError(
-            "ds_lena.watch: this optimizer is watched already, with other keys or beside other optimizers. Call that "
-            "watch's close()."
+            "ds_lena.watch: this optimizer is watched already, with other keys or beside other optimizers. Call "
+            "optimizer.ds_lena_watch.close() first, or leave the keys out."
         )
     return alive[0]

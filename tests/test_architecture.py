@@ -76,8 +76,8 @@ MAY_IMPORT = {
     "errors": set(),
     "keys": set(),
     "config": {"errors", "keys"},
-    "growth": {"errors"},
-    "sample_schedules": {"errors", "growth"},
+    "growth": {"errors", "keys"},
+    "sample_schedules": {"errors", "growth", "keys"},
     "layers": set(),
     "recorded": set(),
     # measure: tensors and placements, no wrapper and no engine

@@ -45,7 +45,8 @@ class GradientHooks:
 
     `sums` (P,) float64: for each parameter, the sum of the squared norms over the backward passes of this window.
     It is 0 for a parameter whose norms are not wanted.
-    `passes`: backward passes of this window. `last_pass[i]`: the last pass that reached parameter i, 0 for none.
+    `passes`: backward passes of this window. `passes_of_run`: all that were seen.
+    `last_pass[i]`: the last pass of the window that reached parameter i, 0 for none.
     `before_pass()`, `after_pass()`: called around every pass, if set. `before_part()`: called before a backward that a
     loss calls in its own forward.
     `has_more_parts(parameter)`: says, if set, that the gradient at hand is not the last part of this micro-gradient.
@@ -58,7 +59,7 @@ class GradientHooks:
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
         self.parameters = list(parameters)
         self.names = list(names)
-        self.passes = 0
+        self.passes = self.passes_of_run = 0
         self.last_pass = [0] * len(self.parameters)
         self.before_pass: Callable[[], None] | None = None
         self.after_pass: Callable[[], None] | None = None
@@ -230,6 +231,7 @@ class GradientHooks:
             return index not in self._come_last()
         self._pass_task, self._has_begun = task, False
         self.passes += 1
+        self.passes_of_run += 1
         self._norms.clear()
         end = functools.partial(GradientHooks._leave, self)
         backward.when_task_ends(end)

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..noise import watch
-from ..optimizer import controller_of
-from ..reporting import events, find_lena, layer_events, noise_events, report_of
+from ..optimizer import LENA, controller_of
+from ..reporting import events, find_lena, find_watch, layer_events, noise_events, report_of
 from ..watch_config import WatchConfig
 from ..watching import Watch
 from .deepspeed.ownership import engine_of
@@ -61,8 +61,8 @@ class NoiseScaleCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, layers: bool = False, **keys: Any) -> None:
-        WatchConfig.from_keys(keys)
-        self.layers, self._keys = layers, keys
+        config = WatchConfig.from_keys(keys)
+        self.layers, self._keys = layers, {key: getattr(config, key) for key in keys}
         self.watch: Watch | None = None
         self.remembered: dict[str, Any] | None = None
 
@@ -89,7 +89,11 @@ class NoiseScaleCallback(TrainerCallback, ExportableState):
         else:
             while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
                 optimizer = optimizer.optimizer  # accelerate's is an Optimizer, too
-            self.watch = watch(model, optimizer, **{"micro_batch_size": args.per_device_train_batch_size} | self._keys)
+            # A LENA has its own size, and a watch that is there has one or none.
+            known = find_watch(optimizer)
+            has_size = isinstance(optimizer, LENA) or (known is not None and not known.is_closed)
+            size = {} if has_size else {"micro_batch_size": args.per_device_train_batch_size}
+            self.watch = watch(model, optimizer, **size | self._keys)
         if state.global_step:
             self.watch.go_on_from(stored(state, self).get("remembered"))
 

@@ -18,7 +18,8 @@ from transformers import Trainer
 
 from ..errors import ConfigError
 from ..growing import Growing
-from ..growth import BatchGrowth, from_keys, is_number
+from ..growth import BatchGrowth, from_keys
+from ..keys import is_number
 from ..optimizer import LENA, controller_of
 from ..reporting import find_lena
 from ..sample_schedules import SampleSchedule
@@ -153,7 +154,6 @@ class BatchGrowthCallback(NoiseScaleCallback):
         self._done = self._saved["micro_batches"] * size // (self._size * self._replicas)
         least, most = self.growth.bounds(self._replicas)
         window = min(max(self._saved["n"] * size // (self._size * self._replicas), least, self._first), most)
-        window = self._aligned(window)
         if self._updates_left(window) == 0:  # the Trainer would train one all the same
             logger.warning("BatchGrowthCallback: no update fits into the rest of the run. Nothing is trained.")
             return self._epochs, 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import torch
 
 from ..config import LenaConfig, group_fault
 from ..errors import StateError
-from ..keys import BASES, VARIANTS, group_keys
+from ..keys import BASES, VARIANTS, group_keys, is_number
 from .clock import ClockState, RunPlan, scalar
 from .noise import Tally
 from .schedule import Schedule
@@ -22,7 +21,6 @@ logger = logging.getLogger("ds_lena")
 
 STATE_VERSION = 2
 """An engine adds "pieces": for each tensor of the optimizer its `[name, start, length, offset]`. Version 1 has none."""
-_LARGEST = sys.float_info.max  # Python's integers go further
 _WAY_OUT = "Restore the file, or load an earlier checkpoint."
 _VECTORS = ("weight", "progress", "gain", "warmup", "capped")
 
@@ -105,10 +103,6 @@ class _Kind(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
 def _or_none(kind: _Kind) -> _Kind:
     return _Kind(f"None or {kind.words}", lambda value: value is None or kind.holds(value))
 
@@ -118,7 +112,7 @@ def _one_of(words: Collection[str]) -> _Kind:
 
 
 def _are_numbers(value: object, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) == length and all(map(is_number, value))
 
 
 def _are_moments(value: object) -> bool:
@@ -128,10 +122,10 @@ def _are_moments(value: object) -> bool:
 
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 _COUNT = _Kind("a whole number >= 0", lambda value: type(value) is int and 0 <= value < 1 << 63)
-_NUMBER = _Kind("a finite number", _is_number)
-_AMOUNT = _Kind("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
-_POSITIVE = _Kind("a finite number > 0", lambda value: _is_number(value) and value > 0)
-_SHARE = _Kind("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
+_NUMBER = _Kind("a finite number", is_number)
+_AMOUNT = _Kind("a finite number >= 0", lambda value: is_number(value) and value >= 0)
+_POSITIVE = _Kind("a finite number > 0", lambda value: is_number(value) and value > 0)
+_SHARE = _Kind("a number in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 _BY_NAME = _Kind("a dictionary", lambda value: isinstance(value, dict))
 
 _ENTRIES = {
@@ -160,7 +154,7 @@ _OF_LAYER = {
     "averages": _AVERAGES,
     "weight": _SHARE,
     "progress": _AMOUNT,
-    "gain": _Kind("a finite number >= 1", lambda value: _is_number(value) and value >= 1),
+    "gain": _Kind("a finite number >= 1", lambda value: is_number(value) and value >= 1),
     "warmup": _SHARE,
     "capped": _FLAG,
 }

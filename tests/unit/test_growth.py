@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -243,6 +244,57 @@ def test_a_batch_grows_once_and_knows_its_ranks(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("ds_lena.batch.world_size", lambda group: 2)
     with pytest.raises(ds_lena.StateError, match="there are 2 ranks now, and there were 1 when"):
         train(model, optimizer, growing, 20)
+
+
+def test_a_lena_in_its_warm_up_is_resumed_to_the_bit() -> None:
+    def begin() -> tuple[Line, ds_lena.LENA, Growing]:
+        model = Line()
+        lena = ds_lena.LENA(model.named_parameters(), lr=0.5, total_steps=600, micro_batch_size=2)
+        return model, lena, ds_lena.grow(model, growth(every=1), None, lena)
+
+    def go_on(model: Line, lena: ds_lena.LENA, growing: Growing, micro_batches: int) -> None:
+        while growing.micro_batches < micro_batches:
+            generator = torch.Generator().manual_seed(growing.micro_batches)
+            for _ in range(growing.accumulation):
+                x = 0.25 + torch.randn(2, 2000, generator=generator)
+                (model(x) / growing.accumulation).backward()
+            lena.step()
+            lena.zero_grad()
+
+    model, lena, growing = begin()
+    go_on(model, lena, growing, 20)
+    saved = copy.deepcopy((model.state_dict(), lena.state_dict(), growing.state_dict()))
+    assert growing.accumulation > 4
+    go_on(model, lena, growing, 60)
+    other, resumed, later = begin()
+    for one, state in zip((other, resumed, later), saved, strict=True):
+        one.load_state_dict(state)
+    go_on(other, resumed, later, 60)
+    assert torch.equal(other.weight, model.weight) and 0 < ds_lena.report(lena)["layers"]["weight"]["warmup"] < 1
+
+
+def test_a_refusal_leaves_nothing_behind() -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match='give the watch "differences": true'):
+        ds_lena.grow(model, growth(smallest=1), None, optimizer, micro_batch_size=2)
+    ds_lena.grow(model, growth(smallest=1), None, optimizer, micro_batch_size=2, differences=True)
+    lena = ds_lena.LENA(model.named_parameters(), warmup="none")
+    with pytest.raises(ConfigError, match=r'Use "smallest": 2\.'):
+        ds_lena.grow(model, growth(smallest=1), None, lena)
+
+
+def test_what_would_not_be_counted_is_told() -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    growing = ds_lena.grow(model, growth(), None, optimizer, micro_batch_size=2)
+    growing.watch.close()
+    with pytest.raises(ds_lena.StateError, match="the watch of this growing batch was closed"):
+        train(model, optimizer, growing, 20)
+    lena = ds_lena.LENA(model.named_parameters(), warmup="none")
+    ds_lena.grow(model, growth(), None, lena)
+    with pytest.raises(ds_lena.UnsupportedError, match=r"ds_lena\.grow: optimizer\.step\(closure\)"):
+        lena.step(lambda: torch.zeros(()))
 
 
 def test_what_plain_pytorch_cannot_do_is_told() -> None:

@@ -105,10 +105,16 @@ def test_what_is_no_update_of_all_is_told() -> None:
     first.step()
     with pytest.raises(ds_lena.UnsupportedError, match=r"step\(\) of Muon again, before step\(\) of AdamW"):
         first.step()
+    backward(model, 0)
+    first.step()
+    model.zero_grad()
     backward(model, 1)
     with pytest.raises(ds_lena.UnsupportedError, match=r"a backward pass, or step\(\) of AdamW"):
         second.step()
+    assert watch.report()["update"] == 0
+    train(model, [first, second], 2)
+    assert watch.report()["update"] == 2, "after an error the next update is one again"
     watch.close()
     first.step()
     second.step()
-    assert watch.report()["update"] == 0
+    assert watch.report()["update"] == 2

@@ -160,12 +160,15 @@ def test_without_keys_it_is_the_watch_that_is_there() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     watch = ds_lena.watch(model, optimizer, smoothing=0.5)
     assert ds_lena.watch(model, optimizer) is watch
-    with pytest.raises(ds_lena.ConfigError, match="watched already"):
-        ds_lena.watch(model, optimizer, smoothing=0.6)
+    for keys in ({"smoothing": 0.6}, {"smoothing": None}):
+        with pytest.raises(ds_lena.ConfigError, match="watched already"):
+            ds_lena.watch(model, optimizer, **keys)
 
 
 @pytest.mark.parametrize(
-    "keys", [{"layer": "model"}, {"smoothing": 0.5}, {"exclude": ["*"]}, {"differences": True}], ids=str
+    "keys",
+    [{"layer": "model"}, {"smoothing": 0.5}, {"exclude": ["*"]}, {"differences": True}, {"micro_batch_size": 4}],
+    ids=str,
 )
 def test_lena_measures_by_its_own_keys(keys: dict[str, object]) -> None:
     model = Line(30)

@@ -10,6 +10,7 @@ from ...errors import ConfigError, StateError
 from ...growing import Growing, require_growth
 from ...growth import BatchGrowth, from_keys
 from ...optimizer import LENA, controller_of
+from ...reporting import find_watch
 from ...sample_schedules import SampleSchedule
 from .. import _transformers_internals as hf
 from ._internals.engine import EngineView
@@ -56,23 +57,34 @@ def grow_engine(
     if getattr(engine, "ds_lena_growing", None) is not None:
         raise StateError("ds_lena.grow: the batch of this engine grows already: engine.ds_lena_growing has it.")
     require_no_scheduler(view)
+
+    def check() -> None:
+        require_growth(growth, schedule)
+        require_between_updates(view, "ds_lena.grow")
+
+    together(view.grid.everything, check)
+    before = find_watch(engine)
     watch = watch_engine(engine, watch_keys)
 
     def make() -> Growing:
-        require_growth(growth, schedule)
-        require_between_updates(view, "ds_lena.grow")
         require_same_keys(view.grid.everything, vars(growth) | {"schedule": schedule})
         return Growing(growth, schedule, watch, view.grid.replicas, view.micro_batch_size())
 
-    growing = together(view.grid.everything, make)
+    try:
+        growing = together(view.grid.everything, make)
+    except ConfigError:
+        if watch is not before:
+            watch.close()
+        raise
     _set(view, growing)
     growing.set_lr(view.optimizer.param_groups)
     if isinstance(view.optimizer, LENA):
         _keep_plan(controller_of(view.optimizer), growing)
     is_due = is_told = False
 
-    def before() -> None:
+    def before_step() -> None:
         nonlocal is_told
+        growing.require_open()
         growing.saw(watch.meter.hooks.passes)
         if watch.meter.hooks.passes not in (0, growing.accumulation) and not is_told:
             is_told = True
@@ -105,10 +117,13 @@ def grow_engine(
             )
             return
         growing.load_state_dict(state)
+
+    def after_load() -> None:
         _set(view, growing)
         growing.set_lr(view.optimizer.param_groups)
 
-    view.around_model_step(before, after)
+    growing.after_load = after_load
+    view.around_model_step(before_step, after)
     view.after_step(at_end)
     view.in_checkpoints(_IN_CHECKPOINTS, growing.state_dict, load)
     engine.ds_lena_growing = growing

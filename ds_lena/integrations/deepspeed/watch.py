@@ -62,23 +62,26 @@ def watch_engine(engine: Any, keys: Mapping[str, Any]) -> Watch:
     if not of_lena:
         _refuse_unsupported(view)
 
-    def begin() -> tuple[WatchConfig, Watch | None]:
+    def begin() -> WatchConfig:
         config = WatchConfig.from_keys(keys)
         if before is not None and not before.is_closed:
-            if keys and before.config != config:
+            if config.contradicted_by(before.config.keys()):
                 raise ConfigError(
                     "ds_lena.watch: this engine is watched already, with other keys. Call engine.ds_lena_watch.close() "
                     f'first, or give keys in one place: here or in the JSON, where they are the entry "{ENTRY}".'
                 )
-            return config, before
+            return config
         _check_micro_batch_size(view, config)
-        require_between_updates(view, "ds_lena.watch")
-        return config, controller_of(view.optimizer).watch(config) if of_lena else None
+        if of_lena:
+            controller_of(view.optimizer).require_own_keys(config)
+        else:
+            require_between_updates(view, "ds_lena.watch")
+        return config
 
-    config, watch = together(view.grid.everything, begin)
-    if before is not None and watch is before:
+    config = together(view.grid.everything, begin)
+    if before is not None and not before.is_closed:
         return before
-    watch = _watch(view, config) if watch is None else watch
+    watch = controller_of(view.optimizer).shown(config) if of_lena else _watch(view, config)
     watch.after_update.append(lambda: write_events(engine, lambda: reporting.noise_events(watch.report(), of_lena)))
     engine.ds_lena_watch = watch
     if before is None:
@@ -136,7 +139,7 @@ def _watch(view: EngineView, config: WatchConfig) -> Watch:
     binding = together(view.grid.everything, bind)
     watcher.manage(binding, lambda: parts_of(view, binding.placements, binding.order))
     window = Window(view, watcher.meter)
-    watch = watcher.watch()
+    watch = watcher.shown()
     _warn_of_muon(view)
 
     view.around_model_step(*watch.around_step(window))

@@ -27,7 +27,7 @@ def watch_optimizer(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, An
         return found
     inner = wrapper.optimizer
     is_lena = isinstance(inner, LENA)
-    watch = controller_of(inner).watch(config) if is_lena else _watch(wrapper, chunks[0], config)
+    watch = controller_of(inner).shown(config) if is_lena else _watch(wrapper, chunks[0], config)
     return watch.stays_with([inner])
 
 
@@ -38,7 +38,9 @@ def _find(optimizer: Any, chunks: Sequence[Any], keys: Mapping[str, Any]) -> tup
     found = open_watch([wrapper.optimizer], config)
     if found is None:
         check_micro_batch_size(config.micro_batch_size, WHO)
-        if not isinstance(wrapper.optimizer, LENA):
+        if isinstance(wrapper.optimizer, LENA):
+            controller_of(wrapper.optimizer).require_own_keys(config)
+        else:
             refuse_unsupported(wrapper, chunks, WHO)
     return wrapper, config, found
 
@@ -47,7 +49,7 @@ def _watch(wrapper: Any, chunk: Any, config: WatchConfig) -> Watch:
     _internals.warn_of_version()
     watcher = together(_internals.all_ranks(), functools.partial(_bound, wrapper, chunk, config))
     window = Window(chunk, watcher.meter.hooks)
-    watch = watcher.watch()
+    watch = watcher.shown()
 
     _internals.around_step(wrapper, *watch.around_step(window))
     return watch
