@@ -1,6 +1,6 @@
 """LENA for models of Megatron-core: in Megatron's own training loop by `wrap`, or under DeepSpeed.
 
-`watch` measures the noise scale in Megatron's own loop with any optimizer. Under DeepSpeed `ds_lena.watch` does.
+`watch` measures the noise scale in Megatron's own loop with any torch optimizer. Under DeepSpeed `ds_lena.watch` does.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def wrap(optimizer: T, model_chunks: Sequence[nn.Module] | nn.Module, **keys: An
 
 
 def watch(optimizer: Any, model_chunks: Sequence[nn.Module] | nn.Module, **keys: Any) -> Watch:
-    """Measure the gradient noise scale of a training in Megatron-core's own loop, with any optimizer inside Megatron's.
+    """Measure the gradient noise scale of a training in Megatron-core's own loop, with any torch optimizer in Megatron's.
 
     watch = watch(get_megatron_optimizer(config, model_chunks), model_chunks)
 
     The training does not change: its weights are equal to the bit. Call it on every rank, between two updates; each
     rank calls `close()` too, if at all. A second call with the same keys returns the same watch. If `wrap` was called
-    with this optimizer, the watch shows what LENA measures.
+    with this optimizer, the watch shows what LENA measures. Several optimizers in Megatron's, as for Muon, are refused.
 
     A checkpoint of Megatron's holds what your script puts there. Save `watch.state_dict()`, plain numbers that are the
     same on every rank, beside the model and the optimizer, and give it to `watch.load_state_dict()` of the run that
