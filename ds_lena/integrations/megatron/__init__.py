@@ -46,7 +46,7 @@ def wrap(optimizer: T, model_chunks: Sequence[nn.Module] | nn.Module, **keys: An
 
 
 def watch(optimizer: Any, model_chunks: Sequence[nn.Module] | nn.Module, **keys: Any) -> Watch:
-    """Measure the gradient noise scale of a training in Megatron-core's own loop, with any torch optimizer in Megatron's.
+    """Measure the gradient noise scale of a training in Megatron-core's own loop, with any torch optimizer in it.
 
     watch = watch(get_megatron_optimizer(config, model_chunks), model_chunks)
 
