@@ -68,7 +68,7 @@ def grow(
             watching.close()
         raise
     for lena in (one for one in optimizers if isinstance(one, LENA)):
-        controller_of(lena).amend_run(lambda run: run.growing_from(growing.first * growing.replicas))
+        controller_of(lena).grows_from(lambda: growing.first_n)
 
     def set_lr() -> None:
         growing.set_lr([group for one in optimizers for group in one.param_groups])

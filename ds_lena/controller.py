@@ -59,7 +59,7 @@ class Controller:
         self._has_names = watched.has_names
         self.schedule: Schedule
         self.after_update: list[Callable[[], None]] = []
-        self._amend_run: Callable[[RunPlan], RunPlan] = lambda run: run
+        self._first_n: Callable[[], int] | None = None
         self._warned_of_scheduler = False
         self._warned_of_patterns: set[tuple[str, str]] = set()
         self._proposal: Proposal | None = None
@@ -266,12 +266,14 @@ class Controller:
                 'names. Give model.named_parameters(), or use "layer": "tensor" or "model".'
             )
 
-    def amend_run(self, amend: Callable[[RunPlan], RunPlan]) -> None:
-        """Change what the engine says of the run. Before the first update."""
-        self._amend_run = amend
+    def grows_from(self, first_n: Callable[[], int]) -> None:
+        """The batch grows: plan the run for the n that it began with, `first_n()`. Before the first update."""
+        self._first_n = first_n
 
     def _run_plan(self) -> RunPlan:
-        known = self._amend_run(self.binding.run())
+        known = self.binding.run()
+        if self._first_n is not None:
+            known = known.growing_from(self._first_n())
         total_steps = self.config.total_steps or known.total_steps
         if total_steps is None and self.config.warmup != "none":
             raise unknown_total_steps()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import ConfigError, StateError
+from .errors import ConfigError, StateError, require_entries
 from .growth import BatchGrowth
 from .sample_schedules import SampleSchedule
 from .watching import Watch
@@ -80,6 +80,11 @@ class Growing:
     def n(self) -> int:
         """Micro-batches of the next update over all ranks."""
         return self.accumulation * self.replicas
+
+    @property
+    def first_n(self) -> int:
+        """Micro-batches of the first update over all ranks."""
+        return self.first * self.replicas
 
     @property
     def samples(self) -> int | None:
@@ -173,7 +178,7 @@ class Growing:
         return {
             "version": 1,
             "n": self.n,
-            "first": self.first * self.replicas,
+            "first": self.first_n,
             "micro_batch_size": self.micro_batch_size,
             "micro_batches": self.micro_batches,
             "samples": self._samples,
@@ -189,12 +194,7 @@ class Growing:
         Raises:
             StateError: it is no such state.
         """
-        missing = self.state_dict().keys() - state_dict.keys()
-        if missing:
-            raise StateError(
-                f'ds_lena.grow: the state that is to be loaded has no "{min(missing)}". Give load_state_dict() what '
-                "state_dict() of a growing batch has returned."
-            )
+        require_entries(state_dict, self.state_dict(), "ds_lena.grow", "a growing batch")
         self.watch.go_on_from(state_dict["watch"])
         size, before = self.micro_batch_size or 1, state_dict["micro_batch_size"] or 1
         self.accumulation = self._in_accumulation(state_dict["n"] * before, size)
@@ -205,8 +205,7 @@ class Growing:
         self._noise_scale = math.inf if state_dict["noise_scale"] is None else state_dict["noise_scale"]
         if state_dict["lr_at_start"] is not None:
             self._lr_at_start = state_dict["lr_at_start"]
-        least, most = self.growth.bounds(self.replicas)
-        bound = min(max(self.accumulation, least, self._lowest), most)
+        bound = self.growth.within_bounds(self.accumulation, self.replicas, self._lowest)
         if bound != self.accumulation:
             logger.warning(
                 "ds_lena.grow: the checkpoint's batch of %d micro-batches is outside of BatchGrowth's bounds; it goes "

@@ -93,6 +93,11 @@ class BatchGrowth:
             )
         return lowest, highest
 
+    def within_bounds(self, accumulation: int, replicas: int, lowest: int) -> int:
+        """The nearest accumulation that is allowed. `lowest`: see `next`. Raises as `bounds`."""
+        least, most = self.bounds(replicas)
+        return min(max(accumulation, least, lowest), most)
+
     def next(self, now: int, noise_scale: float, replicas: int, done: int = 0, lowest: int = 1) -> int:
         """The accumulation of the next updates, on each of `replicas` data-parallel ranks.
 

@@ -152,8 +152,8 @@ class BatchGrowthCallback(NoiseScaleCallback):
             return begin
         size = self._saved["micro_batch_size"]
         self._done = self._saved["micro_batches"] * size // (self._size * self._replicas)
-        least, most = self.growth.bounds(self._replicas)
-        window = min(max(self._saved["n"] * size // (self._size * self._replicas), least, self._first), most)
+        window = self._saved["n"] * size // (self._size * self._replicas)
+        window = self.growth.within_bounds(window, self._replicas, self._first)
         if self._updates_left(window) == 0:  # the Trainer would train one all the same
             logger.warning("BatchGrowthCallback: no update fits into the rest of the run. Nothing is trained.")
             return self._epochs, 0
@@ -191,8 +191,7 @@ class BatchGrowthCallback(NoiseScaleCallback):
         self._replace(scheduler)
         lena = find_lena(optimizer)
         if isinstance(lena, LENA):
-            planned = growing.first * growing.replicas
-            controller_of(lena).amend_run(lambda run: run.growing_from(planned))
+            controller_of(lena).grows_from(lambda: growing.first_n)
         self._tell(state)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

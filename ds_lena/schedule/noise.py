@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import StateError
+from ..errors import require_entries
 from ..grad_stats.measurement import Measurement
 from ..layers import LayerTable
 from . import algorithm
@@ -227,12 +227,7 @@ class NoiseMemory:
         Raises:
             StateError: it is no such state.
         """
-        missing = self.to_dict().keys() - saved.keys()
-        if missing:
-            raise StateError(
-                f'ds_lena.watch: the state that is to be loaded has no "{min(missing)}". Give load_state_dict() what '
-                "state_dict() of a watch has returned."
-            )
+        require_entries(saved, self.to_dict(), "ds_lena.watch", "a watch")
         device, layers = self.device, saved["layers"]
         fresh = {"averages": [0.0, 0.0], "weight": 0.0, "silent": 0.0}
         rows = [layers.get(name, fresh) for name in self.table.names]

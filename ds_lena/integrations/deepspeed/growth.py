@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ...controller import Controller
 from ...errors import ConfigError, StateError
 from ...growing import Growing, require_growth
 from ...growth import BatchGrowth, from_keys
@@ -79,7 +78,7 @@ def grow_engine(
     _set(view, growing)
     growing.set_lr(view.optimizer.param_groups)
     if isinstance(view.optimizer, LENA):
-        _keep_plan(controller_of(view.optimizer), growing)
+        controller_of(view.optimizer).grows_from(lambda: growing.first_n)
     is_due = is_told = False
 
     def before_step() -> None:
@@ -145,8 +144,3 @@ def require_no_scheduler(view: EngineView) -> None:
 def _set(view: EngineView, growing: Growing) -> None:
     view.set_accumulation(growing.accumulation)
     logger.info("ds_lena.grow: %s.", growing.report()["advice"])
-
-
-def _keep_plan(controller: Controller, growing: Growing) -> None:
-    """LENA plans a resumed run anew if its accumulation was changed. A batch that grows has not changed the plan."""
-    controller.amend_run(lambda run: run.growing_from(growing.first * growing.replicas))

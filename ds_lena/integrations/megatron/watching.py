@@ -50,7 +50,6 @@ def _watch(wrapper: Any, chunk: Any, config: WatchConfig) -> Watch:
     watcher = together(_internals.all_ranks(), functools.partial(_bound, wrapper, chunk, config))
     window = Window(chunk, watcher.meter.hooks)
     watch = watcher.shown()
-
     _internals.around_step(wrapper, *watch.around_step(window))
     return watch
 
