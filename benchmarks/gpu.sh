@@ -40,7 +40,7 @@ run parity 80 90
 wait $building
 tail -n 1 "$out/build.log"
 run table 185 205
-run profile 25 35
+run profile 50 65
 run step 25 40
 echo "$SECONDS s in all; results in $out"
 if ((${#failed[@]})); then

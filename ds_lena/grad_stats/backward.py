@@ -7,9 +7,9 @@ This is the only file with private names of autograd. `tests/unit/test_hooks.py`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,10 +43,15 @@ def accumulates(parameter: Tensor) -> bool:
         return False
 
 
-def is_followed(parameter: Tensor, handle: RemovableHandle) -> bool:
-    """Whether a hook that may change the gradient comes after the one of `handle`. Marked hooks only look at it."""
-    for number, hook in reversed((parameter._backward_hooks or {}).items()):
-        if number == handle.id:
+def followed(parameters: Iterable[Tensor], handles: Iterable[RemovableHandle]) -> list[int]:
+    """Where a hook that may change the gradient comes after the one of `handles`. Marked hooks only look at it."""
+    pairs = enumerate(zip(parameters, handles, strict=True))
+    return [i for i, (p, own) in pairs if p._backward_hooks and _is_followed(p._backward_hooks, own.id)]
+
+
+def _is_followed(hooks: dict[int, Any], own: int) -> bool:
+    for number, hook in reversed(hooks.items()):
+        if number == own:
             return False
         if not getattr(hook, _MARK, False):
             return True
@@ -55,8 +60,10 @@ def is_followed(parameter: Tensor, handle: RemovableHandle) -> bool:
 
 def changer(parameter: Tensor) -> Callable[..., object] | None:
     """A hook that runs after the gradient was added, and may change the sum. DeepSpeed's and torch's own do not."""
-    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    return next((hook for hook in hooks.values() if _package_of(hook) not in ("deepspeed", "torch")), None)
+    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+        if _package_of(hook) not in ("deepspeed", "torch"):
+            return hook
+    return None
 
 
 def _package_of(hook: Callable[..., object]) -> str:

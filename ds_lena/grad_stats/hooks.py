@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import StateError, UnsupportedError
 from . import backward
-from .norms import SquaredNorms, is_batched
+from .norms import SquaredNorms
 from .placement import Join
 
 
@@ -184,12 +184,11 @@ class GradientHooks:
             self._write(self._shared.add(index, gradient))
             return
         join = self._joins[index]
-        whole = gradient if join is None else join(gradient)
-        if whole is None:
+        if join is None:
+            self._norms.collect(index, gradient, self.unchanged_up_to)
             return
-        if join is None and is_batched(whole) and whole.numel() <= self.unchanged_up_to:
-            self._norms.collect(index, whole)
-        else:
+        whole = join(gradient)
+        if whole is not None:
             self._norms.write(index, whole)
 
     def _write(self, gradients: Iterable[tuple[int, Tensor]]) -> None:
@@ -262,8 +261,7 @@ class GradientHooks:
 
     def _come_last(self) -> list[int]:
         """Move our hooks behind those that may change a gradient. Returns the parameters where one was behind ours."""
-        pairs = enumerate(zip(self.parameters, self._handles, strict=True))
-        followed = [i for i, (parameter, handle) in pairs if backward.is_followed(parameter, handle)]
+        followed = backward.followed(self.parameters, self._handles)
         for i in followed:
             self._handles[i].remove()
             self._handles[i] = _hook(self, i)

@@ -7,8 +7,8 @@ waits for the device.
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,18 @@ _BLOCK = 1 << 16
 _DENSE = torch.strided
 
 MOST_ELEMENTS = 32 << 20
-"""Tensors that wait for their norm have no more elements than this together, beside the one that comes last."""
+"""Tensors that wait for their norm have no more elements than this together, beside the one that comes last. One of
+more elements never waits: it would cost its batch memory, its blocks times the tensors.
+"""
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether norms of this tensor's device are taken in batches."""
-    return tensor.is_cuda
+    """Whether the norm of this tensor may be taken in a batch."""
+    return tensor.is_cuda and tensor.layout is _DENSE
+
+
+def _has_changed(tensor: Tensor, version: int) -> bool:
+    return tensor._version != version
 
 
 def _raw_stream(tensor: Tensor) -> int:
@@ -53,7 +59,7 @@ class SquaredNorms:
         self._device = device
         self._buffers: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._on_cpu = device.type == "cpu"
-        self._waiting: dict[torch.dtype, tuple[list[int], list[Tensor], list[int]]] = {}
+        self._waiting: defaultdict[torch.dtype, list[tuple[int, Tensor, int]]] = defaultdict(list)
         self._waiting_elements = self._waiting_stream = 0
         self._found: list[tuple[list[Tensor], list[Tensor]]] = []
         self._total = torch.zeros(count, dtype=torch.float64, device=device)
@@ -85,33 +91,31 @@ class SquaredNorms:
                 flat = flat.to(self._dtype)
             torch.dot(flat, flat, out=slot)
 
-    def collect(self, index: int, gradient: Tensor, most_elements: int = MOST_ELEMENTS) -> None:
-        """Write the squared norm of `gradient` at `index` later, at `read` at the latest.
+    def collect(self, index: int, gradient: Tensor, up_to: int = MOST_ELEMENTS) -> None:
+        """Write the squared norm of `gradient` at `index`: in a batch, at `read` at the latest, or at once.
 
-        Until then it must not change, and its memory is held. `most_elements`: of all such memory, beside the last.
+        Until then a gradient of a batch must not change, and its memory is held. `up_to`: a gradient of more elements
+        is no such one. (This runs for every gradient. So it calls little Python.)
         """
-        _require_dense(gradient)
-        numel, stream = gradient.numel(), _raw_stream(gradient)
-        if not 0 < numel <= MOST_ELEMENTS:  # a large one costs its batch memory: its blocks times the tensors
+        numel = gradient.numel()
+        if not (0 < numel <= up_to and numel <= MOST_ELEMENTS and is_batched(gradient)):
             self.write(index, gradient)
             return
+        stream = torch._C._cuda_getCurrentRawStream(gradient.get_device()) if gradient.is_cuda else 0
         if stream != self._waiting_stream and self._waiting:
             self._measure_waiting()
         self._waiting_stream = stream
-        batch = self._waiting.get(gradient.dtype)
-        if batch is None:
-            batch = self._waiting[gradient.dtype] = [], [], []
-        batch[0].append(index)
-        batch[1].append(gradient.detach())  # autograd copies a gradient that anyone else holds, and not its alias
-        batch[2].append(gradient._version)
+        alias = gradient.detach()  # autograd copies a gradient that anyone else holds, and not its alias
+        self._waiting[gradient.dtype].append((index, alias, gradient._version))
         self._waiting_elements += numel
-        if self._waiting_elements > most_elements:
+        if self._waiting_elements > MOST_ELEMENTS:
             self._measure_waiting()
 
     def _measure_waiting(self) -> None:
         """Take the norms of the tensors that wait, on the stream that made them: one call for each type."""
-        for indices, tensors, versions in self._waiting.values():
-            if self.refuses_changes and versions != [tensor._version for tensor in tensors]:
+        for batch in self._waiting.values():
+            indices, tensors, versions = zip(*batch, strict=True)
+            if self.refuses_changes and any(map(_has_changed, tensors, versions)):
                 self.forget_waiting()
                 raise StateError(
                     "LENA: a gradient was changed in place during the backward pass, after LENA's hook had seen it. "
@@ -119,16 +123,22 @@ class SquaredNorms:
                     "function must not write into the gradient that it is given."
                 )
             with _on_stream(self._waiting_stream, tensors[0]):
-                norms = torch._foreach_norm(tensors, 2, dtype=self._dtype)
-                if tensors[0].is_cpu:
-                    norms = torch._foreach_mul(norms, norms)  # as `write` has them there
-            slots = self._slots_on(tensors[0].device)
-            self._found.append(([slots[i] for i in indices], list(norms)))
-        self._waiting, self._waiting_elements = {}, 0
+                self.write_batch(indices, tensors)
+        self._waiting.clear()
+        self._waiting_elements = 0
+
+    def write_batch(self, indices: Sequence[int], tensors: tuple[Tensor, ...]) -> None:
+        """Write the squared norms of tensors that fit a batch, of one type and device: one call for all of them."""
+        norms = torch._foreach_norm(tensors, 2, dtype=self._dtype)
+        if tensors[0].is_cpu:
+            norms = torch._foreach_mul(norms, norms)  # as `write` has them there
+        slots = self._slots_on(tensors[0].device)
+        self._found.append(([slots[i] for i in indices], list(norms)))
 
     def forget_waiting(self) -> None:
         """Let go of the tensors that wait."""
-        self._waiting, self._waiting_elements, self._found = {}, 0, []
+        self._waiting.clear()
+        self._waiting_elements, self._found = 0, []
 
     def _write_found(self) -> None:
         self._measure_waiting()
@@ -202,13 +212,16 @@ def squared_norm(tensor: Tensor) -> Tensor:
 def squared_norms(pieces: Iterable[tuple[int, Tensor | None]], into: SquaredNorms) -> Tensor:
     """(count,) float64: squared norms of (index, tensor) pairs. 0 for None, and for an index that does not occur."""
     into.clear()
+    batches: defaultdict[torch.dtype, list[tuple[int, Tensor]]] = defaultdict(list)
     for index, piece in pieces:
         if piece is None:
             continue
-        if is_batched(piece):
-            into.collect(index, piece, most_elements=sys.maxsize)  # it stays in memory anyway
+        if 0 < piece.numel() <= MOST_ELEMENTS and is_batched(piece):
+            batches[piece.dtype].append((index, piece))
         else:
             into.write(index, piece)
+    for batch in batches.values():
+        into.write_batch(*zip(*batch, strict=True))
     return into.read()
 
 

@@ -96,8 +96,7 @@ def as_on_a_gpu(monkeypatch: Any, with_kernels: bool = False) -> None:
     recorded = importlib.import_module("ds_lena.recorded")
     monkeypatch.setattr(recorded, "can_record", lambda tensors: True)
     monkeypatch.setattr(recorded, "capture", capture)
-    for name in ("norms", "hooks"):
-        monkeypatch.setattr(importlib.import_module(f"ds_lena.grad_stats.{name}"), "is_batched", lambda tensor: True)
+    monkeypatch.setattr(importlib.import_module("ds_lena.grad_stats.norms"), "is_batched", lambda tensor: True)
     if with_kernels:
         types = {torch.float32: None, torch.bfloat16: None}
         names = ("adamw", "sgd", "lars", "lamb_norms", "lars_norms")

@@ -154,7 +154,13 @@ def test_no_wide_copy_of_a_large_tensor_is_made(normal_numbers, dtype):
     assert largest_allocation(lambda: squared_norm(gradient)) < gradient.nbytes / 4
 
 
-def test_a_gradient_that_changes_while_it_waits_is_refused():
+@pytest.fixture
+def batched(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr("ds_lena.grad_stats.norms.is_batched", lambda tensor: True)
+
+
+def test_a_gradient_that_changes_while_it_waits_is_refused(batched):
     norms = SquaredNorms(1, torch.float32, torch.device("cpu"))
     norms.refuses_changes = True
     gradient = torch.ones(3)
@@ -164,19 +170,32 @@ def test_a_gradient_that_changes_while_it_waits_is_refused():
         norms.read()
 
 
-def test_tensors_of_several_types_and_none_wait_together():
+def test_tensors_of_several_types_and_none_wait_together(batched, monkeypatch):
+    monkeypatch.setattr("ds_lena.grad_stats.norms.MOST_ELEMENTS", 6)
     norms = SquaredNorms(4, torch.float32, torch.device("cpu"))
     for index, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
-        norms.collect(index, torch.full((4,), 2.0, dtype=dtype), most_elements=6)
+        norms.collect(index, torch.full((4,), 2.0, dtype=dtype))
     norms.collect(3, torch.ones(0))
     assert norms.read().tolist() == [16, 16, 16, 0]
     norms.clear()
     assert norms.read().tolist() == [0, 0, 0, 0]
 
 
-def test_a_sparse_gradient_is_refused():
+@pytest.mark.parametrize("method", ["write", "collect"])
+def test_a_sparse_gradient_is_refused(method):
+    norms = SquaredNorms(1, torch.float32, torch.device("cpu"))
     with pytest.raises(UnsupportedError, match="sparse=False"):
-        SquaredNorms(1, torch.float32, torch.device("cpu")).write(0, torch.ones(3, 3).to_sparse())
+        getattr(norms, method)(0, torch.ones(3, 3).to_sparse())
+
+
+def test_a_gradient_that_may_change_or_is_large_does_not_wait(batched, monkeypatch):
+    monkeypatch.setattr("ds_lena.grad_stats.norms.MOST_ELEMENTS", 6)
+    norms = SquaredNorms(2, torch.float32, torch.device("cpu"))
+    for index, (elements, up_to) in enumerate([(4, 3), (7, 100)]):
+        gradient = torch.full((elements,), 2.0)
+        norms.collect(index, gradient, up_to)
+        gradient.zero_()
+    assert norms.read().tolist() == [16, 28]
 
 
 def test_a_norm_is_taken_where_its_tensor_is():
