@@ -33,7 +33,6 @@ FAILED = 3  # exit status after a failed case
 def main(folder: Path, first: int) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
-    gc.freeze()  # what the imports made: collections between cases need not look at it
     backend = "gloo" if os.environ["DS_ACCELERATOR"] == "cpu" else "nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=5))
     # Its own group: a collective that a failed case left hanging cannot be mistaken for this one.
@@ -42,6 +41,7 @@ def main(folder: Path, first: int) -> int:
     cases = pickle.loads((folder / "cases.pkl").read_bytes())
     for number in range(first, len(cases)):
         answer = _attempt(cases[number])
+        gc.freeze()  # what is left: imports. A collection after every case need not look at them again.
         path = result_path(folder, number, dist.get_rank())
         torch.save(answer, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)

@@ -129,7 +129,6 @@ def _serve(channel: Connection, rank: int, world: int, port: int, log: str, pati
     import deepspeed
     import torch
 
-    gc.freeze()  # what was imported is not to be looked through by every garbage collection
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=patience))
     channel.send_bytes(pickle.dumps((False, "ready")))
@@ -153,3 +152,4 @@ def _attempt(function: Callable[..., Any], arguments: Any, keywords: Any, stacks
     finally:
         faulthandler.cancel_dump_traceback_later()
         gc.collect()
+        gc.freeze()  # what is left: imports. The collection after the next test need not look at them again.
