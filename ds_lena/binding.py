@@ -27,8 +27,7 @@ class Binding:
     `parts`: makes gradients whole of which several ranks see a part, if set.
     `check(squares)`: called at the first update, if set, with this rank's squares of the averaged gradient (P,).
     `run()`: what is known of the run at an update.
-    `clip(norm)`: what a gradient of this norm () is multiplied by between the measurement and `step()`, None for
-    nothing.
+    `largest_norm()`: to which norm gradients are clipped between the measurement and `step()`, 0 for no clipping.
     `moves`: for a base rule, what moves its pieces in place of the rule's own `move`.
     """
 
@@ -40,7 +39,7 @@ class Binding:
     parts: Parts | None = None
     check: Callable[[Tensor], None] | None = None
     run: Callable[[], RunPlan] = RunPlan
-    clip: Callable[[Tensor], Tensor | None] = lambda norm: None
+    largest_norm: Callable[[], float] = lambda: 0.0
     moves: Mapping[str, Callable[..., None]] = field(default_factory=dict)
 
 

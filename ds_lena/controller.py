@@ -24,7 +24,7 @@ from .schedule.schedule import Memory, Proposal, Schedule
 from .update.apply import Applier, Rates, State, prepare
 from .update.rules import RULES
 from .update.segments import cut_flat
-from .update.trust_ratio import TrustRatios
+from .update.trust_ratio import TrustRatios, clip_coefficient
 from .watch_config import WatchConfig
 from .watching import Watch
 
@@ -35,13 +35,13 @@ logger = logging.getLogger("ds_lena")
 class Decision:
     """What one update's statistics lead to.
 
-    `square_now` (): the squared norm of the averaged gradient, as it may have been changed since it was averaged.
     `factor` (P,): what multiplies the learning rate of each parameter.
+    `clip` (): what an engine will multiply the gradient by before `step()`. None where only this optimizer changes it.
     """
 
     proposal: Proposal
-    square_now: Tensor
     factor: Tensor
+    clip: Tensor | None
 
 
 class Controller:
@@ -201,10 +201,7 @@ class Controller:
         self.meter.require_average(decision.proposal.measured)
         self._proposal, factor = decision.proposal, decision.factor
         if self._trust is not None:
-            clip = self.binding.clip(decision.square_now.sqrt())
-            if scale != 1.0:  # it is still in the gradient
-                clip = torch.full_like(decision.square_now, 1 / scale) if clip is None else clip / scale
-            factor = factor * self._trust.measure(clip, groups, state)
+            factor = self._trust.measure(decision.clip, factor, groups, state)
         self._rates = Rates(factor)
         return self._proposal
 
@@ -215,16 +212,19 @@ class Controller:
         clock = memory.clock
         is_new = clock.planned is None, clock.is_resumed, clock.follows_first
         remembered = clock.k, clock.plan, is_new, clock.updates if clock.is_resumed or clock.follows_first else 0
-        key = plan, schedule.base_samples, remembered
+        key = plan, schedule.base_samples, remembered, self.binding.largest_norm() if self.has_trust_ratios else 0.0
         decision = self._recorded_decision(self._decided, key, reduced, self._loss_scale.set(loss_scale), memory)
         counted = replace(decision.proposal.clock, updates=clock.updates + 1)
         return replace(decision, proposal=replace(decision.proposal, clock=counted))
 
     def _decided(self, key: tuple[Any, ...], reduced: Tensor, loss_scale: Tensor, memory: Memory) -> Decision:
-        plan, *_ = key
+        plan, *_, largest = key
         measured, square_now = self.meter.of(reduced, loss_scale)
         proposal = self.schedule.propose(measured, plan, memory)
-        return Decision(proposal, square_now, proposal.factor[self._layer_of])
+        clip = None
+        if self.has_trust_ratios and self.is_managed:
+            clip = clip_coefficient(square_now.sqrt(), largest) / loss_scale  # which is still in the gradient
+        return Decision(proposal, proposal.factor[self._layer_of], clip)
 
     @property
     def is_in_update(self) -> bool:

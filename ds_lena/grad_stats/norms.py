@@ -27,6 +27,8 @@ MOST_ELEMENTS = 32 << 20
 """Tensors that wait for their norm have no more elements than this together, beside the one that comes last. One of
 more elements never waits: it would cost its batch memory, its blocks times the tensors.
 """
+MOST_TENSORS = 1024
+"""No more tensors of one type wait together."""
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -63,7 +65,8 @@ class SquaredNorms:
         self._waiting_elements = self._waiting_stream = 0
         self._found: list[tuple[list[Tensor], list[Tensor]]] = []
         self._total = torch.zeros(count, dtype=torch.float64, device=device)
-        self._square = Recorded(keeps=1)
+        self._take_squares = Recorded(keeps=1)
+        self._is_clear = True
         self._add_squares = Recorded(keeps=2)
         _, self._slots = self._add_buffer(device)
 
@@ -78,6 +81,7 @@ class SquaredNorms:
 
     def write(self, index: int, gradient: Tensor) -> None:
         """Write the squared norm of `gradient` at `index`."""
+        self._is_clear = False
         _require_dense(gradient)
         on_cpu = gradient.is_cpu
         slot = (self._slots if on_cpu == self._on_cpu else self._slots_on(gradient.device))[index]
@@ -106,9 +110,10 @@ class SquaredNorms:
             self._measure_waiting()
         self._waiting_stream = stream
         alias = gradient.detach()  # autograd copies a gradient that anyone else holds, and not its alias
-        self._waiting[gradient.dtype].append((index, alias, gradient._version))
+        batch = self._waiting[gradient.dtype]
+        batch.append((index, alias, gradient._version))
         self._waiting_elements += numel
-        if self._waiting_elements > MOST_ELEMENTS:
+        if self._waiting_elements > MOST_ELEMENTS or len(batch) >= MOST_TENSORS:
             self._measure_waiting()
 
     def _measure_waiting(self) -> None:
@@ -118,12 +123,16 @@ class SquaredNorms:
             if self.refuses_changes and any(map(_has_changed, tensors, versions)):
                 self.forget_waiting()
                 raise StateError(
-                    "LENA: a gradient was changed in place during the backward pass, after LENA's hook had seen it. "
-                    "Change it by tensor.register_hook(), whose result LENA sees, or after the pass. An autograd "
-                    "function must not write into the gradient that it is given."
+                    "LENA: a gradient was changed in place before LENA had taken its norm: during the backward pass, "
+                    "or after an exception had ended the pass. During a pass, change it by tensor.register_hook(), "
+                    "whose result LENA sees; an autograd function must not write into the gradient that it is given. "
+                    "After an exception call optimizer.zero_grad(), which throws the gradients of the pass away."
                 )
             with _on_stream(self._waiting_stream, tensors[0]):
                 self.write_batch(indices, tensors)
+            if self._waiting_stream != _raw_stream(tensors[0]):
+                for norm in self._found[-1][1]:  # their memory belongs to that stream, and they are read on this one
+                    norm.record_stream(torch.cuda.current_stream(norm.device))
         self._waiting.clear()
         self._waiting_elements = 0
 
@@ -143,6 +152,7 @@ class SquaredNorms:
     def _write_found(self) -> None:
         self._measure_waiting()
         if self._found:
+            self._is_clear = False
             slots, norms = ([one for some in parts for one in some] for parts in zip(*self._found, strict=True))
             torch._foreach_copy_(slots, norms)
             self._found = []
@@ -150,18 +160,27 @@ class SquaredNorms:
     def clear(self) -> None:
         """Set all norms to 0."""
         self.forget_waiting()
-        for written, _ in self._buffers.values():
-            written.zero_()
+        if not self._is_clear:
+            for written, _ in self._buffers.values():
+                written.zero_()
+        self._is_clear = True
 
     def read(self) -> Tensor:
         """(count,) float64 on the result's device: the squared norms. The next call overwrites it."""
-        self._write_found()
-        written = self._buffers[self._device][0]
-        if len(self._buffers) == 1 and recorded.can_record([written]):
-            return self._square(_squares, None, written)
         self._total.zero_()
         self.add_to(self._total)
         return self._total
+
+    def take(self) -> Tensor:
+        """As `read`, and set all norms to 0."""
+        self._write_found()
+        written = self._buffers[self._device][0]
+        if len(self._buffers) == 1 and recorded.can_record([written]):
+            self._is_clear = True
+            return self._take_squares(_take_squares, None, written)
+        found = self.read()
+        self.clear()
+        return found
 
     def add_to(self, total: Tensor, times: int = 1) -> None:
         """Add `times` the squared norms to `total` (count,), float64 on the result's device (modified in place).
@@ -179,6 +198,12 @@ class SquaredNorms:
 def _squares(_: None, written: Tensor) -> Tensor:
     """Of what is written: squared norms on the CPU, elsewhere norms."""
     return written.double() if written.is_cpu else written.double().square()
+
+
+def _take_squares(_: None, written: Tensor) -> Tensor:
+    found = _squares(None, written)
+    written.zero_()
+    return found
 
 
 def _add_squares(times: int, written: Tensor, total: Tensor) -> tuple[()]:
@@ -222,7 +247,7 @@ def squared_norms(pieces: Iterable[tuple[int, Tensor | None]], into: SquaredNorm
             into.write(index, piece)
     for batch in batches.values():
         into.write_batch(*zip(*batch, strict=True))
-    return into.read()
+    return into.take()
 
 
 def _require_dense(gradient: Tensor) -> None:

@@ -25,20 +25,20 @@ class Rates:
         self.factor = factor
         self._known: dict[Any, Any] = {}
 
-    def on(self, lr: float | Tensor, device: torch.device) -> Tensor:
-        """(P,) learning rates on the device of the pieces: float64 on the CPU, else float32.
+    def on(self, lr: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(P,) learning rates on the device of the pieces.
 
         They are kept for the whole update, since ZeRO-3 calls `step()` once per sub-group. Rates on a GPU stay there.
         """
-        key = id(lr) if isinstance(lr, Tensor) else lr, device
+        key = id(lr) if isinstance(lr, Tensor) else lr, device, dtype
         if key not in self._known:
-            dtype = torch.float64 if device.type == "cpu" else torch.float32
-            self._known[key] = (self.factor * lr).to(device, dtype)
+            factor = self.factor.to(device)
+            self._known[key] = torch.mul(factor, lr, out=torch.empty_like(factor, dtype=dtype))
         return self._known[key]
 
     def of(self, lr: float | Tensor, device: torch.device) -> Sequence[Any]:
         """(P,) the same one by one: numbers on the CPU, else 0-dim tensors on `device`."""
-        vector = self.on(lr, device)
+        vector = self.on(lr, device, torch.float64 if device.type == "cpu" else torch.float32)
         if id(vector) not in self._known:
             self._known[id(vector)] = vector.tolist() if vector.is_cpu else vector.unbind()
         return self._known[id(vector)]
@@ -134,9 +134,7 @@ class Applier:
         table = launcher.table(tuple(map(id, known)), pieces, rates.device)
         by_id = {id(one.parameter): one for one in moving}
         all_of_table = [by_id.get(id(parameter)) for parameter in known]
-        left = launcher.launch(
-            table, [[*one.tensors, one.step] if one else [] for one in all_of_table], group, rates.float()
-        )
+        left = launcher.launch(table, [[*one.tensors, one.step] if one else [] for one in all_of_table], group, rates)
         return [one for number in left if (one := all_of_table[number]) is not None]
 
 

@@ -66,13 +66,13 @@ class TrustRatios:
         self._has_ratio = torch.tensor(has_ratio, dtype=torch.bool, device=device)
         self._launcher = Launcher(trust.kernel)
         self._squares = torch.zeros(2, count, dtype=torch.float64, device=device)
-        self._recorded_ratios = Recorded(keeps=2)
+        self._recorded_factors = Recorded(keeps=3)
         self._decay_values: list[float] = []
         self._decay_there = torch.zeros(0)
 
-    def measure(self, clip: Tensor | None, groups: Groups, state: State) -> Tensor:
-        """(P,): the trust ratio of each parameter in this update. It multiplies the parameter's learning rate. On a GPU
-        the call after the next one overwrites it.
+    def measure(self, clip: Tensor | None, factor: Tensor, groups: Groups, state: State) -> Tensor:
+        """(P,): `factor` (P,) times the trust ratio of each parameter in this update. It multiplies the parameter's
+        learning rate. On a GPU the call after the next one overwrites it.
 
         `clip` (): what the gradient will be multiplied by before `step()`, None for nothing.
         `state`: gets zeros for what a tensor does not have yet. Nothing else changes.
@@ -86,7 +86,7 @@ class TrustRatios:
             totals = of_weights[self._places[index]], of_others[self._places[index]]
             self._measure_piece(index, gradient, clip, groups[self._groups_of[index]], state, totals)
         sum_over(squares, self._group)
-        return self._recorded_ratios(self._ratios, None, squares, self._weight_decays(groups))
+        return self._recorded_factors(self._factors, None, squares, self._weight_decays(groups), factor)
 
     def _measure_together(
         self,
@@ -133,8 +133,8 @@ class TrustRatios:
 
         device = next(tensor for row in rows for tensor in row if tensor is not None).device
         table = self._launcher.table(number, pieces, device)
-        found = torch.zeros(len(table.chunks), 2, device=device)
-        given = None if clip is None else clip.to(device, torch.float32)
+        found = torch.zeros(len(table.chunks), 2, dtype=torch.float64, device=device)
+        given = None if clip is None else clip.to(device)
         left = self._launcher.launch(table, rows, group, found, given, HAS_CLIP=clip is not None)
         squares.index_add_(1, table.rates.to(squares.device), found.t().to(squares))
         return left
@@ -161,15 +161,17 @@ class TrustRatios:
             totals[0].add_(squared_norm(weight))
             self._trust.add_square(totals[1], weight, clipped, rest, count, decay, group)
 
-    def _ratios(self, _: None, squares: Tensor, weight_decay: Tensor) -> Tensor:
-        """(P,). 1 for tensors of fewer than two dimensions, and where either norm is 0."""
+    def _factors(self, _: None, squares: Tensor, weight_decay: Tensor, factor: Tensor) -> Tensor:
+        """(P,): `factor` times the ratios. These are 1 for tensors of fewer than two dimensions, and where either norm
+        is 0.
+        """
         weight_norm, other_norm = squares[:, self._own].sqrt()
         has_ratio = self._has_ratio & (weight_norm > 0) & (other_norm > 0)
         safe = torch.where(has_ratio, other_norm, 1.0)
         ratio = self._trust.ratio(weight_norm, safe, weight_decay, self._coefficient)
         if self._clip is not None:
             ratio = ratio.clamp(*self._clip)
-        return torch.where(has_ratio, ratio, 1.0)
+        return factor * torch.where(has_ratio, ratio, 1.0)
 
     def _decay(self, group: Mapping[str, Any], index: int) -> float:
         return group["weight_decay"] if self._decays[index] else 0.0
@@ -181,6 +183,13 @@ class TrustRatios:
             self._decay_values = values
             self._decay_there = torch.tensor(values, dtype=torch.float64, device=self._device)
         return self._decay_there
+
+
+def clip_coefficient(norm: Tensor, largest: float) -> Tensor:
+    """What clipping multiplies a gradient of this norm () by: in DeepSpeed, Megatron and torch alike. `largest`: the
+    bound, 0 for no clipping.
+    """
+    return (largest / (norm + 1e-6)).clamp(max=1.0) if largest > 0 else torch.ones_like(norm)
 
 
 def _cut(flat: Tensor, segment: Segment) -> Tensor:

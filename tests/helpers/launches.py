@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-VIEWS = {"detach", "slice", "select", "unbind", "view", "t", "expand", "split_with_sizes", "alias", "_unsafe_view",
-         "unsqueeze", "transpose", "as_strided"}  # fmt: skip
+NO_LAUNCHES = {"detach", "slice", "select", "unbind", "view", "t", "expand", "split_with_sizes", "alias",
+               "_unsafe_view", "unsqueeze", "transpose", "as_strided", "empty", "empty_like"}  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
-    """Counts calls of ATen that are no views, replays of recordings, and Triton kernels, by name."""
+    """Counts calls of ATen that launch something, replays of recordings, and Triton kernels, by name."""
 
     current: Launches | None = None
 
@@ -36,7 +36,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).split(".")[1]
-        if name not in VIEWS:
+        if name not in NO_LAUNCHES:
             self.counts[name] += 1
         return function(*args, **(kwargs or {}))
 
@@ -84,10 +84,10 @@ class _Kernel:
 
 
 @contextlib.contextmanager
-def paths_of_a_gpu() -> Iterator[None]:
+def paths_of_a_gpu(with_kernels: bool = False) -> Iterator[None]:
     """As `as_on_a_gpu`, within it."""
     with pytest.MonkeyPatch.context() as patch:
-        as_on_a_gpu(patch)
+        as_on_a_gpu(patch, with_kernels)
         yield
 
 

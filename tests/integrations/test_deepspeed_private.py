@@ -17,6 +17,7 @@ import torch
 
 from ds_lena.integrations.deepspeed import _internals
 from ds_lena.integrations.deepspeed._internals.engine import EngineView
+from ds_lena.update.trust_ratio import clip_coefficient
 from tests.integrations._engines import Net, config, engine, train, without_optimizer
 from tests.integrations._ranks import Ranks
 
@@ -428,7 +429,7 @@ def coefficients(norm: float) -> tuple[float, float]:
     with engine(config(2, gradient_clipping=1e-6)) as made:
         gradient = torch.ones(1)
         made.optimizer.unscale_and_clip_grads([gradient], torch.tensor(norm))
-        return float(gradient), float(EngineView(made).clip_coefficient(torch.tensor(norm)))
+        return float(gradient), float(clip_coefficient(torch.tensor(norm), EngineView(made).largest_norm()))
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.2e-6, 3e-6])

@@ -227,6 +227,25 @@ def test_a_pass_that_an_exception_has_ended_counts_as_far_as_it_came_or_is_forgo
     assert hooks.sums[2:4].tolist() == pytest.approx(wanted[2:4])
 
 
+@pytest.mark.parametrize("throws_away", [False, True])
+def test_a_gradient_that_waits_and_is_changed_after_a_broken_pass(model, throws_away, monkeypatch):
+    monkeypatch.setattr("ds_lena.grad_stats.norms.is_batched", lambda tensor: True)
+    optimizer = LENA(model.named_parameters(), total_steps=9)
+    loss(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    broken_backward(model, 1)
+    if throws_away:
+        optimizer.zero_grad()
+        loss(model, 2).backward()
+        optimizer.step()
+        assert report(optimizer)["n"] == 1
+        return
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(StateError, match="after an exception had ended the pass"):
+        loss(model, 2).backward()
+
+
 def test_a_reentrant_segment_after_a_broken_pass_is_not_taken_for_a_part_of_it(model):
     hooks = watch(model.parameters())
     broken_backward(model, 1)

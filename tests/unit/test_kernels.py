@@ -212,7 +212,8 @@ def test_norms_of_trust_ratios(name, clip, monkeypatch):
             rule, rule.trust, LenaConfig.from_keys({"base": name.split()[0]}), PlainLayout(parameters, 0, 1),
             placements, range(4), 4, [0] * 4, [True] * 4, None, torch.device("cpu"),
         )  # fmt: skip
-        return made.measure(None if clip is None else torch.tensor(clip, dtype=torch.float64), groups, state)
+        clipped = None if clip is None else torch.tensor(clip, dtype=torch.float64)
+        return made.measure(clipped, torch.ones(4, dtype=torch.float64), groups, state)
 
     ours = ratios()
     monkeypatch.setattr("ds_lena.update.trust_ratio.runs_on", lambda device: False)
@@ -308,6 +309,13 @@ def test_tables_do_not_grow_with_the_sets_of_tensors_that_have_a_gradient(base):
     controller = controller_of(optimizer)
     launchers = [controller._applier._launcher, *([controller._trust._launcher] if base == "lamb" else [])]
     assert [len(launcher._tables) for launcher in launchers] == [1] * len(launchers)
+
+
+def test_the_memory_of_a_table_is_what_the_docs_say(monkeypatch):
+    monkeypatch.setattr(table, "BLOCK", 1024)
+    made = table.Table([(0, 0, 1_000_000, 0), (1, 0, 24_000, 2)], torch.device("cpu"))
+    assert made.chunks.nbytes / 1_024_000 == pytest.approx(32 / 1024, rel=1e-2)
+    assert made.rates.nbytes == made.chunks.nbytes / 4
 
 
 def test_chunks_cover_each_element_once_and_far_ones_too():

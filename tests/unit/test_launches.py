@@ -99,7 +99,7 @@ def test_recordings_do_not_grow_with_the_number_of_passes(monkeypatch):
             model(torch.ones(2, 3)).sum().backward()
         optimizer.step()
     controller = controller_of(optimizer)
-    used = controller.meter._statistics._own, controller._recorded_decision, controller.meter._mean_norms._square
+    used = controller.meter._statistics._own, controller._recorded_decision, controller.meter._mean_norms._take_squares
     assert all(1 <= len(recorded._recordings) <= 6 for recorded in used)
 
 
@@ -120,10 +120,11 @@ def test_a_result_that_is_an_input_is_not_overwritten(monkeypatch):
         assert (float(before), float(tensor)) == (2 ** (power - 1), 2**power)
 
 
-def test_tensors_that_wait_are_bounded(monkeypatch):
+@pytest.mark.parametrize(("bound", "most"), [("MOST_ELEMENTS", 35), ("MOST_TENSORS", 4)])
+def test_tensors_that_wait_are_bounded(monkeypatch, bound, most):
     """Beside the one that comes last."""
     as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(norms, "MOST_ELEMENTS", 35)
+    monkeypatch.setattr(norms, bound, most)
     squares = norms.SquaredNorms(50, torch.float32, torch.device("cpu"))
     held = []
     for index in range(50):

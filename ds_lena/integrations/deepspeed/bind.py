@@ -58,7 +58,7 @@ def engine_binding(
         members_of_all=functools.partial(members_of_all, grid.everything, grid.is_split),
         check=first_update_check(view, meter.hooks, parameters, placements),
         run=run,
-        clip=view.clip_coefficient,
+        largest_norm=view.largest_norm,
         moves=moves,
     )
 

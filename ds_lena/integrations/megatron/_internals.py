@@ -221,12 +221,6 @@ def holds_gradients(chunk: Any) -> bool:
     return any(bool(p.main_grad.any()) for p in chunk.parameters() if hasattr(p, "main_grad"))
 
 
-def clip_coefficient(wrapper: Any, norm: Tensor) -> Tensor | None:
-    """What Megatron multiplies a gradient of this norm () by before `step()`. None if clipping is off."""
-    largest = wrapper.config.clip_grad
-    return (largest / (norm + 1e-6)).clamp(max=1) if largest > 0 else None
-
-
 def own_keys(wrapper: Any) -> Mapping[str, tuple[Any, str]]:
     """Of the keys that are Megatron's: the value, and its name in OptimizerConfig."""
     config = wrapper.config

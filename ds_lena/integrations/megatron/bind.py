@@ -73,7 +73,7 @@ def megatron_binding(wrapper: Any, chunk: Any, meter: Meter, mends: bool = True)
         members_of_all=functools.partial(members_of_all, grid.everything, grid.is_split),
         check=tensor.copies_check(grid, parameters, placements, FINALIZE),
         run=run,
-        clip=functools.partial(_internals.clip_coefficient, wrapper),
+        largest_norm=lambda: float(wrapper.config.clip_grad),
     )
 
 

@@ -134,14 +134,14 @@ def lamb_norms(
     HAS_CLIP: tl.constexpr,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BUFFER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Squared norms of the weights and of LAMB's update, (chunks, 2) float32: see `rules/lamb.py`. Moves nothing."""
+    """Squared norms of the weights and of LAMB's update, (chunks, 2) float64: see `rules/lamb.py`. Moves nothing."""
     at, elements, mask, how = _chunk(table, pointers, 5, BLOCK)
     has_gradient = mask & (tl.load(at + 1) != 0)
     count = _count(at, 4) + 1.0
     weight = _load(at, 0, elements, mask, WEIGHT)
     gradient = _load(at, 1, elements, has_gradient, GRADIENT)
     if HAS_CLIP:
-        gradient *= tl.load(clip)
+        gradient *= tl.load(clip).to(tl.float32)
     exp_avg = beta1 * _load(at, 2, elements, mask, BUFFER) + rest1 * gradient
     exp_avg_sq = beta2 * _load(at, 3, elements, mask, BUFFER) + rest2 * gradient * gradient
     size = 1.0 / _correction(log_beta1, count).to(tl.float32)
@@ -156,10 +156,10 @@ def lars_norms(
     HAS_CLIP: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BUFFER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Squared norms of the weights and of the clipped gradient, (chunks, 2) float32. Moves nothing."""
+    """Squared norms of the weights and of the clipped gradient, (chunks, 2) float64. Moves nothing."""
     at, elements, mask, _how = _chunk(table, pointers, 4 if HAS_MOMENTUM else 3, BLOCK)
     weight = _load(at, 0, elements, mask, WEIGHT)
     gradient = _load(at, 1, elements, mask & (tl.load(at + 1) != 0), GRADIENT)
     if HAS_CLIP:
-        gradient *= tl.load(clip)
+        gradient *= tl.load(clip).to(tl.float32)
     _store_squares(at, squares, weight, gradient)

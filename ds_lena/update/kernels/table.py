@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -40,15 +41,19 @@ def in_chunks(pieces: Iterable[Piece]) -> Tensor:
 class Table:
     """The chunks of some tensors on their device, and the addresses of the tensors' data.
 
-    `chunks` (chunks, 4) int64. `rates` (chunks,) int64: the number of the rate of each chunk.
+    `chunks` (chunks, 4) int64. Beside the moments this is all that an update keeps for each element: 1/32 byte.
     """
 
     def __init__(self, pieces: Iterable[Piece], device: torch.device) -> None:
-        chunks = in_chunks(pieces)
-        self.chunks, self.rates = _send(chunks, device), _send(chunks[:, 3] // 2, device)
+        self.chunks = _send(in_chunks(pieces), device)
         self._device = device
         self._addresses: list[int] = []
         self._sent = torch.zeros(0)
+
+    @functools.cached_property
+    def rates(self) -> Tensor:
+        """(chunks,) int64: the number of the rate of each chunk."""
+        return self.chunks[:, 3] // 2
 
     def addresses(self, tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """(tensors, columns) int64 on the device, 0 for None. They are sent only when one has changed."""

@@ -160,13 +160,12 @@ class EngineView:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         return int(value) if is_number and value == value // 1 else None  # JSON may have 1e2
 
-    def clip_coefficient(self, norm: Tensor) -> Tensor | None:
-        """What DeepSpeed multiplies a gradient of this norm () by before `step()`. None if clipping is off.
+    def largest_norm(self) -> float:
+        """To which norm DeepSpeed clips gradients before `step()`. 0 if clipping is off.
 
         A wrapper has a bound of its own: at ZeRO 1 and 2 a checkpoint's replaces that of the configuration.
         """
-        largest = getattr(self.wrapper, "clip_grad", self._engine.gradient_clipping())
-        return 1 / ((norm + 1e-6) / largest).clamp(min=1) if largest else None
+        return float(getattr(self.wrapper, "clip_grad", self._engine.gradient_clipping()))
 
     # -- calls that are added -----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ class Zero12MuonLayout(Zero12Layout):
 
     def __init__(self, zero: Any, index: Mapping[int, int]) -> None:
         super().__init__(zero, index)
+        self._norms: dict[int, SquaredNorms] = {}
         self._roots: dict[int, dict[int, Tensor]] = {}
         original = zero.get_flat_partition
 
@@ -39,12 +40,13 @@ class Zero12MuonLayout(Zero12Layout):
         gradients = self._zero.all_grad_tensors[group]
         number_of = {self._index[id(tensor)]: i for i, tensor in enumerate(tensors)}
         first = gradients[0]
-        norms = SquaredNorms(len(tensors), torch.promote_types(first.dtype, torch.float32), first.device)
+        if group not in self._norms:
+            self._norms[group] = SquaredNorms(len(tensors), first.dtype, first.device)
         pieces = (
             (number_of[s.parameter], gradients[number_of[s.parameter]].reshape(-1).narrow(0, s.offset, s.length))
             for s in self._segments[group]
         )
-        roots = squared_norms(pieces, norms).sqrt()
+        roots = squared_norms(pieces, self._norms[group]).sqrt()
         self._roots[group] = {i: roots[number].reshape(1) for i, number in number_of.items()}
 
     def _is_reduced(self) -> bool:
