@@ -165,7 +165,7 @@ class EngineView:
 
         A wrapper has a bound of its own: at ZeRO 1 and 2 a checkpoint's replaces that of the configuration.
         """
-        return float(getattr(self.wrapper, "clip_grad", self._engine.gradient_clipping()))
+        return float(getattr(self.wrapper, "clip_grad", self._engine.gradient_clipping()) or 0.0)
 
     # -- calls that are added -----------------------------------------------------------------------------------------
 
