@@ -24,7 +24,6 @@ PRECISIONS = {"fp32": 4, "bf16": 2}  # bytes of a weight and of its gradient
 LARGEST = 1e15  # of every count
 NUMBER, OTHER_NUMBERS, NUMBERS_PER_LAYER = 8, 2, 2  # the statistics: float64; n and the excluded norm; A and B
 MEMORY_PER_LAYER = 200  # bytes: upper bound of LENA's float64 vectors
-MEMORY_PER_PARAMETER = "On a GPU also 0.03 bytes for each parameter that the rank moves, 0.09 with LAMB and LARS."
 
 
 def _entry(meaning: str, default: Any = MISSING) -> Any:
@@ -271,7 +270,11 @@ def as_text(job: Job, cost: Cost, machine: Machine) -> str:
         shown = (in_bytes(value), "") if name.endswith("bytes") else ("", in_seconds(value))
         rows.append((TITLES[name], "", *shown, ""))
     lines += [f"{name:<32}{n:>9}{size:>9}{time:>9}{share:>13}".rstrip() for name, n, size, time, share in rows]
-    lines += ["", f"Memory of LENA on each rank: {in_bytes(MEMORY_PER_LAYER * job.all_layers)}. {MEMORY_PER_PARAMETER}"]
+    lines += [
+        "",
+        f"Memory of LENA on each rank: {in_bytes(MEMORY_PER_LAYER * job.all_layers)}.",
+        "On a GPU also 0.03 bytes for each parameter that the rank moves, 0.09 with LAMB and LARS.",
+    ]
     if machine.crowding(job.ranks) > 1:
         lines.append(f"{machine.crowding(job.ranks):g} ranks share a core; each waits for its turn.")
     return "\n".join(lines)

@@ -105,7 +105,7 @@ class SquaredNorms:
         if not (0 < numel <= up_to and numel <= MOST_ELEMENTS and is_batched(gradient)):
             self.write(index, gradient)
             return
-        stream = torch._C._cuda_getCurrentRawStream(gradient.get_device()) if gradient.is_cuda else 0
+        stream = _raw_stream(gradient)
         if stream != self._waiting_stream and self._waiting:
             self._measure_waiting()
         self._waiting_stream = stream
@@ -128,21 +128,22 @@ class SquaredNorms:
                     "whose result LENA sees; an autograd function must not write into the gradient that it is given. "
                     "After an exception call optimizer.zero_grad(), which throws the gradients of the pass away."
                 )
-            with _on_stream(self._waiting_stream, tensors[0]):
-                self.write_batch(indices, tensors)
-            if self._waiting_stream != _raw_stream(tensors[0]):
-                for norm in self._found[-1][1]:  # their memory belongs to that stream, and they are read on this one
-                    norm.record_stream(torch.cuda.current_stream(norm.device))
+            with _on_stream(self._waiting_stream, tensors[0]) as results:
+                results += self.write_batch(indices, tensors)
         self._waiting.clear()
         self._waiting_elements = 0
 
-    def write_batch(self, indices: Sequence[int], tensors: tuple[Tensor, ...]) -> None:
-        """Write the squared norms of tensors that fit a batch, of one type and device: one call for all of them."""
+    def write_batch(self, indices: Sequence[int], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """Write the squared norms of tensors that fit a batch, of one type and device: one call for all of them.
+
+        Returns what is to be read for that at `read` at the latest.
+        """
         norms = torch._foreach_norm(tensors, 2, dtype=self._dtype)
         if tensors[0].is_cpu:
             norms = torch._foreach_mul(norms, norms)  # as `write` has them there
         slots = self._slots_on(tensors[0].device)
         self._found.append(([slots[i] for i in indices], list(norms)))
+        return self._found[-1][1]
 
     def forget_waiting(self) -> None:
         """Let go of the tensors that wait."""
@@ -212,15 +213,18 @@ def _add_squares(times: int, written: Tensor, total: Tensor) -> tuple[()]:
 
 
 @contextlib.contextmanager
-def _on_stream(raw: int, tensor: Tensor) -> Iterator[None]:
-    """Work on a stream, if it is not the present one, which then waits for it."""
+def _on_stream(raw: int, tensor: Tensor) -> Iterator[list[Tensor]]:
+    """Work on a stream, if it is not the present one, which then waits for it and may read what the list was given."""
+    results: list[Tensor] = []
     if raw == _raw_stream(tensor):
-        yield
+        yield results
         return
-    stream = torch.cuda.ExternalStream(raw, tensor.device)
+    stream, present = torch.cuda.ExternalStream(raw, tensor.device), torch.cuda.current_stream(tensor.device)
     with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(tensor.device).wait_stream(stream)
+        yield results
+    present.wait_stream(stream)
+    for result in results:  # its memory belongs to the other stream
+        result.record_stream(present)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

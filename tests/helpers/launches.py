@@ -11,10 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 NO_LAUNCHES = {"detach", "slice", "select", "unbind", "view", "t", "expand", "split_with_sizes", "alias",
                "_unsafe_view", "unsqueeze", "transpose", "as_strided", "empty", "empty_like"}  # fmt: skip
+
+KERNELS = ("adamw", "sgd", "lars", "lamb_norms", "lars_norms")
+
+
+class Chain(nn.Module):
+    """Small layers, each with one tensor."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(3, 3, generator=generator) / 2 for _ in range(tensors))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for weight in self.weights:
+            inputs = torch.tanh(inputs @ weight)
+        return inputs
 
 
 class Launches(TorchDispatchMode):
@@ -99,8 +116,7 @@ def as_on_a_gpu(monkeypatch: Any, with_kernels: bool = False) -> None:
     monkeypatch.setattr(importlib.import_module("ds_lena.grad_stats.norms"), "is_batched", lambda tensor: True)
     if with_kernels:
         types = {torch.float32: None, torch.bfloat16: None}
-        names = ("adamw", "sgd", "lars", "lamb_norms", "lars_norms")
-        module = SimpleNamespace(TYPES=types, **{name: _Kernel(name) for name in names})
+        module = SimpleNamespace(TYPES=types, **{name: _Kernel(name) for name in KERNELS})
         launch = importlib.import_module("ds_lena.update.kernels.launch")
         monkeypatch.setattr(launch, "programs", lambda: module)
         for name in ("apply", "trust_ratio"):

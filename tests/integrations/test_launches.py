@@ -7,34 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from tests.helpers.launches import Launches, paths_of_a_gpu
+from tests.helpers.launches import Chain, Launches, paths_of_a_gpu
 from tests.integrations._engines import config, engine, stock_engine
 from tests.integrations._ranks import Ranks
 
 ONLY_HERE = ("_foreach_mul",)  # on a GPU the norms themselves are kept
 COLLECTIVES = ("allreduce_",)
-MOST = {"adamw": 12, "lamb": 20}
+MOST = {"adamw": 12, "lamb": 20, "lars": 20}
 BATCH_OF_HOOKS = 1
-
-
-class Chain(nn.Module):
-    def __init__(self, tensors: int) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(torch.eye(4) + 0.1 for _ in range(tensors))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        for weight in self.weights:
-            inputs = torch.tanh(inputs @ weight)
-        return inputs.square().mean()
 
 
 def launches(made: Any) -> Counter[str]:
     """Those of the last of some updates of one micro-batch."""
     dtype = next(made.module.parameters()).dtype
     for _ in range(4):
-        loss = made(torch.ones(2, 4, dtype=dtype))
+        loss = made(torch.ones(2, 3, dtype=dtype)).square().mean()
         with Launches() as in_backward:
             made.backward(loss)
         with Launches() as in_step:

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-KERNELS = ("adamw", "sgd", "lars", "lamb_norms", "lars_norms")
+from tests.helpers.launches import KERNELS
+
 POINTERS = {"table": "*i64", "pointers": "*i64", "rates": "*fp32", "squares": "*fp64", "clip": "*fp64"}
 TYPES = ("WEIGHT", "GRADIENT", "BUFFER")
 

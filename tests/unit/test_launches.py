@@ -2,26 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
 from ds_lena import LENA, report
 from ds_lena.grad_stats import norms
 from ds_lena.optimizer import controller_of
 from ds_lena.recorded import Recorded
 from tests.helpers import launches
-from tests.helpers.launches import Launches, as_on_a_gpu
-
-
-class Chain(nn.Module):
-    def __init__(self, tensors):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weights = nn.ParameterList(torch.randn(3, 3, generator=generator) / 2 for _ in range(tensors))
-
-    def forward(self, inputs):
-        for weight in self.weights:
-            inputs = torch.tanh(inputs @ weight)
-        return inputs
+from tests.helpers.launches import Chain, Launches, as_on_a_gpu
 
 
 def train(updates=5, tensors=4, counted=None, skipped=(), **keys):

@@ -218,6 +218,8 @@ def test_clipping_by_an_engine_is_foreseen(base):
     clipped, same = tensor(6, 4), tensor(6, 4)
     controller, other = (controller_of(optimizer_of([w], base, weight_decay=0.1)) for w in (clipped, same))
     controller.manage(replace(controller.binding, largest_norm=lambda: 0.1))
+    measure, clips = controller._trust.measure, []
+    controller._trust.measure = lambda clip, *rest: clips.append(clip.item()) or measure(clip, *rest)
     coefficient = 0.1 / (gradient(clipped).norm() + 1e-6)
     other.manage(other.binding)
     groups = [[{"params": [w], "lr": 0.5, "weight_decay": 0.1, **RULES[base]}] for w in (clipped, same)]
@@ -230,6 +232,7 @@ def test_clipping_by_an_engine_is_foreseen(base):
         with torch.no_grad():
             made.apply(its, state)
         made.end_update(applied=True)
+    assert clips == [approx(coefficient.item())]
     torch.testing.assert_close(clipped.detach(), same.detach())
 
 
